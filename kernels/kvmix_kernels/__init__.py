@@ -1,0 +1,1 @@
+"""Packed KV-cache formats and the ops over them. Knows torch and Triton, never kvmix_fx."""

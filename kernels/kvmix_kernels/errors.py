@@ -1,0 +1,24 @@
+"""Errors raised where packed storage is read or written.
+
+`kvmix_fx.errors` re-exports these beside its own, so a user imports from there.
+"""
+
+
+class KVMixError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class FormatError(KVMixError, ValueError):
+    """A packed format that cannot exist: bits, axis, group size, tile or window do not fit."""
+
+
+class HeadSizeError(KVMixError, ValueError):
+    """The head size cannot be packed: it is no multiple of 16, or no multiple of the group."""
+
+
+class CapacityError(KVMixError, RuntimeError):
+    """Tokens would not fit into a fixed-capacity cache. Raised before anything is written."""
+
+
+class CacheShapeError(KVMixError, ValueError):
+    """Tensors handed to a cache disagree with it in batch, heads, head size, dtype or device."""

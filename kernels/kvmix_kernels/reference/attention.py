@@ -1,0 +1,111 @@
+"""Attention over segments: the specification, and the path for devices without a kernel.
+
+A step attends to the cache as it stood before the step and, exactly, to its own tokens. Tokens
+are visited in blocks of bounded size and merged by online softmax (Milakov and Gimelshein,
+arXiv 1805.02867), so no copy of the history in 16 bits or more ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.reference.quantize import compute_dtype
+from kvmix_kernels.reference.storage import Buffers, read
+
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of K (or V) that are unpacked at a time, over batch and heads."""
+
+
+def attend(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Buffers,
+    values: Buffers,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: TensorFormat,
+    value_format: TensorFormat,
+) -> Tensor:
+    """softmax(scale * Q K^T + mask) V over `length` cached tokens and the step's own.
+
+    Args:
+        query: [B, Hq, Lq, D].
+        new_keys, new_values: the step's own tokens, [B, Hkv, Ln, D] and [B, Hkv, Ln, Dv], not yet
+            in the cache; None for none.
+        keys, values: the cache before the step.
+        mask: boolean (True attends) or additive, broadcastable to [B, Hq, Lq, S] with
+            S >= length + Ln; column j is the token at position j. None attends to all.
+        length: live tokens in the cache.
+
+    Returns:
+        [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
+    """
+    B, Hq, Lq, D = query.shape
+    Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
+    group = Hq // Hkv
+    dtype = compute_dtype(query)
+    # grouped heads share their keys: fold the group into the rows of one product
+    rows = (query.to(dtype) * scale).reshape(B, Hkv, group * Lq, D)
+    if mask is not None:
+        while mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+        mask = mask.expand(B, Hq, Lq, mask.shape[3])
+
+    best: Tensor | None = None
+    for first, k, v in _blocks(new_keys, new_values, keys, values, length, key_format, value_format, dtype):
+        scores = rows @ k.transpose(2, 3)  # [B, Hkv, group * Lq, n]
+        if mask is not None:
+            part = mask[..., first : first + k.shape[2]].reshape(B, Hkv, group * Lq, k.shape[2])
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+        top = scores.amax(3, keepdim=True)
+        if best is None:
+            best = top.clamp(min=torch.finfo(dtype).min)
+            weights = torch.exp(scores - best)
+            total, out = weights.sum(3, keepdim=True), weights @ v
+            continue
+        merged = torch.maximum(best, top)
+        weights = torch.exp(scores - merged)
+        shrink = torch.exp(best - merged)
+        total = total * shrink + weights.sum(3, keepdim=True)
+        out = torch.baddbmm((out * shrink).flatten(0, 1), weights.flatten(0, 1), v.flatten(0, 1)).view_as(out)
+        best = merged
+    if best is None:
+        return query.new_zeros(B, Hq, Lq, Dv)
+    out = out / total.masked_fill(total == 0, 1)
+    return out.view(B, Hq, Lq, Dv).to(query.dtype)
+
+
+def _blocks(
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Buffers,
+    values: Buffers,
+    length: int,
+    key_format: TensorFormat,
+    value_format: TensorFormat,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Blocks of tokens as (first position, keys [B, Hkv, n, D], values [B, Hkv, n, Dv])."""
+    per_token = keys.residual[:, :, :1].numel() + values.residual[:, :, :1].numel()
+    tile = max(key_format.tile, value_format.tile)
+    block = max(1, BLOCK_ELEMENTS // max(1, per_token) // tile) * tile
+    first = 0
+    sink = 0 if key_format.is_raw else key_format.sink
+    while first < length:
+        # the first block also takes the sink, so that later ones start at a tile
+        last = min(length, first + block + (sink if first == 0 else 0))
+        k = read(keys, first, last, length, key_format)
+        v = read(values, first, last, length, value_format)
+        if last == length and new_keys is not None and new_values is not None:
+            k = torch.cat([k, new_keys.to(k.dtype)], 2)
+            v = torch.cat([v, new_values.to(v.dtype)], 2)
+        yield first, k.to(dtype), v.to(dtype)
+        first = last
+    if length == 0 and new_keys is not None and new_values is not None:
+        yield 0, new_keys.to(dtype), new_values.to(dtype)

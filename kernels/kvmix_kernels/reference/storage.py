@@ -1,0 +1,163 @@
+"""Filling and reading the four buffers of one cached tensor: the specification.
+
+All functions work on plain tensors and host lengths; `layout` says where each token lies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.errors import CacheShapeError
+from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.reference import quantize as q
+
+
+class Buffers(NamedTuple):
+    """The buffers of one cached tensor, as drawn in `kvmix_kernels.layout`."""
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    residual: Tensor
+
+
+def allocate(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    tiles: int,
+    slots: int,
+    fmt: TensorFormat,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Buffers:
+    """Zeroed buffers for `tiles` tiles and `slots` raw tokens."""
+    layout.check_head_size(fmt, head_dim)
+    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, head_dim)
+    grid = layout.scale_grid(fmt, head_dim, tiles)
+    stored = q.SCALE_DTYPES[fmt.scale_dtype]
+    lead = (batch, heads)
+    return Buffers(
+        torch.zeros(*lead, tiles * fmt.tile, words, dtype=torch.int16, device=device),
+        torch.zeros(*lead, *grid, dtype=stored, device=device),
+        torch.zeros(*lead, *grid, dtype=stored, device=device),
+        torch.zeros(*lead, slots, head_dim, dtype=dtype, device=device),
+    )
+
+
+def valid_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Which tokens the newest query attends to, bool [B, S], from a boolean or additive mask.
+
+    The mask broadcasts to [B, Hq, Lq, S]. Padding is what no query may see; the last query sees
+    every other token, so its row tells them apart.
+    """
+    if mask is None:
+        return None
+    row = mask[..., -1, :]
+    if row.dtype != torch.bool:
+        row = row > torch.finfo(row.dtype).min / 2
+    while row.dim() < 3:
+        row = row.unsqueeze(0)
+    return row.any(1).expand(batch, -1)
+
+
+def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: TensorFormat) -> None:
+    """Store tokens `length`, `length + 1`, ... and flush every tile that left the window.
+
+    Args:
+        buffers: large enough for the new length; written in place.
+        x: new tokens, [B, H, Lq, D].
+        valid: bool [B, at least length + Lq] over token positions, or None.
+        length: tokens stored before.
+    """
+    qdata, scale, zero_point, residual = buffers
+    if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
+        raise CacheShapeError(
+            f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
+            f"{[*residual.shape[:2], residual.shape[3]]}"
+        )
+    end = length + x.shape[2]
+    old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
+    if new > old:
+        first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
+        tokens = x[:, :, max(0, first - length) : last - length]
+        if first < length:
+            tokens = torch.cat([raw_tokens(buffers, first, min(last, length), fmt), tokens], 2)
+        usable = None if valid is None else valid[:, first:last]
+        codes, step, offset = q.quantize(tokens, usable, fmt)
+        rows = slice(old * fmt.tile, new * fmt.tile)
+        qdata[:, :, rows] = q.pack(codes, fmt.bits)
+        grid = layout.scale_grid(fmt, x.shape[3], 1)[0]
+        groups = slice(old * grid, new * grid)
+        scale[:, :, groups] = step
+        zero_point[:, :, groups] = offset
+    if length < fmt.sink and not fmt.is_raw:
+        stop = min(fmt.sink, end)
+        residual[:, :, length:stop] = x[:, :, : stop - length]
+    begin = length if fmt.is_raw else max(length, fmt.packed_end(end))
+    for start, stop, slot in runs(begin, end, fmt):
+        residual[:, :, slot : slot + stop - start] = x[:, :, start - length : stop - length]
+
+
+def runs(begin: int, end: int, fmt: TensorFormat) -> list[tuple[int, int, int]]:
+    """Raw positions begin..end-1 as (first, last + 1, slot) runs of consecutive slots."""
+    if begin >= end:
+        return []
+    if fmt.is_raw:
+        return [(begin, end, begin)]
+    found = []
+    if begin < fmt.sink:
+        stop = min(fmt.sink, end)
+        found.append((begin, stop, begin))
+        begin = stop
+    while begin < end:
+        offset = (begin - fmt.sink) % fmt.ring
+        stop = min(end, begin + fmt.ring - offset)
+        found.append((begin, stop, fmt.sink + offset))
+        begin = stop
+    return found
+
+
+def raw_tokens(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Tensor:
+    """Raw tokens at positions first..last-1, none of them packed, [B, H, last - first, D]."""
+    residual = buffers.residual
+    parts = [residual[:, :, slot : slot + stop - start] for start, stop, slot in runs(first, last, fmt)]
+    if not parts:
+        return residual[:, :, :0]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def read(buffers: Buffers, first: int, last: int, length: int, fmt: TensorFormat) -> Tensor:
+    """Tokens first..last-1 of `length`, as numbers in float32 (float64 stays), [B, H, n, D]."""
+    D = buffers.residual.shape[3]
+    dtype = q.compute_dtype(buffers.residual)
+    packed_end = fmt.packed_end(length)
+    parts = []
+    if first < fmt.sink or fmt.is_raw:
+        stop = last if fmt.is_raw else min(last, fmt.sink)
+        parts.append(raw_tokens(buffers, first, stop, fmt).to(dtype))
+        first = stop
+    if first < min(last, packed_end):
+        stop = min(last, packed_end)
+        # groups of tokens start at multiples of the group size
+        skip = (first - fmt.sink) % fmt.group_size if fmt.axis == layout.AXIS_CHANNEL else 0
+        rows = q.dequantize(
+            buffers.qdata,
+            buffers.scale,
+            buffers.zero_point,
+            first - fmt.sink - skip,
+            stop - fmt.sink,
+            D,
+            fmt,
+        )
+        parts.append(rows[:, :, skip:].to(dtype))
+        first = stop
+    if first < last:
+        parts.append(raw_tokens(buffers, first, last, fmt).to(dtype))
+    if not parts:
+        return buffers.residual.new_zeros(*buffers.residual.shape[:2], 0, D, dtype=dtype)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

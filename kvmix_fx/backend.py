@@ -1,0 +1,146 @@
+"""The Dynamo backend "kvmix" and its options.
+
+`torch.compile(f, backend="kvmix", options={"plan": plan})` finds it by entry point. Options besides
+the plan: "inner" (the compiler that gets the rewritten graph: a Dynamo backend name or callable),
+"mode" and any Inductor setting (both for inner="inductor"), "report" (a CompileReport to fill).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvmix_fx.errors import BackendOptionError, TrainingError
+from kvmix_fx.passes import dynamo, manager
+from kvmix_fx.passes.boundary import Boundary
+from kvmix_fx.passes.report import CompileReport
+from kvmix_fx.plan import KVPlan
+
+log = logging.getLogger(__name__)
+
+_OWN = {"plan", "inner", "mode", "report"}
+Inner = str | Callable[..., Any] | None
+
+
+class KVMixBackend:
+    """A Dynamo backend for one plan.
+
+    Instances compare by identity, and Dynamo guards compiled code by its backend: a second
+    compile with another plan never reuses the first one's code.
+    """
+
+    def __init__(
+        self,
+        plan: KVPlan,
+        inner: Inner = None,
+        mode: str | None = None,
+        report: CompileReport | None = None,
+        **inductor_options: Any,
+    ) -> None:
+        """Check the options now: an error inside a backend surfaces wrapped and late.
+
+        Args:
+            plan: bits per layer.
+            inner: compiler of the rewritten graph; None means "inductor" on accelerators and
+                "eager" on CPU, where compiling a decode step takes longer than most generations.
+            mode: a torch.compile mode, for Inductor.
+            report: filled as graphs are compiled; a new one by default.
+            inductor_options: settings of torch._inductor.config for these graphs only.
+
+        Raises:
+            BackendOptionError: an option is missing, unknown or of a wrong type.
+        """
+        if not isinstance(plan, KVPlan):
+            raise BackendOptionError(
+                f'the kvmix backend needs a plan: options={{"plan": KVPlan...}}, got {type(plan).__name__}'
+            )
+        if inner is not None and not isinstance(inner, str) and not callable(inner):
+            raise BackendOptionError(f'"inner" must be a backend name or a callable, got {inner!r}')
+        if isinstance(inner, str) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+            raise BackendOptionError(f'"inner" names no Dynamo backend: {inner!r}')
+        if (mode or inductor_options) and inner not in (None, "inductor"):
+            raise BackendOptionError(
+                f'mode and {sorted(inductor_options)} are settings of Inductor, but "inner" is {inner!r}'
+            )
+        self.patches = _inductor_patches(mode, inductor_options)
+        self.plan = plan
+        self.inner = inner
+        self.report = report if report is not None else CompileReport()
+        self.__name__ = "kvmix"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one graph; Dynamo's calling convention."""
+        result = manager.run(gm, self.plan)
+        self.report.graphs.append(result.report)
+        if result.rewritten is None:
+            return self._compile(gm, example_inputs)
+        if torch.is_grad_enabled() and any(_requires_grad(v) for v in result.rewritten.values):
+            raise TrainingError(
+                "gradients cannot flow through a packed KV cache: run the model under torch.no_grad() or "
+                "torch.inference_mode() (generate() does)"
+            )
+        module = result.rewritten.module
+        return Boundary(result.rewritten, self._compile(module, dynamo.example_inputs(module)))
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inner = self.inner
+        if inner is None:
+            inner = "inductor" if self.patches or _on_accelerator(example_inputs) else "eager"
+        if inner == "eager":
+            return gm.forward
+        if inner == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=self.patches or None)
+            return compiled
+        compiler = torch._dynamo.lookup_backend(inner)
+        return compiler(gm, example_inputs)
+
+
+def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    patches: dict[str, Any] = {}
+    if not mode and not options:
+        return patches
+    import torch._inductor
+    from torch._inductor import config
+
+    if mode and mode != "default":
+        known = torch._inductor.list_mode_options()
+        if mode not in known:
+            raise BackendOptionError(f"mode must be one of {sorted(known)}, got {mode!r}")
+        patches.update(known[mode])
+    settings = config.get_config_copy()
+    for name, value in options.items():
+        if name.replace("-", "_") not in settings:
+            raise BackendOptionError(
+                f"unknown option {name!r}: the kvmix backend takes {sorted(_OWN)} and settings of torch._inductor.config"
+            )
+        patches[name.replace("-", "_")] = value
+    return patches
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _on_accelerator(example_inputs: list[Any]) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.device.type not in ("cpu", "meta") for v in example_inputs)
+
+
+def kvmix(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Entry point "kvmix" of the group torch_dynamo_backends."""
+    settings = dict(options or {})
+    if "plan" not in settings:
+        raise BackendOptionError('the kvmix backend needs a plan: torch.compile(..., options={"plan": plan})')
+    settings.setdefault("mode", mode)
+    return KVMixBackend(**settings)(gm, example_inputs)

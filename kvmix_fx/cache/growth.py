@@ -1,0 +1,93 @@
+"""Who may write into growing buffers, and when they are enlarged.
+
+Several tensors can share buffers: a parent and the child made by appending to it, a rollback,
+a fork. A tensor appends in place only while nobody alive stores later tokens in the same buffers;
+otherwise it continues on a copy of its own. Raw slots are reused after a flush, so a flush
+continues on a copy of the (small) residual: older tensors keep reading theirs.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.reference import storage
+from kvmix_kernels.reference.storage import Buffers
+
+
+class Store:
+    """Identity of one set of growing buffers; knows the leases of the tensors alive on it."""
+
+    def __init__(self) -> None:
+        """Start without leases."""
+        self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+class Lease:
+    """One tensor's claim on the first `length` tokens of a store. Dies with its tensor."""
+
+    def __init__(self, store: Store, length: int) -> None:
+        """Register with the store."""
+        self.store = store
+        self.length = length
+        store.leases.add(self)
+
+    def may_append(self) -> bool:
+        """Whether writing after `length` would touch nobody else's tokens."""
+        return all(other.length <= self.length for other in self.store.leases)
+
+
+def enlarge(buffers: Buffers, tiles: int, slots: int, fmt: TensorFormat) -> Buffers:
+    """Copies with room for at least `tiles` tiles and `slots` raw tokens, old tokens in place."""
+    B, H, rows, _ = buffers.qdata.shape
+    old_slots, D = buffers.residual.shape[2:]
+    have = rows // fmt.tile
+    new = storage.allocate(
+        B, H, D, max(tiles, have), max(slots, old_slots), fmt, buffers.residual.dtype, buffers.residual.device
+    )
+    for target, source in zip(new, buffers, strict=True):
+        target[:, :, : source.shape[2]].copy_(source)
+    return new
+
+
+def prepare_append(buffers: Buffers, lease: Lease, extra: int, fmt: TensorFormat) -> tuple[Buffers, Store]:
+    """Buffers into which `extra` tokens may be appended in place, and their store.
+
+    Copies only what must be copied: everything when another tensor holds later tokens or the
+    buffers are too small, the residual when this append flushes, else nothing.
+    """
+    length = lease.length
+    tiles = layout.growing_tiles(fmt, length + extra)
+    slots = layout.growing_slots(fmt, length + extra)
+    small = buffers.qdata.shape[2] < tiles * fmt.tile or buffers.residual.shape[2] < slots
+    if small or not lease.may_append():
+        return enlarge(buffers, tiles, slots, fmt), Store()
+    if fmt.packed_tiles(length + extra) > fmt.packed_tiles(length):
+        buffers = buffers._replace(residual=buffers.residual.clone())
+    return buffers, lease.store
+
+
+def rewind(buffers: Buffers, length: int, new_length: int, fmt: TensorFormat) -> Buffers:
+    """Buffers that read as the first `new_length` of `length` tokens.
+
+    Tokens that were packed but belong into the window of the shorter cache are restored there
+    from their codes, on a copy of the residual. If new tokens later complete their tile they are
+    rounded a second time, which is the price of a rollback past the window.
+    """
+    first, last = fmt.packed_end(new_length), min(new_length, fmt.packed_end(length))
+    if fmt.is_raw or first >= last:
+        return buffers
+    tokens = storage.read(buffers, first, last, length, fmt).to(buffers.residual.dtype)
+    residual = buffers.residual.clone()
+    write_raw(residual, tokens, first, fmt)
+    return buffers._replace(residual=residual)
+
+
+def write_raw(residual: Tensor, tokens: Tensor, first: int, fmt: TensorFormat) -> None:
+    """Write raw tokens for the positions from `first` on into their slots."""
+    last = first + tokens.shape[2]
+    for start, stop, slot in storage.runs(first, last, fmt):
+        residual[:, :, slot : slot + stop - start] = tokens[:, :, start - first : stop - first]

@@ -1,0 +1,304 @@
+"""A cached tensor that looks like [B, Hkv, L, D] in the model dtype and stores packed codes.
+
+Follows torchao's conventions for tensor subclasses (named data and attribute fields, `qdata`,
+`scale`, `zero_point`) on a base of its own, because building and flattening one costs time in
+every decode step. Two kinds:
+
+* growing (`live` is None): L is the number of tokens; concatenation appends.
+* fixed: L is the capacity; writing by index appends; `live`, a 0-d int64 tensor on the device,
+  counts the tokens stored.
+
+Compilers must learn L from the outer size and everything static from the flatten context: a
+length in the context would recompile at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from kvmix_fx.cache.growth import Lease, Store, prepare_append, rewind
+from kvmix_kernels import layout, ops
+from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.reference import storage
+from kvmix_kernels.reference.storage import Buffers
+
+_BUFFERS = ("qdata", "scale", "zero_point", "residual")
+# dims that grow: marked so that a compiler treats them as symbols from the first trace on
+_GROWING_DIM = {2}
+
+
+class QuantizedKVTensor(torch.Tensor):
+    """Keys or values of one layer, packed.
+
+    Fields (see `kvmix_kernels.layout` for the exact layout):
+        qdata: codes, int16 [B, Hkv, tiles * tile, words_per_token].
+        scale, zero_point: [B, Hkv, *layout.scale_grid], offset added after scaling.
+        residual: raw tokens in the model dtype, [B, Hkv, slots, D].
+        live: None (growing) or the number of stored tokens, int64 [] on the device (fixed).
+        format: `kvmix_kernels.layout.TensorFormat`.
+
+    Eager operations that caches need (concatenate, write by index, slice, reorder, repeat, select,
+    clone, move, zero) act on the packed data. Any other read unpacks the whole history and warns
+    once (`DequantizeWarning`); any other in-place operation raises `CacheMutationError`.
+    `dequantize()` is the explicit way to 16 bits.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    residual: Tensor
+    live: Tensor | None
+    format: TensorFormat
+    lease: Lease | None
+
+    tensor_data_names = list(_BUFFERS)
+    optional_tensor_data_names = ["live"]
+    tensor_attribute_names = ["format"]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        buffers: Buffers,
+        length: int,
+        format: TensorFormat,
+        live: Tensor | None = None,
+        store: Store | None = None,
+    ) -> QuantizedKVTensor:
+        """Wrap buffers that hold `length` tokens (growing) or have that capacity (fixed)."""
+        residual = buffers.residual
+        B, H, _, D = residual.shape
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (B, H, length, D), dtype=residual.dtype, device=residual.device
+        )
+        self.format = format
+        self.live = live
+        self.lease = None
+        self.become(buffers, store)
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Everything happens in `__new__`."""
+
+    def become(self, buffers: Buffers, store: Store | None = None) -> None:
+        """Hold these buffers from now on; without a store nobody else does."""
+        self.qdata, self.scale, self.zero_point, self.residual = buffers
+        if self.live is None and not is_fake(self.residual):
+            self.lease = Lease(store or Store(), int(self.shape[2]))
+            _mark_growing(self)
+
+    @property
+    def buffers(self) -> Buffers:
+        """The four buffers."""
+        return Buffers(self.qdata, self.scale, self.zero_point, self.residual)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether this has a fixed capacity."""
+        return self.live is not None
+
+    def stored_tokens(self) -> int:
+        """Tokens stored. Waits for the device when the capacity is fixed."""
+        return int(self.shape[2]) if self.live is None else int(self.live)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes allocated for codes, scales, offsets and raw tokens."""
+        return sum(b.numel() * b.element_size() for b in self.buffers)
+
+    def bits_per_element(self) -> float:
+        """Allocated bits per logical element, everything counted."""
+        return 8 * self.packed_nbytes / max(1, self.numel())
+
+    @classmethod
+    def from_hp(cls, x: Tensor, format: TensorFormat, mask: Tensor | None = None) -> QuantizedKVTensor:
+        """Quantize and pack the tokens x [B, Hkv, L, D] into a growing tensor.
+
+        `mask`: the attention mask of the step that made them; hidden tokens widen no group.
+        """
+        layout.check_head_size(format, x.shape[3])
+        return cls(Buffers(*ops.quantize_pack(x, mask, format)), x.shape[2], format)
+
+    @classmethod
+    def empty_fixed(
+        cls,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        format: TensorFormat,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        live: Tensor | None = None,
+    ) -> QuantizedKVTensor:
+        """A fixed tensor without tokens. `live` may be shared by all tensors of a cache."""
+        tiles, slots = layout.fixed_tiles(format, capacity), layout.fixed_slots(format, capacity)
+        buffers = storage.allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
+        if live is None:
+            live = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(buffers, capacity, format, live)
+
+    def dequantize(self) -> Tensor:
+        """All tokens as a plain tensor [B, Hkv, L, D] in the model dtype; zeros where none is stored."""
+        if is_fake(self.residual):
+            return self.residual.new_empty(self.shape)
+        return ops.dequantize(*self.buffers, self.live, self.shape[2], self.format)
+
+    def append(self, keys: Tensor) -> QuantizedKVTensor:
+        """A growing tensor with the tokens `keys` [B, Hkv, n, D] after this one's."""
+        if is_fake(self.residual) or is_fake(keys):
+            return QuantizedKVTensor(self.buffers, self.shape[2] + keys.shape[2], self.format)
+        assert self.lease is not None
+        length, extra = self.lease.length, keys.shape[2]
+        buffers, store = prepare_append(self.buffers, self.lease, extra, self.format)
+        storage.append(buffers, keys.to(self.dtype), None, length, self.format)
+        return QuantizedKVTensor(buffers, length + extra, self.format, store=store)
+
+    def write_(self, positions: Tensor, keys: Tensor) -> QuantizedKVTensor:
+        """Store `keys` at consecutive `positions` of a fixed tensor, the first one at its live end.
+
+        An earlier first position rewinds the cache to it. Raises CapacityError or
+        CacheMutationError before anything is written.
+        """
+        from kvmix_fx.errors import CacheMutationError, CapacityError
+
+        if is_fake(self.residual) or is_fake(keys):
+            return self
+        assert self.live is not None
+        n = keys.shape[2]
+        if n == 0:
+            return self
+        start, stored = int(positions.reshape(-1)[0]), int(self.live)
+        if positions.numel() != n or int(positions.reshape(-1)[-1]) != start + n - 1:
+            raise CacheMutationError("a packed cache is written at consecutive positions only")
+        if start + n > self.shape[2]:
+            raise CapacityError(
+                f"{n} tokens at position {start} exceed the capacity of {self.shape[2]}: "
+                "make the cache larger (max_cache_len)"
+            )
+        if start > stored:
+            raise CacheMutationError(
+                f"a write at position {start} would leave a gap after the {stored} tokens stored"
+            )
+        if start < stored:
+            self.rewind_(start, stored)
+        storage.append(self.buffers, keys.to(self.dtype), None, start, self.format)
+        self.live.fill_(start + n)
+        return self
+
+    def rewind_(self, length: int, stored: int) -> None:
+        """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
+        shorter = rewind(self.buffers, stored, length, self.format)
+        if shorter.residual is not self.residual:
+            self.residual.copy_(shorter.residual)
+
+    def crop(self, length: int) -> QuantizedKVTensor:
+        """The first `length` tokens, sharing the packed data."""
+        if is_fake(self.residual):
+            return QuantizedKVTensor(self.buffers, length, self.format)
+        assert self.lease is not None
+        buffers = rewind(self.buffers, self.lease.length, length, self.format)
+        return QuantizedKVTensor(buffers, length, self.format, store=self.lease.store)
+
+    def map_buffers(
+        self, function: Callable[[Tensor], Tensor], live: Tensor | None = None
+    ) -> QuantizedKVTensor:
+        """A tensor of its own whose buffers are `function` of this one's."""
+        live = live if live is not None or self.live is None else self.live.clone()
+        return QuantizedKVTensor(Buffers(*map(function, self.buffers)), self.shape[2], self.format, live)
+
+    def alias(self) -> QuantizedKVTensor:
+        """A new tensor object over the same data."""
+        store = self.lease.store if self.lease is not None else None
+        return QuantizedKVTensor(self.buffers, self.shape[2], self.format, self.live, store)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorFormat]]:
+        names = list(_BUFFERS)
+        if self.live is not None:
+            names.append("live")
+        return names, (self.format,)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls,
+        inner_tensors: dict[str, Tensor],
+        context: tuple[TensorFormat],
+        outer_size: Sequence[int],
+        outer_stride: Sequence[int],
+    ) -> QuantizedKVTensor:
+        buffers = Buffers(*(inner_tensors[name] for name in _BUFFERS))
+        return cls(buffers, outer_size[2], context[0], inner_tensors.get("live"))
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr((type(self).__name__, tuple(self.format), self.is_fixed))
+
+    def __repr__(self, **kwargs: Any) -> str:
+        f = self.format
+        kind = "fixed capacity" if self.is_fixed else "growing"
+        axis = "channel" if f.axis == layout.AXIS_CHANNEL else "token"
+        recipe = (
+            "raw" if f.is_raw else f"{f.bits} bits per {axis} in groups of {f.group_size or self.shape[3]}"
+        )
+        size = (
+            ""
+            if is_fake(self.residual)
+            else f", {self.packed_nbytes} bytes = {self.bits_per_element():.2f} bits/element"
+        )
+        return (
+            f"QuantizedKVTensor({list(self.shape)}, {self.dtype}, {self.device}, {kind}, {recipe}, "
+            f"sink {f.sink}, window {f.window}{size})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self.to_state(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKVTensor:
+        copy = self.map_buffers(torch.clone)
+        memo[id(self)] = copy
+        return copy
+
+    def to_state(self, prefix: str = "") -> dict[str, Any]:
+        """Plain tensors by name, for pickling or safetensors; `from_state` restores."""
+        state: dict[str, Any] = {prefix + name: getattr(self, name).contiguous() for name in _BUFFERS}
+        if self.live is not None:
+            state[prefix + "live"] = self.live
+        state[prefix + "meta"] = torch.tensor([self.shape[2], *self.format], dtype=torch.int64)
+        return state
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], prefix: str = "") -> QuantizedKVTensor:
+        """Inverse of `to_state`."""
+        length, *fmt = state[prefix + "meta"].tolist()
+        buffers = Buffers(*(state[prefix + name] for name in _BUFFERS))
+        return cls(buffers, length, TensorFormat(*fmt), state.get(prefix + "live"))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from kvmix_fx.cache.dispatch import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+
+def _rebuild(state: dict[str, Any]) -> QuantizedKVTensor:
+    return QuantizedKVTensor.from_state(state)
+
+
+def _mark_growing(t: QuantizedKVTensor) -> None:
+    # what torch._dynamo.maybe_mark_dynamic does, without its per-call cost
+    t._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
+    if t.format.is_raw:
+        t.residual._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
+        return
+    for buffer in (t.qdata, t.scale, t.zero_point):
+        buffer._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
+
+
+torch.serialization.add_safe_globals([QuantizedKVTensor, _rebuild])

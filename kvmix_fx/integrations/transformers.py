@@ -1,0 +1,266 @@
+"""transformers: cache classes for generate(), and what a compiled model does before each call.
+
+A DynamicCache needs nothing: its plain layers are packed by the graph on their first step, and
+every cache method then works on packed tensors. A StaticCache would allocate 16-bit buffers, so
+its full-attention layers are exchanged for packed ones before they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
+from kvmix_fx.plan import KVPlan, LayerPlan
+
+
+class KVMixDynamicLayer(DynamicLayer):
+    """A growing layer that packs its first tokens itself when no compiled graph does."""
+
+    def __init__(self, layer_plan: LayerPlan) -> None:
+        """Start empty."""
+        super().__init__()
+        self.layer_plan = layer_plan
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, Hkv, n, D]; the first tokens are returned exact."""
+        if torch.compiler.is_compiling() or self.get_seq_length() > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        key_format, value_format = self.layer_plan.formats(key_states.shape[-1])
+        self.keys = QuantizedKVTensor.from_hp(key_states, key_format)
+        self.values = QuantizedKVTensor.from_hp(value_states, value_format)
+        return key_states, value_states
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class KVMixCache(DynamicCache):
+    """A growing packed cache, for `generate(past_key_values=...)` on a compiled or plain model."""
+
+    def __init__(self, plan: KVPlan, config: Any) -> None:
+        """`config`: the model's; layers that are no full attention keep their own kind."""
+        plan = plan.for_model(config)
+        super().__init__(config=config)
+        self.plan = plan
+        for i, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer and not plan.layers[i].is_raw:
+                self.layers[i] = KVMixDynamicLayer(plan.layers[i])
+
+
+class KVMixStaticLayer(StaticLayer):
+    """A layer of fixed capacity whose keys and values are packed from the first token on."""
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, layer_plan: LayerPlan) -> None:
+        """`max_cache_len`: capacity in tokens."""
+        super().__init__(max_cache_len)
+        self.layer_plan = layer_plan
+        # a plain bool: the first step runs another graph anyway
+        self.has_tokens = False
+        # tokens stored, known without asking the device
+        self.host_length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        key_format, value_format = self.layer_plan.formats(self.k_head_dim)
+        live = torch.zeros((), dtype=torch.int64, device=self.device)
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        self.keys = QuantizedKVTensor.empty_fixed(
+            *shape, self.k_head_dim, key_format, self.dtype, self.device, live
+        )
+        self.values = QuantizedKVTensor.empty_fixed(
+            *shape, self.v_head_dim, value_format, self.dtype, self.device, live
+        )
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        for tensor in (*self.keys.buffers, *self.values.buffers, self.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store [B, Hkv, n, D]. The first tokens are returned themselves, so prefill is exact."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n = key_states.shape[-2]
+        positions = torch.arange(n, device=self.device) + self.cumulative_length
+        self.keys.index_copy_(2, positions, key_states)
+        self.values.index_copy_(2, positions, value_states)
+        self.cumulative_length.add_(n)
+        if not self.has_tokens:
+            self.has_tokens = True
+            return key_states, value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the attention mask."""
+        return (self.max_cache_len if self.has_tokens else query_length), 0
+
+    def reset(self) -> None:
+        """Forget all tokens, keep the buffers."""
+        super().reset()
+        self.has_tokens = False
+        self.host_length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        stored = int(self.cumulative_length)
+        length = tokens_to_remove if tokens_to_remove > 0 else max(0, stored + tokens_to_remove)
+        if length >= stored:
+            return
+        for tensor in (self.keys, self.values):
+            assert isinstance(tensor, QuantizedKVTensor) and tensor.live is not None
+            tensor.rewind_(length, stored)
+            tensor.live.fill_(length)
+        self.cumulative_length.fill_(length)
+        self.host_length = length
+        self.has_tokens = length > 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        self.keys, self.values = (t.repeat_interleave(repeats, dim=0) for t in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows."""
+        self.keys, self.values = self.keys[indices, ...], self.values[indices, ...]
+
+
+class KVMixStaticCache(StaticCache):
+    """A packed cache of fixed capacity, for `generate(past_key_values=...)`."""
+
+    def __init__(self, plan: KVPlan, config: Any, max_cache_len: int) -> None:
+        """`max_cache_len`: capacity in tokens. Buffers are allocated at the first call."""
+        plan = plan.for_model(config)
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.plan = plan
+        pack_static_layers(self, plan)
+
+
+def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
+    """Exchange the plain full-attention layers of a StaticCache for packed ones.
+
+    Tokens they already hold are packed; layers the plan keeps at 16 bits stay.
+    """
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not StaticLayer or plan.layers[i].is_raw:
+            continue
+        packed = KVMixStaticLayer(layer.max_cache_len, plan.layers[i])
+        if layer.is_initialized and (stored := int(layer.cumulative_length)):
+            packed.update(layer.keys[:, :, :stored], layer.values[:, :, :stored])
+            packed.host_length = stored
+        cache.layers[i] = packed
+
+
+class TransformersCalls:
+    """What a compiled transformers model does before each forward."""
+
+    def __init__(self, model: PreTrainedModel, plan: KVPlan) -> None:
+        """Keep what the checks need."""
+        self.model, self.plan = model, plan
+
+    def prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[], None]]:
+        """Check the inputs and bring the cache into the form the graph expects.
+
+        Raises:
+            ModelInputError: no tokens. CapacityError: a fixed cache is too small; nothing was written.
+            CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
+        """
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds", args[0] if args else None)
+        if not isinstance(tokens, Tensor):
+            return args, kwargs, _nothing
+        batch, n = tokens.shape[:2]
+        if batch == 0 or n == 0:
+            raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
+        # else the first prompt's length would be compiled in, and the second would recompile
+        for name in ("attention_mask", "position_ids"):
+            _mark_length(kwargs.get(name))
+        _mark_length(tokens)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            return args, kwargs, self._prepare_cache(cache, batch, n)
+        return args, kwargs, _nothing
+
+    def _prepare_cache(self, cache: Cache, batch: int, n: int) -> Callable[[], None]:
+        plan = getattr(cache, "plan", None)
+        if plan is not None and plan.digest != self.plan.digest:
+            raise PlanMismatchError(
+                f"this cache was made for {plan!r}, the model was compiled with {self.plan!r}: make the "
+                "cache from the plan given to kvmix_fx.compile"
+            )
+        if isinstance(cache, StaticCache):
+            pack_static_layers(cache, self.plan)
+        fixed = [layer for layer in cache.layers if isinstance(layer, KVMixStaticLayer)]
+        for layer in fixed:
+            if layer.host_length + n > layer.max_cache_len:
+                raise CapacityError(
+                    f"{n} tokens after the {layer.host_length} stored ones exceed the capacity of "
+                    f"{layer.max_cache_len}: make the cache larger (max_cache_len)"
+                )
+            if not layer.is_initialized:
+                geometry = self.plan.geometry
+                assert geometry is not None
+                empty = torch.empty(
+                    (batch, geometry.num_kv_heads, 0, geometry.head_dim),
+                    dtype=self.model.dtype,
+                    device=self.model.device,
+                )
+                layer.lazy_initialization(empty, empty)
+        self._check_packed(cache, batch)
+
+        def finish() -> None:
+            for layer in fixed:
+                layer.host_length += n
+
+        return finish if fixed else _nothing
+
+    def _check_packed(self, cache: Cache, batch: int) -> None:
+        checked = False
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name, None)
+                if not isinstance(tensor, QuantizedKVTensor):
+                    continue
+                if tensor._is_view():
+                    # slicing makes autograd views, which Dynamo would trace together with their base
+                    setattr(layer, name, tensor.alias())
+                if checked:
+                    continue
+                checked = True
+                mine = (batch, self.model.dtype, self.model.device)
+                theirs = (tensor.shape[0], tensor.dtype, tensor.device)
+                if mine != theirs:
+                    raise CacheShapeError(
+                        f"the model gets (batch, dtype, device) {mine}, the cache holds {theirs}: continue "
+                        "with the batch the cache was filled with, or start a new cache"
+                    )
+
+
+def _nothing() -> None:
+    return None
+
+
+def _mark_length(x: Any) -> None:
+    if isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[1] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, 1)

@@ -1,0 +1,116 @@
+"""The callable handed to Dynamo: unpacks packed inputs, runs the rewritten graph, repacks outputs.
+
+This runs in every step, so it does no more than look up, extend and wrap. Token counts that the
+graph knew only as symbols are computed from the actual arguments; asking a traced symbol would
+freeze the first value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache.growth import prepare_append
+from kvmix_fx.passes import dynamo
+from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
+from kvmix_kernels.reference.storage import Buffers
+
+Arguments = Sequence[Any]
+
+
+class Boundary:
+    """Runs a rewritten graph under the original signature."""
+
+    def __init__(self, rewritten: Rewritten, inner: Callable[..., Any]) -> None:
+        """`inner` takes the rewritten module's inputs and returns its flat outputs."""
+        self._inner = inner
+        self._live_output = rewritten.live_output
+        self._fixed = rewritten.fixed
+        values = rewritten.values
+        self._packed = {i: size_evaluator(extra, values) for i, extra in rewritten.packed.items()}
+        self._order = sorted(self._packed)
+        self._outputs = [
+            (recipe, size_evaluator(recipe.length, values) if isinstance(recipe, Adopted) else None)
+            for recipe in rewritten.outputs
+        ]
+
+    def __call__(self, *args: Any) -> list[Any]:
+        """Original inputs to original outputs."""
+        flat: list[Any] = []
+        prepared: dict[int, tuple[Buffers, Any, int]] = {}
+        position = 0
+        for i in self._order:
+            flat.extend(args[position:i])
+            position = i + 1
+            tensor: QuantizedKVTensor = args[i]
+            buffers = tensor.buffers
+            if tensor.lease is not None:
+                extra = self._packed[i](args)
+                length = tensor.lease.length + extra
+                store: Any = tensor.lease.store
+                if extra:
+                    buffers, store = prepare_append(buffers, tensor.lease, extra, tensor.format)
+                prepared[i] = (buffers, store, length)
+            flat.extend(buffers)
+        flat.extend(args[position:])
+        results = self._inner(*flat)
+        if self._live_output is not None:
+            self._count(args, results[self._live_output])
+        return [self._repack(recipe, length, args, results, prepared) for recipe, length in self._outputs]
+
+    def _repack(
+        self,
+        recipe: Any,
+        length: Callable[[Arguments], int] | None,
+        args: Arguments,
+        results: Sequence[Any],
+        prepared: dict[int, tuple[Buffers, Any, int]],
+    ) -> Any:
+        if isinstance(recipe, Grown):
+            buffers, store, total = prepared[recipe.past]
+            return QuantizedKVTensor(buffers, total, args[recipe.past].format, store=store)
+        if isinstance(recipe, Adopted):
+            assert length is not None
+            buffers = Buffers(*results[recipe.first : recipe.first + 4])
+            return QuantizedKVTensor(buffers, length(args), recipe.format)
+        return results[recipe.index]
+
+    def _count(self, args: Arguments, end: torch.Tensor) -> None:
+        # the tensors of one cache usually share their counter
+        counters = {id(args[i].live): args[i].live for i in self._fixed}
+        for live in counters.values():
+            live.copy_(end)
+
+
+def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:
+    """A function from the actual arguments to the number that `size` stood for.
+
+    values: example values of the inputs; every symbol of `size` is a dimension of one of them.
+    """
+    if not dynamo.is_symbolic(size):
+        number = int(size)
+        return lambda args: number
+    expression = dynamo.expression(size)
+    if expression.is_number:
+        number = int(expression)
+        return lambda args: number
+    readers = {symbol: _reader(symbol, values) for symbol in expression.free_symbols}
+    if expression.is_Symbol:
+        return readers[expression]
+    return lambda args: int(expression.xreplace({s: read(args) for s, read in readers.items()}))
+
+
+def _reader(symbol: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:
+    for i, value in enumerate(values):
+        if dynamo.is_symbolic(value) and dynamo.expression(value) == symbol:
+            return lambda args: int(args[i])
+    for i, value in enumerate(values):
+        if not isinstance(value, torch.Tensor):
+            continue
+        for dim, size in enumerate(value.shape):
+            if dynamo.is_symbolic(size) and dynamo.expression(size) == symbol:
+                return lambda args: int(args[i].shape[dim])
+    raise LookupError(f"no input has the size {symbol}")

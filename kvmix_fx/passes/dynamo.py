@@ -1,0 +1,86 @@
+"""All that touches Dynamo's private surface. tests/passes/test_dynamo_facts.py has a canary per fact.
+
+Facts relied on: nodes carry `example_value`; placeholders carry `_dynamo_source`; the module
+carries `meta["dynamo_compile_id"]` and `_param_name_to_source`, without which AOTAutograd treats
+no input as static; `nn_module_stack` names the module of a node; the example value of a packed
+input is a fake QuantizedKVTensor whose buffers are fakes with symbols of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import AttrSource
+
+_STATIC = "_dynamo_static_input_type"
+
+
+def example(node: Any) -> Any:
+    """The fake value of a node, or the argument itself if it is no node."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the innermost module whose forward made this node, '' if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return str(path)
+
+
+def source_name(node: fx.Node) -> str:
+    """How the caller reaches a placeholder's value, for people."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return node.name
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy that may be edited. Dynamo reads its own graph again after the backend returns."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        twin = graph.node_copy(node, lambda n: mapping[n])
+        if hasattr(node, "_dynamo_source"):
+            twin._dynamo_source = node._dynamo_source
+        mapping[node] = twin
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    return copied, mapping
+
+
+def add_buffer_placeholder(graph: fx.Graph, base: fx.Node, attribute: str, value: Any) -> fx.Node:
+    """A placeholder for one inner tensor of the packed input `base`, before it, marked static."""
+    with graph.inserting_before(base):
+        node = graph.placeholder(f"{base.name}_{attribute}")
+    node.meta["example_value"] = value
+    # the buffers stay where they are from step to step, so CUDA graphs need not copy them
+    node.meta["tensor_dict"] = {_STATIC: "unguarded"}
+    source = getattr(base, "_dynamo_source", None)
+    node._dynamo_source = AttrSource(source, attribute) if source is not None else None  # type: ignore[attr-defined]
+    return node
+
+
+def example_inputs(gm: fx.GraphModule) -> list[Any]:
+    """Fake inputs in placeholder order."""
+    return [example(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a size is a symbol rather than a number."""
+    return isinstance(value, torch.SymInt)
+
+
+def expression(value: torch.SymInt) -> Any:
+    """The sympy expression behind a symbolic size."""
+    return value.node.expr

@@ -1,0 +1,34 @@
+"""Find calls of scaled_dot_product_attention, in Dynamo's and in ATen's spelling."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from kvmix_fx.passes.sites import AttentionCall
+
+_TARGETS = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def find_attention(graph: fx.Graph) -> list[AttentionCall]:
+    """All calls in graph order, arguments by name."""
+    calls = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _TARGETS:
+            continue
+        arguments = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+        calls.append(
+            AttentionCall(
+                node,
+                arguments["query"],
+                arguments["key"],
+                arguments["value"],
+                arguments.get("attn_mask"),
+                arguments.get("dropout_p", 0.0),
+                arguments.get("is_causal", False),
+                arguments.get("scale"),
+            )
+        )
+    return calls

@@ -1,0 +1,112 @@
+"""The pass, as an explicit list of steps over one of Dynamo's graphs.
+
+find -> assign layers -> apply the plan -> rewrite -> verify -> report.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from kvmix_fx.errors import HeadSizeError, PlanLayerError
+from kvmix_fx.passes import dynamo
+from kvmix_fx.passes.assign import assign_layers
+from kvmix_fx.passes.dynamo import example
+from kvmix_fx.passes.find.updates import find_updates, packed_inputs
+from kvmix_fx.passes.match import find_sites
+from kvmix_fx.passes.report import GraphReport, SiteReport
+from kvmix_fx.passes.rewrite import Rewritten, rewrite
+from kvmix_fx.passes.sites import ADOPT, LEAVE, Site
+from kvmix_fx.passes.verify import verify
+from kvmix_fx.plan import KVPlan
+from kvmix_kernels import layout
+from kvmix_kernels.layout import TensorFormat
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The rewritten graph (None: nothing matched, use the original) and the report."""
+
+    rewritten: Rewritten | None
+    report: GraphReport
+
+
+def run(gm: fx.GraphModule, plan: KVPlan) -> PassResult:
+    """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is."""
+    copied, _ = dynamo.copy_module(gm)
+    sites = find_sites(copied.graph)
+    assign_layers(sites)
+    for site in sites:
+        _apply_plan(site, plan)
+    report = GraphReport([_report(site, plan) for site in sites])
+    attended = {
+        update.node for site in sites for update in (site.key_update, site.value_update) if update is not None
+    }
+    leftover = [u for u in find_updates(copied.graph) if u.node not in attended]
+    if not report.changed and not packed_inputs(copied.graph):
+        return PassResult(None, report)
+    result = rewrite(copied, sites, leftover, lambda site: _formats(site, plan))
+    verify(result, sites)
+    for site in report.sites:
+        log.debug("%s", site)
+    log.info(
+        "kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(report.sites)
+    )
+    return PassResult(result, report)
+
+
+def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
+    assert site.layer is not None
+    return plan.layers[site.layer].formats(int(example(site.key_root).shape[3]))
+
+
+def _apply_plan(site: Site, plan: KVPlan) -> None:
+    """Take back the adoption of layers that the plan leaves alone or that cannot be packed."""
+    if site.action != ADOPT:
+        return
+    if site.layer is None or site.layer >= len(plan.layers):
+        raise PlanLayerError(
+            f"the model has an attention layer {site.layer} ({site.module}), but the plan has only "
+            f"{len(plan.layers)} layers: build the plan from this model"
+        )
+    layer = plan.layers[site.layer]
+    if layer.is_raw:
+        site.action, site.reason = LEAVE, "the plan keeps this layer at 16 bits"
+        return
+    try:
+        for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
+            layout.check_head_size(fmt, int(example(root).shape[3]))
+    except HeadSizeError as error:
+        site.action, site.reason = LEAVE, str(error)
+
+
+def _report(site: Site, plan: KVPlan) -> SiteReport:
+    formats: tuple[TensorFormat, TensorFormat] | None = None
+    shape: Any = None
+    if site.key_update is not None and site.value_update is not None:
+        formats = (site.key_update.tensor.format, site.value_update.tensor.format)
+        shape = site.key_update.tensor.shape
+    elif site.action == ADOPT:
+        formats = _formats(site, plan)
+        shape = example(site.key_root).shape
+    bytes_per_token = None
+    if formats is not None:
+        head_dim = int(shape[3])
+        bits = sum(layout.bits_per_packed_element(f, head_dim) for f in formats)
+        bytes_per_token = int(shape[1]) * head_dim * bits / 8
+    return SiteReport(
+        layer=site.layer,
+        module=site.module,
+        idiom=site.idiom,
+        action=site.action,
+        reason=site.reason,
+        key_bits=formats[0].bits if formats else layout.RAW_BITS,
+        value_bits=formats[1].bits if formats else layout.RAW_BITS,
+        bytes_per_token=bytes_per_token,
+        query_length=str(example(site.call.query).shape[2]),
+    )

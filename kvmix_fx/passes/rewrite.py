@@ -1,0 +1,320 @@
+"""Replace matched sites by ops on the plain buffers.
+
+before   k = cat(cache_k, new_k); v = cat(cache_v, new_v); o = sdpa(q, heads(k), heads(v)); return k, v, o
+after    o = kvmix.attend(q, new_k, new_v, *buffers); kvmix.append_(*buffers, new_k, new_v); return o
+
+Packed inputs become their buffers; packed outputs disappear and are put together again outside
+the graph (`boundary`). Nodes are erased only if the rewrite orphaned them: Dynamo's graph is not
+functional, so a general dead-code elimination would delete live in-place operations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.passes import dynamo
+from kvmix_fx.passes.dynamo import example
+from kvmix_fx.passes.find.updates import packed_inputs
+from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, Site, Update
+from kvmix_kernels import ops
+from kvmix_kernels.layout import TensorFormat
+
+BUFFERS = ("qdata", "scale", "zero_point", "residual")
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A graph output that is a growing packed input with `extra` more tokens.
+
+    past: index of the input. extra: number of tokens, an int or a symbolic size.
+    """
+
+    past: int
+    extra: Any
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A graph output packed inside the graph: buffers at flat outputs `first`..`first + 3`."""
+
+    first: int
+    length: Any
+    format: TensorFormat
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A graph output as it was, at flat output `index`."""
+
+    index: int
+
+
+@dataclass
+class Rewritten:
+    """The rewritten module and how to get from the original signature to its own.
+
+    packed: original input index -> number of tokens the graph appends (an int or symbolic).
+    outputs: one entry per original output. fixed: inputs of fixed capacity that are written;
+    live_output: flat output that holds their new token count. values: example values of the
+    original inputs.
+    """
+
+    module: fx.GraphModule
+    packed: dict[int, Any]
+    outputs: list[Grown | Adopted | Plain]
+    fixed: list[int]
+    live_output: int | None
+    values: list[Any]
+
+
+FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
+
+
+def rewrite(
+    gm: fx.GraphModule, sites: Iterable[Site], leftover: list[Update], formats: FormatOf
+) -> Rewritten:
+    """Apply every site's action to `gm`, which is edited.
+
+    Args:
+        gm: a copy of Dynamo's module.
+        sites: matched on `gm`'s own nodes.
+        leftover: updates that belong to no attention call.
+        formats: key and value format for adopted sites.
+    """
+    return _Rewriter(gm, list(sites), leftover, formats).run()
+
+
+class _Rewriter:
+    def __init__(
+        self, gm: fx.GraphModule, sites: list[Site], leftover: list[Update], formats: FormatOf
+    ) -> None:
+        self.gm, self.graph = gm, gm.graph
+        self.sites, self.leftover, self.formats = sites, leftover, formats
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.values = [example(n) for n in self.inputs]
+        self.output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        self.packed = packed_inputs(self.graph)
+        self.symbols = {
+            str(dynamo.expression(value)): node
+            for node, value in zip(self.inputs, self.values, strict=True)
+            if dynamo.is_symbolic(value)
+        }
+        self.buffers: dict[fx.Node, list[fx.Node]] = {}
+        self.extra: dict[fx.Node, Any] = {}
+        self.grown: dict[fx.Node, fx.Node] = {}
+        self.adopted: dict[fx.Node, tuple[list[fx.Node], TensorFormat]] = {}
+        self.starts: dict[fx.Node, fx.Node] = {}
+        self.end: fx.Node | None = None
+        self.dead: list[fx.Node] = []
+
+    def run(self) -> Rewritten:
+        for base, tensor in self.packed.items():
+            self.buffers[base] = [
+                dynamo.add_buffer_placeholder(self.graph, base, name, getattr(tensor, name))
+                for name in BUFFERS
+            ]
+        for sites in self._by_cache():
+            k, v = sites[0].key_update, sites[0].value_update
+            assert k is not None and v is not None
+            for site in sites:
+                if site.action == ATTEND:
+                    self._attend(site, k, v)
+            if any(site.action == STORAGE for site in sites):
+                self._materialize(k)
+                self._materialize(v)
+            self._append(k, v, sites[0].call.mask, [site.call.node for site in sites])
+        # updates without a known attention call still store their tokens; any two share one append
+        for first, second in zip(self.leftover[::2], self.leftover[1::2], strict=True):
+            self._materialize(first)
+            self._materialize(second)
+            self._append(first, second, None, [])
+        for site in self.sites:
+            if site.action == ADOPT:
+                self._adopt(site)
+        outputs, live_output = self._outputs()
+        self._sweep()
+        for base in self.packed:
+            if base.users:
+                self._unpack_for_readers(base)
+            self.graph.erase_node(base)
+        self.graph.lint()
+        self.gm.recompile()
+        index = {node: i for i, node in enumerate(self.inputs)}
+        return Rewritten(
+            self.gm,
+            {index[base]: self.extra.get(base, 0) for base in self.packed},
+            outputs,
+            [index[base] for base in self.extra if self.packed[base].is_fixed],
+            live_output,
+            self.values,
+        )
+
+    def _by_cache(self) -> list[list[Site]]:
+        """Sites grouped by the keys and values they read: one append serves all of a group."""
+        groups: dict[tuple[fx.Node, fx.Node], list[Site]] = {}
+        for site in self.sites:
+            if site.key_update is not None and site.value_update is not None:
+                groups.setdefault((site.key_update.past, site.value_update.past), []).append(site)
+        return list(groups.values())
+
+    def _length(self, tensor: QuantizedKVTensor) -> Any:
+        """The token count of a growing tensor, or the capacity of a fixed one."""
+        size = tensor.shape[2]
+        return self.symbols[str(dynamo.expression(size))] if dynamo.is_symbolic(size) else int(size)
+
+    def _start(self, update: Update) -> fx.Node | None:
+        """Device-side token count before this step, for fixed caches: the first position written."""
+        positions = update.positions
+        if positions is None:
+            return None
+        if positions not in self.starts:
+            with self.graph.inserting_after(positions):
+                first = self.graph.call_function(operator.getitem, (positions, 0))
+            self.starts[positions] = first
+            if self.end is None:
+                with self.graph.inserting_after(first):
+                    last = self.graph.call_function(operator.getitem, (positions, -1))
+                with self.graph.inserting_after(last):
+                    self.end = self.graph.call_function(operator.add, (last, 1))
+        return self.starts[positions]
+
+    def _attend(self, site: Site, k: Update, v: Update) -> None:
+        call = site.call
+        scale = call.scale if call.scale is not None else ops.default_scale(int(example(call.query).shape[3]))
+        start = self._start(k)
+        with self.graph.inserting_before(call.node):
+            node = self.graph.call_function(
+                ops.attend,
+                (
+                    *(call.query, k.new, v.new, *self.buffers[k.past], *self.buffers[v.past]),
+                    *(call.mask, start, self._length(k.tensor), scale),
+                    *(list(k.tensor.format), list(v.tensor.format)),
+                ),
+            )
+        node.meta = dict(call.node.meta)
+        call.node.replace_all_uses_with(node)
+        self.dead.append(call.node)
+
+    def _append(self, k: Update, v: Update, mask: fx.Node | None, readers: list[fx.Node]) -> None:
+        """Store the new tokens after everything that reads the cache as it was before the step."""
+        if k.new is None or v.new is None:
+            return
+        start = self._start(k)
+        self._start(v)
+        anchor = max((*readers, k.node, v.node, k.new, v.new), key=lambda n: self.order[n])
+        with self.graph.inserting_after(anchor):
+            self.graph.call_function(
+                ops.append_,
+                (
+                    *(*self.buffers[k.past], *self.buffers[v.past], k.new, v.new, mask, start),
+                    *(self._length(k.tensor), list(k.tensor.format), list(v.tensor.format)),
+                ),
+            )
+        for update in (k, v):
+            assert update.new is not None
+            self.extra[update.past] = example(update.new).shape[2]
+            self.grown[update.node] = update.past
+            self.dead.append(update.node)
+
+    def _materialize(self, update: Update) -> None:
+        """Give readers that need plain numbers the unpacked history with the new tokens exact."""
+        base, node = update.past, update.node
+        start = self._start(update)
+        if update.new is None:
+            return  # readers of the placeholder are served at the end
+        with self.graph.inserting_before(node):
+            history = self.graph.call_function(
+                ops.dequantize,
+                (*self.buffers[base], start, self._length(update.tensor), list(update.tensor.format)),
+            )
+            if update.positions is None:
+                full = self.graph.call_function(torch.cat, ([history, update.new], 2))
+            else:
+                full = self.graph.call_function(torch.index_copy, (history, 2, update.positions, update.new))
+        node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not self.output)
+        if update.positions is not None:
+            later = self.order[node]
+            base.replace_all_uses_with(full, delete_user_cb=lambda user: self.order.get(user, -1) > later)
+
+    def _adopt(self, site: Site) -> None:
+        """Pack the plain keys and values right after their exact attention."""
+        for root, fmt in zip((site.key_root, site.value_root), self.formats(site), strict=True):
+            assert root is not None
+            if root in self.adopted:
+                continue
+            with self.graph.inserting_after(site.call.node):
+                packed = self.graph.call_function(ops.quantize_pack, (root, site.call.mask, list(fmt)))
+            items = []
+            after = packed
+            for i in range(len(BUFFERS)):
+                with self.graph.inserting_after(after):
+                    after = self.graph.call_function(operator.getitem, (packed, i))
+                items.append(after)
+            self.adopted[root] = (items, fmt)
+
+    def _outputs(self) -> tuple[list[Grown | Adopted | Plain], int | None]:
+        flat: list[Any] = []
+        recipes: list[Grown | Adopted | Plain] = []
+        index = {node: i for i, node in enumerate(self.inputs)}
+        for value in self.output.args[0]:  # type: ignore[union-attr]
+            if value in self.grown:
+                base = self.grown[value]
+                recipes.append(Grown(index[base], self.extra[base]))
+            elif value in self.adopted:
+                items, fmt = self.adopted[value]
+                recipes.append(Adopted(len(flat), example(value).shape[2], fmt))
+                flat.extend(items)
+            else:
+                recipes.append(Plain(len(flat)))
+                flat.append(value)
+        live_output = None
+        if self.end is not None:
+            live_output = len(flat)
+            flat.append(self.end)
+        self.output.args = (tuple(flat),)
+        return recipes, live_output
+
+    def _sweep(self) -> None:
+        """Erase what the rewrite orphaned, and nothing else."""
+        pending = [*self.dead, *(user for base in self.packed for user in base.users)]
+        ours = set(self.dead)
+        while pending:
+            node = pending.pop()
+            if (
+                node.graph is not self.graph
+                or node.users
+                or node._erased
+                or node.op in ("placeholder", "output")
+            ):
+                continue
+            if node not in ours and _has_effect(node):
+                continue
+            inputs = node.all_input_nodes
+            self.graph.erase_node(node)
+            pending.extend(inputs)
+
+    def _unpack_for_readers(self, base: fx.Node) -> None:
+        first = min(base.users, key=lambda n: self.order.get(n, -1))
+        tensor = self.packed[base]
+        start = None
+        if tensor.is_fixed and self.starts:
+            start = next(iter(self.starts.values()))
+        with self.graph.inserting_before(first):
+            full = self.graph.call_function(
+                ops.dequantize, (*self.buffers[base], start, self._length(tensor), list(tensor.format))
+            )
+        base.replace_all_uses_with(full)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    name = str(name).split(".")[0]
+    return node.op == "call_module" or name == "setitem" or (name.endswith("_") and not name.endswith("__"))

@@ -1,0 +1,72 @@
+"""What a match binds: cache updates, attention calls, and the sites they form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from kvmix_fx.cache import QuantizedKVTensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """Tokens written to one packed input.
+
+    idiom: how it is written ("cat", "index_copy_", "setitem", or "read" for none).
+    node: the writing node (the placeholder itself for "read").
+    past: the packed placeholder. new: the new tokens [B, Hkv, n, D], None for "read".
+    positions: for fixed caches, the int64 tensor of consecutive positions.
+    """
+
+    idiom: str
+    node: fx.Node
+    past: fx.Node
+    new: fx.Node | None
+    positions: fx.Node | None
+    tensor: QuantizedKVTensor
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One scaled-dot-product-attention node with its arguments by name."""
+
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    dropout_p: Any
+    is_causal: Any
+    scale: float | None
+
+
+# what happens to a site
+ATTEND = "packed attention"
+ADOPT = "packed on exit"
+APPEND = "packed append"
+STORAGE = "packed storage only"
+LEAVE = "left at 16 bits"
+
+
+@dataclass
+class Site:
+    """An attention call and the cache it reads.
+
+    action: one of the constants above. reason: why not more was done ('' if it was).
+    key_update, value_update: writes to packed inputs. key_root, value_root: plain [B, Hkv, L, D]
+    nodes that leave the graph as the cache (action ADOPT).
+    """
+
+    call: AttentionCall
+    module: str
+    idiom: str
+    action: str
+    reason: str = ""
+    layer: int | None = None
+    key_update: Update | None = None
+    value_update: Update | None = None
+    key_root: fx.Node | None = None
+    value_root: fx.Node | None = None
+    notes: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Models, texts and input strategies for tests and benchmarks."""
