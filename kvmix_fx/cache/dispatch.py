@@ -177,15 +177,6 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return self.map_buffers(lambda b: b[indices[0]])
 
 
-@implements(aten.repeat_interleave.self_int)
-def _repeat_interleave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    self, repeats = args[:2]
-    dim = args[2] if len(args) > 2 else kwargs.get("dim")
-    if dim is None or _dim(self, dim) != 0:
-        return NotImplemented
-    return self.map_buffers(lambda b: b.repeat_interleave(repeats, 0))
-
-
 @implements(aten.clone.default)
 def _clone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].map_buffers(torch.clone)

@@ -218,6 +218,12 @@ class QuantizedKVTensor(torch.Tensor):
         store = self.lease.store if self.lease is not None else None
         return QuantizedKVTensor(self.buffers, self.shape[2], self.format, self.live, store)
 
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+        """Repeat batch rows, packed. PyTorch takes this operation apart before it can be dispatched."""
+        if dim != 0:
+            return super().repeat_interleave(repeats, dim, **kwargs)
+        return self.map_buffers(lambda b: b.repeat_interleave(repeats, 0, **kwargs))
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorFormat]]:
         names = list(_BUFFERS)
         if self.live is not None:

@@ -16,6 +16,10 @@ from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import quantize as q
 
 
+BLOCK_ELEMENTS = 1 << 21
+"""Elements that are rounded at a time, over batch and heads: bounds the memory of a long prefill."""
+
+
 class Buffers(NamedTuple):
     """The buffers of one cached tensor, as drawn in `kvmix_kernels.layout`."""
 
@@ -74,7 +78,7 @@ def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: 
         valid: bool [B, at least length + Lq] over token positions, or None.
         length: tokens stored before.
     """
-    qdata, scale, zero_point, residual = buffers
+    residual = buffers.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
         raise CacheShapeError(
             f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
@@ -82,25 +86,32 @@ def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: 
         )
     end = length + x.shape[2]
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
-    if new > old:
-        first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
-        tokens = x[:, :, max(0, first - length) : last - length]
-        if first < length:
-            tokens = torch.cat([raw_tokens(buffers, first, min(last, length), fmt), tokens], 2)
-        usable = None if valid is None else valid[:, first:last]
-        codes, step, offset = q.quantize(tokens, usable, fmt)
-        rows = slice(old * fmt.tile, new * fmt.tile)
-        qdata[:, :, rows] = q.pack(codes, fmt.bits)
-        grid = layout.scale_grid(fmt, x.shape[3], 1)[0]
-        groups = slice(old * grid, new * grid)
-        scale[:, :, groups] = step
-        zero_point[:, :, groups] = offset
+    per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
+    step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
+    for tile in range(old, new, step):
+        _flush(buffers, x, valid, length, tile, min(new, tile + step), fmt)
     if length < fmt.sink and not fmt.is_raw:
         stop = min(fmt.sink, end)
         residual[:, :, length:stop] = x[:, :, : stop - length]
     begin = length if fmt.is_raw else max(length, fmt.packed_end(end))
     for start, stop, slot in runs(begin, end, fmt):
         residual[:, :, slot : slot + stop - start] = x[:, :, start - length : stop - length]
+
+
+def _flush(
+    buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, old: int, new: int, fmt: TensorFormat
+) -> None:
+    """Pack tiles old..new-1, whose tokens are in the window or among the new ones."""
+    first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
+    tokens = x[:, :, max(0, first - length) : max(0, last - length)]
+    if first < length:
+        tokens = torch.cat([raw_tokens(buffers, first, min(last, length), fmt), tokens], 2)
+    codes, scale, zero_point = q.quantize(tokens, None if valid is None else valid[:, first:last], fmt)
+    buffers.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits)
+    per_tile = layout.scale_grid(fmt, x.shape[3], 1)[0]
+    groups = slice(old * per_tile, new * per_tile)
+    buffers.scale[:, :, groups] = scale
+    buffers.zero_point[:, :, groups] = zero_point
 
 
 def runs(begin: int, end: int, fmt: TensorFormat) -> list[tuple[int, int, int]]:

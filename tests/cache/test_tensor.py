@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvmix_fx.cache import QuantizedKVTensor, dispatch
+from kvmix_fx.errors import CacheMutationError, CapacityError, DequantizeWarning
+from kvmix_fx.testing.tensors import formats, values
+from kvmix_kernels import layout
+
+FMT = layout.make_format(2, "channel", 32, 32, 4, 32)
+
+
+def packed(length=200, fmt=FMT, seed=0, dtype=torch.float32):
+    x = values("normal", (2, 2, length, 64), seed, dtype)
+    return QuantizedKVTensor.from_hp(x, fmt), x
+
+
+def fixed(capacity=256, fmt=FMT, batch=2):
+    return QuantizedKVTensor.empty_fixed(batch, 2, capacity, 64, fmt, torch.float32, "cpu")
+
+
+def positions(start, n):
+    return torch.arange(start, start + n)
+
+
+@given(formats(64), st.integers(1, 100), st.integers(1, 40))
+def test_concatenation_appends(fmt, length, extra):
+    x = values("normal", (2, 2, length + extra, 64), 1)
+    grown = torch.cat([QuantizedKVTensor.from_hp(x[:, :, :length], fmt), x[:, :, length:]], -2)
+    assert isinstance(grown, QuantizedKVTensor)
+    assert torch.equal(grown.dequantize(), QuantizedKVTensor.from_hp(x, fmt).dequantize())
+
+
+@given(formats(64), st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_writes_by_position_append_to_a_fixed_cache(fmt, pieces):
+    total = sum(pieces)
+    x = values("normal", (2, 2, total, 64), 2)
+    cache, start = fixed(256, fmt), 0
+    for n in pieces:
+        cache.index_copy_(2, positions(start, n), x[:, :, start : start + n])
+        start += n
+    assert cache.stored_tokens() == total
+    want = QuantizedKVTensor.from_hp(x, fmt).dequantize()
+    assert torch.equal(cache.dequantize()[:, :, :total], want)
+    assert not cache.dequantize()[:, :, total:].any()
+
+
+def test_setitem_by_position_appends():
+    cache = fixed()
+    x = values("normal", (2, 2, 3, 64), 0)
+    cache[:, :, positions(0, 3)] = x
+    assert torch.equal(cache.dequantize()[:, :, :3], x)
+
+
+def test_overflow_changes_nothing():
+    cache = fixed(64)
+    cache.index_copy_(2, positions(0, 60), torch.randn(2, 2, 60, 64))
+    before = cache.dequantize()
+    with pytest.raises(CapacityError, match="exceed the capacity of 64"):
+        cache.index_copy_(2, positions(60, 5), torch.randn(2, 2, 5, 64))
+    assert torch.equal(before, cache.dequantize())
+    assert cache.stored_tokens() == 60
+
+
+@pytest.mark.parametrize("where", [positions(70, 2), torch.tensor([10, 12])])
+def test_gaps_are_refused(where):
+    cache = fixed()
+    cache.index_copy_(2, positions(0, 10), torch.randn(2, 2, 10, 64))
+    with pytest.raises(CacheMutationError, match=r"gap|consecutive"):
+        cache.index_copy_(2, where, torch.randn(2, 2, 2, 64))
+
+
+def test_writing_an_earlier_position_rewinds():
+    x = values("normal", (2, 2, 120, 64), 0)
+    cache = fixed()
+    cache.index_copy_(2, positions(0, 120), x)
+    new = values("normal", (2, 2, 1, 64), 5)
+    cache.index_copy_(2, positions(119, 1), new)
+    assert cache.stored_tokens() == 120
+    assert torch.equal(cache.dequantize()[:, :, 119:120], new)
+    assert torch.equal(cache.dequantize()[:, :, 100:119], x[:, :, 100:119])
+
+
+def test_rows_can_be_reordered_selected_and_repeated():
+    t, _ = packed()
+    full = t.dequantize()
+    rows = torch.tensor([1, 0, 1])
+    for got, want in (
+        (t.index_select(0, rows), full.index_select(0, rows)),
+        (t[rows, ...], full[rows, ...]),
+        (t.repeat_interleave(2, dim=0), full.repeat_interleave(2, dim=0)),
+        (t[:1], full[:1]),
+    ):
+        assert isinstance(got, QuantizedKVTensor)
+        assert torch.equal(got.dequantize(), want)
+        got = torch.cat([got, torch.randn(got.shape[0], 2, 1, 64)], 2)
+        assert torch.equal(t.dequantize(), full)
+
+
+def test_copies_and_files_keep_every_bit():
+    t, _ = packed(dtype=torch.bfloat16)
+    stream = io.BytesIO()
+    torch.save(t, stream)
+    stream.seek(0)
+    from safetensors.torch import load, save
+
+    for other in (
+        t.clone(),
+        t.detach(),
+        copy.deepcopy(t),
+        pickle.loads(pickle.dumps(t)),
+        torch.load(stream, weights_only=True),
+        QuantizedKVTensor.from_state(load(save(t.to_state("layers.0.key."))), "layers.0.key."),
+        t.to("cpu", copy=True),
+    ):
+        assert isinstance(other, QuantizedKVTensor)
+        assert other.dtype == torch.bfloat16
+        assert all(torch.equal(a, b) for a, b in zip(t.buffers, other.buffers, strict=True))
+
+
+def test_a_fixed_cache_survives_files_and_reset():
+    cache = fixed()
+    cache.index_copy_(2, positions(0, 100), torch.randn(2, 2, 100, 64))
+    again = pickle.loads(pickle.dumps(cache))
+    assert again.stored_tokens() == 100
+    assert torch.equal(again.dequantize(), cache.dequantize())
+    cache.zero_()
+    assert cache.stored_tokens() == 0
+    assert not cache.dequantize().any()
+    assert again.stored_tokens() == 100
+
+
+def test_zero_leaves_forks_alone():
+    t, _ = packed()
+    fork, before = t.detach(), t.dequantize()
+    t.zero_()
+    assert not t.dequantize().any()
+    assert torch.equal(fork.dequantize(), before)
+
+
+def test_repr_tells_bits_and_bytes():
+    t, _ = packed()
+    assert "2 bits per channel in groups of 32" in repr(t)
+    assert f"{t.packed_nbytes} bytes" in repr(t)
+
+
+def test_reads_outside_the_table_unpack_with_one_warning():
+    t, _ = packed()
+    dispatch._warned.clear()
+    with pytest.warns(DequantizeWarning, match="bytes were unpacked"):
+        total = t.sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(t.sum(), total)
+        assert torch.equal(total, t.dequantize().sum())
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda t: t.mul_(2),
+        lambda t: t.add_(1),
+        lambda t: t.index_fill_(0, torch.tensor([0]), 1.0),
+        lambda t: t.__setitem__((slice(None), slice(None), slice(0, 2)), torch.zeros(2, 2, 2, 64)),
+        lambda t: t.copy_(torch.zeros(t.shape)),
+    ],
+)
+def test_mutations_outside_the_table_raise(operation):
+    t, _ = packed()
+    before = t.dequantize()
+    with pytest.raises(CacheMutationError, match=r"in place|packed"):
+        operation(t)
+    assert torch.equal(t.dequantize(), before)
+
+
+def test_no_cache_operation_makes_a_16_bit_copy():
+    """Appending, cropping and reordering allocate a fraction of the logical size."""
+    t, x = packed(4096)
+    logical = x.numel() * x.element_size()
+    for operation in (
+        lambda: torch.cat([t, x[:, :, :1]], 2),
+        lambda: t[..., :-1, :],
+        lambda: t.index_select(0, torch.tensor([1, 0])),
+    ):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            operation()
+        allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.events())
+        assert allocated < logical / 3
+
+
+def test_a_parent_can_be_continued_twice():
+    t, x = packed()
+    a = b = t
+    for i in range(100):
+        a = torch.cat([a, x[:, :, i : i + 1]], 2)
+    for i in range(100):
+        b = torch.cat([b, x[:, :, 100 + i : 101 + i]], 2)
+    want_a = QuantizedKVTensor.from_hp(torch.cat([x, x[:, :, :100]], 2), FMT).dequantize()
+    want_b = QuantizedKVTensor.from_hp(torch.cat([x, x[:, :, 100:]], 2), FMT).dequantize()
+    assert torch.equal(a.dequantize(), want_a)
+    assert torch.equal(b.dequantize(), want_b)
+
+
+def test_steady_appends_copy_nothing():
+    t, x = packed(150)
+    data = t.qdata.data_ptr()
+    for i in range(20):
+        t = torch.cat([t, x[:, :, i : i + 1]], 2)
+    assert t.qdata.data_ptr() == data
+
+
+class Forks(RuleBasedStateMachine):
+    """Whatever happens to one tensor, no other living one ever changes."""
+
+    @initialize(fmt=formats(64, (2, 16)), seed=st.integers(0, 1000), length=st.integers(1, 90))
+    def start(self, fmt, seed, length):
+        self.fmt, self.seed = fmt, seed
+        x = self.tokens(length)
+        self.pool = [(QuantizedKVTensor.from_hp(x, fmt), x)]
+        self.remember()
+
+    def tokens(self, n):
+        self.seed += 1
+        return values("normal", (2, 1, n, 64), self.seed)
+
+    def add(self, t, x):
+        self.pool.append((t, x))
+        self.pool = self.pool[-4:]
+        self.remember()
+
+    def remember(self):
+        self.seen = [(t, t.dequantize()) for t, _ in self.pool]
+
+    @rule(which=st.integers(0, 3), n=st.sampled_from((1, 1, 1, 2, 33, 70)))
+    def append(self, which, n):
+        t, x = self.pool[which % len(self.pool)]
+        new = self.tokens(n)
+        child = torch.cat([t, new], 2)
+        # the step's own last token always survives exactly if there is a window
+        if self.fmt.window or self.fmt.is_raw:
+            assert torch.equal(child.dequantize()[:, :, -1], new[:, :, -1])
+        self.add(child, torch.cat([x, new], 2))
+
+    @rule(which=st.integers(0, 3), back=st.integers(1, 60))
+    def crop(self, which, back):
+        t, x = self.pool[which % len(self.pool)]
+        if t.shape[2] > back:
+            full = t.dequantize()[:, :, :-back]
+            child = t[..., :-back, :]
+            assert torch.equal(child.dequantize(), full)
+            self.add(child, x[:, :, :-back])
+
+    @rule(which=st.integers(0, 3))
+    def drop(self, which):
+        if len(self.pool) > 1:
+            del self.pool[which % len(self.pool)]
+            self.remember()
+
+    @rule(which=st.integers(0, 3))
+    def flip(self, which):
+        t, x = self.pool[which % len(self.pool)]
+        rows = torch.tensor([1, 0])
+        self.add(t.index_select(0, rows), x[rows])
+
+    @invariant()
+    def nothing_changed(self):
+        for t, before in getattr(self, "seen", []):
+            assert torch.equal(t.dequantize(), before)
+
+    @invariant()
+    def tokens_are_close(self):
+        for t, x in getattr(self, "pool", []):
+            assert t.shape == x.shape
+            # rounded at most a few times over a range of about 8
+            assert (t.dequantize() - x).abs().max() < 8
+
+
+Forks.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+TestForks = Forks.TestCase

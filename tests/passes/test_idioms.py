@@ -1,0 +1,324 @@
+"""One tiny model per way of writing a cache: graph before and after, and numbers against an oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kvmix_fx
+from kvmix_fx.backend import KVMixBackend
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import NoSiteError
+from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE
+from kvmix_fx.testing.graphs import RecordingBackend, count_ops
+from kvmix_fx.testing.models import TupleCacheModel, sharpen
+from kvmix_kernels import ops
+
+
+def attention(q, k, v, mask=None, group=2, spelling="expand", **kwargs):
+    """The ways models repeat grouped heads."""
+    B, H, L, D = k.shape
+    if spelling == "expand":
+        k, v = (t[:, :, None, :, :].expand(B, H, group, L, D).reshape(B, H * group, L, D) for t in (k, v))
+    elif spelling == "unsqueeze":
+        k, v = (t.unsqueeze(2).expand(B, H, group, L, D).reshape(B, H * group, L, D) for t in (k, v))
+    elif spelling == "repeat_interleave":
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    elif spelling == "enable_gqa":
+        kwargs["enable_gqa"] = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **kwargs)
+
+
+PLAN = kvmix_fx.KVPlan.uniform(1, 2, 2, window=8)
+FORMATS = PLAN.layers[0].formats(32)
+
+
+def run(function, *args):
+    """Compile with the pass; return the result, the graphs given to the inner compiler, the report."""
+    recorder = RecordingBackend()
+    backend = KVMixBackend(PLAN, recorder)
+    with torch.no_grad():
+        result = torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return result, recorder.graphs, backend.report
+
+
+def caches(length=100, fixed=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for fmt in FORMATS:
+        x = torch.randn(2, 2, length, 32, generator=generator)
+        if not fixed:
+            tensors.append(QuantizedKVTensor.from_hp(x, fmt))
+            continue
+        t = QuantizedKVTensor.empty_fixed(2, 2, 160, 32, fmt, torch.float32, "cpu")
+        t.index_copy_(2, torch.arange(length), x)
+        tensors.append(t)
+    return tensors
+
+
+def step(n=1, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(2, 4, n, 32, generator=generator)
+    k, v = torch.randn(2, 2, 2, n, 32, generator=generator)
+    return q, k, v
+
+
+def oracle(q, k, v, past_k, past_v, length=None, **kwargs):
+    """SDPA over the unpacked history and the exact new tokens."""
+    hk, hv = past_k.dequantize()[:, :, :length], past_v.dequantize()[:, :, :length]
+    return attention(q, torch.cat([hk, k], 2), torch.cat([hv, v], 2), spelling="enable_gqa", **kwargs)
+
+
+@pytest.mark.parametrize("spelling", ["expand", "unsqueeze", "repeat_interleave", "enable_gqa"])
+@pytest.mark.parametrize("dim", [2, -2])
+@pytest.mark.parametrize("n", [1, 5])
+def test_concatenation_and_every_spelling_of_grouped_heads(spelling, dim, n):
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], dim), torch.cat((past_v, v), dim=dim)
+        return attention(q, full_k, full_v, spelling=spelling), full_k, full_v
+
+    past_k, past_v = caches()
+    want = oracle(*step(n), past_k, past_v)
+    (out, new_k, new_v), graphs, report = run(decode, *step(n), past_k, past_v)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert [s.action for s in report.sites] == [ATTEND]
+    assert count_ops(graphs[0], ops.attend) == 1
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert count_ops(graphs[0], F.scaled_dot_product_attention) == 0
+    assert count_ops(graphs[0], torch.cat) == 0
+    assert isinstance(new_k, QuantizedKVTensor)
+    assert torch.equal(new_k.dequantize(), torch.cat([past_k, step(n)[1]], 2).dequantize())
+    assert torch.equal(new_v.dequantize(), torch.cat([past_v, step(n)[2]], 2).dequantize())
+
+
+@pytest.mark.parametrize("idiom", ["index_copy_", "setitem"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_writes_by_position(idiom, n):
+    def decode(q, k, v, past_k, past_v, positions, mask):
+        if idiom == "index_copy_":
+            past_k.index_copy_(2, positions, k)
+            past_v.index_copy_(2, positions, v)
+        else:
+            past_k[:, :, positions] = k
+            past_v[:, :, positions] = v
+        return attention(q, past_k, past_v, mask)
+
+    past_k, past_v = caches(fixed=True)
+    mask = torch.arange(160)[None, None, None, :] <= torch.arange(100, 100 + n)[None, None, :, None]
+    want = oracle(*step(n), past_k, past_v, 100, mask=mask[..., : 100 + n])
+    address = past_k.qdata.data_ptr()
+    out, graphs, report = run(decode, *step(n), past_k, past_v, torch.arange(100, 100 + n), mask)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert [(s.action, s.idiom) for s in report.sites] == [(ATTEND, idiom)]
+    assert count_ops(graphs[0], ops.attend) == 1
+    assert count_ops(graphs[0], "index_copy_") == 0
+    assert past_k.stored_tokens() == past_v.stored_tokens() == 100 + n
+    assert past_k.qdata.data_ptr() == address
+    fresh, _ = caches(fixed=True)
+    fresh.index_copy_(2, torch.arange(100, 100 + n), step(n)[1])
+    assert torch.equal(past_k.dequantize(), fresh.dequantize())
+
+
+def test_first_step_of_a_fixed_cache_attends_to_its_own_tokens():
+    def prefill(q, k, v, past_k, past_v, positions):
+        past_k.index_copy_(2, positions, k)
+        past_v.index_copy_(2, positions, v)
+        return attention(q, k, v, is_causal=True)
+
+    past_k, past_v = (QuantizedKVTensor.empty_fixed(2, 2, 160, 32, f, torch.float32, "cpu") for f in FORMATS)
+    q, k, v = step(100)
+    out, graphs, report = run(prefill, q, k, v, past_k, past_v, torch.arange(100))
+    assert torch.equal(out, attention(q, k, v, is_causal=True))
+    assert [s.action for s in report.sites] == [APPEND]
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert torch.equal(past_k.dequantize()[:, :, :100], QuantizedKVTensor.from_hp(k, FORMATS[0]).dequantize())
+
+
+def test_plain_keys_and_values_that_leave_the_graph_are_packed():
+    def prefill(q, k, v):
+        return attention(q, k, v, is_causal=True), k, v
+
+    q, k, v = step(100)
+    (out, new_k, new_v), graphs, report = run(prefill, q, k * 1, v * 1)
+    assert torch.equal(out, attention(q, k, v, is_causal=True))
+    assert [s.action for s in report.sites] == [LEAVE]  # inputs of the graph belong to the caller
+
+    def projected(q, k, v):
+        k, v = k * 2, v * 2
+        return attention(q, k, v, is_causal=True), k, v
+
+    (out, new_k, new_v), graphs, report = run(projected, q, k, v)
+    assert torch.equal(out, attention(q, 2 * k, 2 * v, is_causal=True))
+    assert [s.action for s in report.sites] == [ADOPT]
+    assert count_ops(graphs[0], ops.quantize_pack) == 2
+    assert torch.equal(new_k.dequantize(), QuantizedKVTensor.from_hp(2 * k, FORMATS[0]).dequantize())
+    assert torch.equal(new_v.dequantize(), QuantizedKVTensor.from_hp(2 * v, FORMATS[1]).dequantize())
+
+
+def test_a_plain_history_is_packed_when_it_is_next_extended():
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, full_k, full_v), full_k, full_v
+
+    past = torch.randn(2, 2, 2, 100, 32)
+    q, k, v = step()
+    (out, new_k, _), _, report = run(decode, q, k, v, past[0], past[1])
+    assert torch.equal(out, attention(q, torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)))
+    assert [s.action for s in report.sites] == [ADOPT]
+    assert torch.equal(
+        new_k.dequantize(), QuantizedKVTensor.from_hp(torch.cat([past[0], k], 2), FORMATS[0]).dequantize()
+    )
+
+
+def test_one_append_serves_layers_that_share_keys_and_values():
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, full_k, full_v) + attention(q * 2, full_k, full_v), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step()
+    want = oracle(q, k, v, past_k, past_v) + oracle(q * 2, k, v, past_k, past_v)
+    (out, new_k, _), graphs, _ = run(decode, q, k, v, past_k, past_v)
+    torch.testing.assert_close(out, want, atol=4e-6, rtol=1e-5)
+    assert count_ops(graphs[0], ops.attend) == 2
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert new_k.shape[2] == 101
+
+
+def test_a_cache_that_is_only_read():
+    def cross(q, past_k, past_v):
+        return attention(q, past_k, past_v)
+
+    past_k, past_v = caches()
+    q = step()[0]
+    want = attention(q, past_k.dequantize(), past_v.dequantize(), spelling="enable_gqa")
+    out, graphs, report = run(cross, q, past_k, past_v)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert [s.action for s in report.sites] == [ATTEND]
+    assert count_ops(graphs[0], ops.append_) == 0
+
+
+def eager_attention(q, k, v):
+    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, -1) @ v
+
+
+def test_attention_written_out_keeps_packed_storage():
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return eager_attention(q, full_k, full_v), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step()
+    want = oracle(q, k, v, past_k, past_v)
+    (out, new_k, new_v), graphs, _ = run(decode, q, k, v, past_k, past_v)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert count_ops(graphs[0], ops.dequantize) == 2
+    assert new_k.shape[2] == new_v.shape[2] == 101
+    assert torch.equal(new_k.dequantize(), torch.cat([past_k, k], 2).dequantize())
+
+
+def test_sites_that_cannot_attend_packed_say_why_and_stay_right():
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, full_k, full_v, is_causal=True), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step(5)
+    want = oracle(q, k, v, past_k, past_v, is_causal=True)
+    (out, new_k, _), graphs, report = run(decode, q, k, v, past_k, past_v)
+    torch.testing.assert_close(out, want)
+    assert [s.action for s in report.sites] == [STORAGE]
+    assert "is_causal" in report.sites[0].reason
+    assert count_ops(graphs[0], ops.attend) == 0
+    assert new_k.shape[2] == 105
+
+
+def test_graphs_without_a_cache_are_returned_as_they_are():
+    def encode(q, k, v):
+        return attention(q, k * 2, v * 2), q.clone().clamp_(0)
+
+    q, k, v = step(10)
+    recorder = RecordingBackend()
+    original = []
+
+    class Spy(KVMixBackend):
+        def __call__(self, gm, example_inputs):
+            original.append(gm)
+            return super().__call__(gm, example_inputs)
+
+    backend = Spy(PLAN, recorder)
+    with torch.no_grad():
+        out = torch.compile(encode, backend=backend)(q, k, v)
+    assert recorder.graphs[0] is original[0]
+    assert torch.equal(out[0], attention(q, k * 2, v * 2))
+    assert [s.action for s in backend.report.sites] == [LEAVE]
+    assert "do not leave the graph" in backend.report.sites[0].reason
+
+
+def test_in_place_operations_beside_a_rewrite_survive():
+    """Dead-code elimination would delete them: Dynamo's graph is not functional."""
+
+    def decode(q, k, v, past_k, past_v, counter):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        weights = torch.zeros(2, 4)
+        weights.scatter_(1, torch.tensor([[1], [2]]), 3.0)
+        weights.clamp_(max=2.0)
+        counter.add_(1)
+        return attention(q, full_k, full_v) * weights.sum(), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step()
+    want = oracle(q, k, v, past_k, past_v) * 4
+    counter = torch.zeros(())
+    (out, _, _), _, _ = run(decode, q, k, v, past_k, past_v, counter)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    assert counter.item() == 1
+
+
+def test_a_tuple_cache_kept_by_the_caller():
+    model = sharpen(TupleCacheModel())
+    plan = kvmix_fx.KVPlan.uniform(2, 2, 2, window=8)
+    kvmix_fx.compile(model, plan, inner="eager")
+    x = torch.randn(1, 150, 64)
+    with torch.no_grad():
+        _, past = model(x[:, :100])
+        assert all(isinstance(t, QuantizedKVTensor) for kv in past for t in kv)
+        # two continuations of one parent must not touch each other
+        first, a = model(x[:, 100:101], past)
+        second, b = model(x[:, 101:102], past)
+        again, _ = model(x[:, 100:101], past)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, second)
+        assert a[0][0].shape[2] == b[0][0].shape[2] == 101
+        for i in range(101, 150):
+            _, a = model(x[:, i : i + 1], a)
+        once_more, _ = model(x[:, 101:102], past)
+        assert torch.equal(second, once_more)
+
+
+def test_models_without_attention_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    kvmix_fx.compile(model, PLAN)
+    with torch.no_grad(), pytest.raises(NoSiteError, match="no scaled_dot_product_attention"):
+        model(torch.randn(2, 4))
+
+
+def test_a_raw_half_stays_exact():
+    plan = kvmix_fx.KVPlan.uniform(1, 16, 2, window=8)
+    kf, vf = plan.layers[0].formats(32)
+    x = torch.randn(2, 2, 2, 100, 32)
+    past_k, past_v = QuantizedKVTensor.from_hp(x[0], kf), QuantizedKVTensor.from_hp(x[1], vf)
+    assert torch.equal(past_k.dequantize(), x[0])
+    q, k, v = step()
+
+    def decode(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, full_k, full_v), full_k, full_v
+
+    want = oracle(q, k, v, past_k, past_v)
+    (out, new_k, _), _, _ = run(decode, q, k, v, past_k, past_v)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert torch.equal(new_k.dequantize(), torch.cat([x[0], k], 2))
