@@ -199,7 +199,12 @@ class TransformersCalls:
         _mark_length(tokens)
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
-            return args, kwargs, self._prepare_cache(cache, batch, n)
+            finish = self._prepare_cache(cache, batch, n)
+            if any(isinstance(layer, KVMixStaticLayer) and not layer.has_tokens for layer in cache.layers):
+                # generate() built the mask for a plain StaticCache, which attends to all of its slots;
+                # the first step of a packed one attends to its own tokens
+                kwargs["attention_mask"] = _first_columns(kwargs.get("attention_mask"), n)
+            return args, kwargs, finish
         return args, kwargs, _nothing
 
     def _prepare_cache(self, cache: Cache, batch: int, n: int) -> Callable[[], None]:
@@ -264,3 +269,9 @@ def _nothing() -> None:
 def _mark_length(x: Any) -> None:
     if isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[1] > 1:
         torch._dynamo.maybe_mark_dynamic(x, 1)
+
+
+def _first_columns(mask: Any, n: int) -> Any:
+    if isinstance(mask, dict):
+        return {name: _first_columns(m, n) if name == "full_attention" else m for name, m in mask.items()}
+    return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() == 4 else mask

@@ -1,0 +1,252 @@
+"""generate() over packed caches, judged on raw logits against an oracle, with a control that must fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvmix_fx
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+from kvmix_fx.testing.models import tiny_llama
+
+from .oracle import OracleCache, worst
+
+NEW = 60
+NOISE = 2e-4
+DAMAGE = 0.02
+
+
+def plan_for(model, **kwargs):
+    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=16, **kwargs)
+    return plan.with_layers("last:1", key=4, value=3)
+
+
+def prompt(rows=2, length=70):
+    return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def padded(rows=2, length=70, pad=25):
+    ids = prompt(rows, length)
+    ids[0, :pad] = 0
+    return ids, (torch.arange(length) >= pad) | (torch.arange(rows)[:, None] > 0)
+
+
+def generate(model, ids, mask=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    settings = {"max_new_tokens": NEW, "do_sample": False} | kwargs
+    return model.generate(
+        ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings
+    )
+
+
+CASES = {
+    "greedy": ({}, False),
+    "left padded": ({}, True),
+    "sampling": ({"do_sample": True, "temperature": 1.5}, False),
+    "several returns": ({"do_sample": True, "num_return_sequences": 3}, False),
+    "beams": ({"num_beams": 3}, False),
+    "padded beams": ({"num_beams": 2, "num_return_sequences": 2}, True),
+    "chunked prefill": ({"prefill_chunk_size": 30}, False),
+    "static": ({"cache_implementation": "static"}, False),
+    "static, left padded": ({"cache_implementation": "static"}, True),
+    "static beams": ({"cache_implementation": "static", "num_beams": 2}, False),
+    "prompt lookup": ({"prompt_lookup_num_tokens": 4}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_oracle(case):
+    kwargs, pads = CASES[case]
+    model = tiny_llama()
+    plan = plan_for(model)
+    rows = 1 if case == "prompt lookup" else 2
+    ids, mask = padded() if pads else (prompt(rows), None)
+    if case == "prompt lookup":
+        ids = ids[:, :23].repeat(1, 3)  # something to look up
+    plain = generate(model, ids, mask, **kwargs)
+    repeat = kwargs.get("num_beams", 1) if "num_beams" in kwargs else kwargs.get("num_return_sequences", 1)
+    valid = None
+    if mask is not None:
+        valid = torch.cat([mask, torch.ones(ids.shape[0], NEW, dtype=torch.bool)], 1).repeat_interleave(repeat, 0)
+    same = {k: v for k, v in kwargs.items() if k != "cache_implementation"}
+    want = generate(model, ids, mask, past_key_values=OracleCache(plan, valid), **same)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got = generate(model, ids, mask, **kwargs)
+    assert torch.equal(got.sequences, want.sequences)
+    assert worst(got.logits, want.logits) < NOISE
+    # the control: the unquantized run must differ, else this test could not see a cache left unpacked
+    assert worst(plain.logits, want.logits) > DAMAGE
+    assert kvmix_fx.compiled(model).report.rewritten_layers() == [0, 1]
+    assert not kvmix_fx.compiled(model).report.skipped()
+    assert all(isinstance(layer.keys, QuantizedKVTensor) for layer in got.past_key_values.layers)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_cache_object_handed_in(kind, compiled):
+    model = tiny_llama()
+    plan = plan_for(model)
+    ids = prompt()
+    want = generate(model, ids, past_key_values=OracleCache(plan))
+    cache = (
+        KVMixCache(plan, model.config) if kind == "growing" else KVMixStaticCache(plan, model.config, 70 + NEW)
+    )
+    if compiled:
+        kvmix_fx.compile(model, plan, inner="eager")
+    got = generate(model, ids, past_key_values=cache)
+    if compiled:
+        assert worst(got.logits, want.logits) < NOISE
+    else:
+        # without the pass a step flushes before it attends, one step earlier than the oracle
+        before_first_flush = 16 + 2 * 32 - 70
+        assert worst(got.logits[:before_first_flush], want.logits[:before_first_flush]) < NOISE
+    assert got.past_key_values is cache
+
+
+def test_no_recompiles_while_the_sequence_grows_or_prompts_change():
+    model = tiny_llama()
+    kvmix_fx.compile(model, plan_for(model), inner="eager")
+    report = kvmix_fx.compiled(model).report
+    generate(model, prompt())
+    assert len(report.graphs) == 2  # prefill and decode
+    for length in (40, 200, 71):
+        generate(model, prompt(2, length), max_new_tokens=150)
+    assert len(report.graphs) == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    generate(model, prompt(), cache_implementation="static")
+    assert len(report.graphs) == 4
+    for length in (40, 90):
+        generate(model, prompt(2, length), cache_implementation="static", max_new_tokens=170 - length)
+    # another capacity is another shape: one more decode graph at most
+    assert len(report.graphs) <= 5
+
+
+def test_streaming_and_continuing_a_conversation():
+    from transformers import TextIteratorStreamer
+
+    class Words:
+        def decode(self, tokens, **kwargs):
+            return " ".join(str(int(t)) for t in tokens) + " "
+
+    model = tiny_llama()
+    plan = plan_for(model)
+    ids = prompt(1)
+    oracle = OracleCache(plan)
+    first = generate(model, ids, past_key_values=oracle)
+    more = torch.cat([first.sequences, prompt(1, 45)], 1)
+    want = generate(model, more, past_key_values=oracle)
+    kvmix_fx.compile(model, plan, inner="eager")
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+    got = generate(model, ids, streamer=streamer)
+    assert "".join(streamer).split() == [str(t) for t in first.sequences[0, 70:].tolist()]
+    again = generate(model, more, past_key_values=got.past_key_values)
+    assert worst(again.logits, want.logits) < NOISE
+    assert again.past_key_values.layers[0].keys.shape[2] == more.shape[1] + NEW - 1
+
+
+def test_one_prompt_token():
+    model = tiny_llama()
+    plan = plan_for(model)
+    ids = prompt(2, 1)
+    want = generate(model, ids, past_key_values=OracleCache(plan), max_new_tokens=80)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got = generate(model, ids, max_new_tokens=80)
+    assert worst(got.logits, want.logits) < NOISE
+
+
+def test_assisted_decoding():
+    model, helper = tiny_llama(), tiny_llama(1, num_hidden_layers=1)
+    plan = plan_for(model)
+    ids = prompt(1)
+    plain = generate(model, ids)
+    want = generate(model, ids, past_key_values=OracleCache(plan))
+    kvmix_fx.compile(model, plan, inner="eager")
+    got = generate(model, ids, assistant_model=helper)
+    assert worst(got.logits[:10], want.logits[:10]) < NOISE
+    assert worst(plain.logits[:10], want.logits[:10]) > DAMAGE
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("static", [False, True])
+def test_other_inner_compilers(inner, static):
+    model = tiny_llama(num_hidden_layers=2)
+    plan = plan_for(model)
+    ids, mask = padded()
+    kwargs = {"max_new_tokens": 50}
+    valid = torch.cat([mask, torch.ones(2, 50, dtype=torch.bool)], 1)
+    want = generate(model, ids, mask, past_key_values=OracleCache(plan, valid), **kwargs)
+    if static:
+        kwargs["cache_implementation"] = "static"
+    if inner == "inductor" and torch.__version__ < "2.13" and not static and not torch.cuda.is_available():
+        pytest.skip("stock Inductor of this version cannot compile a padded dynamic graph for CPU")
+    kvmix_fx.compile(model, plan, inner=inner)
+    got = generate(model, ids, mask, **kwargs)
+    assert worst(got.logits, want.logits) < NOISE
+    assert len(kvmix_fx.compiled(model).report.graphs) == 2
+
+
+def test_an_all_16_plan_changes_nothing():
+    model = tiny_llama()
+    ids = prompt()
+    want = generate(model, ids)
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 16), inner="eager")
+    got = generate(model, ids)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def test_a_second_plan_never_reuses_the_first_ones_code():
+    model = tiny_llama()
+    ids = prompt()
+    for bits in (2, 8, 4):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, window=16)
+        kvmix_fx.restore(model)
+        want = generate(model, ids, past_key_values=OracleCache(plan))
+        kvmix_fx.compile(model, plan, inner="eager")
+        got = generate(model, ids)
+        assert worst(got.logits, want.logits) < NOISE
+        assert got.past_key_values.layers[0].keys.format.bits == bits
+
+
+def test_restore_brings_back_the_unquantized_model():
+    model = tiny_llama()
+    before = dict(vars(model))
+    ids = prompt()
+    want = generate(model, ids)
+    kvmix_fx.compile(model, plan_for(model), inner="eager")
+    kvmix_fx.restore(model)
+    assert vars(model) == before
+    got = generate(model, ids)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def test_the_backend_by_name():
+    model = tiny_llama()
+    plan = plan_for(model)
+    ids = prompt()
+    want = generate(model, ids, past_key_values=OracleCache(plan))
+    model.compile(backend="kvmix", options={"plan": plan, "inner": "eager"})
+    got = generate(model, ids)
+    assert worst(got.logits, want.logits) < NOISE
+
+
+def test_cache_bytes_are_what_the_plan_says():
+    model = tiny_llama()
+    plan = plan_for(model).for_model(model)
+    kvmix_fx.compile(model, plan, inner="eager")
+    for cache, kwargs in (("growing", {}), ("fixed", {"cache_implementation": "static"})):
+        out = generate(model, prompt(), **kwargs).past_key_values
+        allocated = sum(t.packed_nbytes for layer in out.layers for t in (layer.keys, layer.values))
+        length = 70 + NEW - 1 if cache == "growing" else out.layers[0].max_cache_len
+        assert allocated == plan.nbytes(2, length, itemsize=4, cache=cache)
+
+
+def test_explain_lists_every_site_and_changes_nothing():
+    model = tiny_llama()
+    before = dict(vars(model))
+    report = kvmix_fx.explain(model, prompt(), plan_for(model))
+    assert [(s.layer, s.key_bits, s.value_bits) for s in report.graphs[1].sites] == [(0, 2, 2), (1, 4, 3)]
+    assert all(s.bytes_per_token for s in report.sites)
+    assert "layer 1" in str(report)
+    assert vars(model) == before

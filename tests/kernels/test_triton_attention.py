@@ -1,0 +1,217 @@
+"""The Triton attend against the reference: every geometry, mask and length, poisoned scratch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    # before the kernels are imported: afterwards it has no effect
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kvmix_kernels import layout, ops
+from kvmix_kernels import triton as kernels
+from kvmix_kernels.layout import TensorFormat, make_format
+from kvmix_kernels.reference import storage
+from kvmix_kernels.triton import attention, configs
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# on a GPU nearly every example compiles a kernel: shards are for pytest-xdist
+SHARDS = range(8 if torch.cuda.is_available() else 1)
+EXAMPLES = 8 if torch.cuda.is_available() else 25
+quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# the bulk rounds the scaled query and the scaled probabilities to half precision; outputs are
+# rounded to the model dtype, and raw tokens of a bfloat16 model get bfloat16 probabilities
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
+
+
+def poisoned_empty(*size: object, **options: object) -> torch.Tensor:
+    """torch.empty whose memory would be noticed if it were used."""
+    out = torch.zeros(*size, **options)
+    return out.fill_(float("nan") if out.is_floating_point() else -21846)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poison() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned_empty)
+        yield
+
+
+def filled(
+    B: int, H: int, D: int, L: int, capacity: int, fmt: TensorFormat, dtype: torch.dtype, spread: float, g: torch.Generator
+) -> storage.Buffers:
+    """A cache of L random tokens whose channels differ in size by up to 2**spread."""
+    x = torch.randn(B, H, L, D, generator=g) * torch.exp2(spread * torch.rand(D, generator=g) - spread / 2)
+    cache = storage.allocate(
+        B, H, D, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity), fmt, dtype, DEVICE
+    )
+    storage.append(cache, x.to(dtype).to(DEVICE), None, 0, fmt)
+    return cache
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    got, expected = got.float(), expected.float()
+    assert torch.isfinite(got).all()
+    # per row, relative to the largest output: rows are averages of values, elements may cancel
+    scale = expected.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-20)
+    assert ((got - expected).abs() / scale).max() <= tolerance
+
+
+def check(
+    k: TensorFormat,
+    v: TensorFormat,
+    B: int,
+    Hkv: int,
+    group: int,
+    Lq: int,
+    D: int,
+    Dv: int,
+    L: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mask: str = "none",
+    extra: int = 0,
+    new: bool = True,
+    spread: float = 0.0,
+    seed: int = 0,
+    config: configs.AttendConfig | None = None,
+) -> None:
+    """Compare once; `extra` > 0 makes the cache fixed, with that much spare capacity."""
+    g = torch.Generator().manual_seed(seed)
+    capacity = L + extra
+    keys = filled(B, Hkv, D, L, capacity, k, dtype, spread, g)
+    values = filled(B, Hkv, Dv, L, capacity, v, dtype, spread, g)
+    query = torch.randn(B, Lq, Hkv * group, D, generator=g).to(dtype).to(DEVICE).transpose(1, 2)
+    fresh = [torch.randn(B, Lq, Hkv, n, generator=g).to(dtype).to(DEVICE).transpose(1, 2) for n in (D, Dv)]
+    S = capacity + Lq
+    seen = None
+    if mask != "none":
+        heads = Hkv * group if "heads" in mask else 1
+        seen = torch.rand(B, heads, Lq, S, generator=g) > 0.3
+        # a query that sees nothing, and one that sees only the last token
+        seen[0, :, 0] = False
+        seen[-1, :, -1] = False
+        seen[-1, :, -1, L - 1 if not new else L] = True
+        seen = seen.to(DEVICE)
+        if "stride 0" in mask:
+            seen = seen[:1, :1, :1].expand(B, Hkv * group, Lq, S)
+        if "additive" in mask:
+            added = torch.randn(seen.shape, generator=g).to(DEVICE)
+            seen = added.masked_fill(~seen, -torch.inf if "inf" in mask else torch.finfo(torch.float32).min)
+    start = torch.tensor(L, device=DEVICE) if extra else None
+    args = (query, *(fresh if new else (None, None)), *keys, *values, seen, start, capacity, D**-0.5, list(k), list(v))
+    expected = ops._attend(*(a.float() if a is query else a for a in args))
+    assert_close(kernels.attend(*args, config=config), expected, TOLERANCE[dtype])
+
+
+MASKS = ("none", "bool", "bool heads", "bool stride 0", "additive", "additive inf heads")
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@quick
+@given(data=st.data())
+def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.DataObject) -> None:
+    D, Dv = data.draw(st.sampled_from(((64, 64), (128, 128), (80, 80), (96, 96), (48, 32), (16, 64))))
+    formats = []
+    sink, window = data.draw(st.sampled_from((0, 3, 4))), data.draw(st.sampled_from((0, 7, 32)))
+    for size in (D, Dv):
+        bits = data.draw(st.sampled_from((1, 2, 3, 4, 8, 16)))
+        axis = data.draw(st.sampled_from(("channel", "token")))
+        if axis == "channel":
+            group = data.draw(st.sampled_from((16, 32, 64)))
+            tile = group * data.draw(st.sampled_from((1, 2)))
+        else:
+            group = data.draw(st.sampled_from([n for n in (16, 32) if size % n == 0] + [0]))
+            tile = data.draw(st.sampled_from((16, 64)))
+        if data.draw(st.booleans()):
+            sink, window = data.draw(st.sampled_from((0, 3, 20))), data.draw(st.sampled_from((0, 7, 64)))
+        scale_dtype = data.draw(st.sampled_from(layout.SCALE_DTYPES))
+        formats.append(make_format(bits, axis, group, tile, sink, window, scale_dtype))
+    new = data.draw(st.booleans())
+    check(
+        *formats,
+        B=data.draw(st.sampled_from((1, 2))),
+        Hkv=data.draw(st.sampled_from((1, 2))),
+        group=data.draw(st.sampled_from((1, 3, 4))),
+        Lq=data.draw(st.sampled_from((1, 1, 1, 2, 5, 20))),
+        D=D,
+        Dv=Dv,
+        L=data.draw(st.integers(0 if new else 1, 200)),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        mask=data.draw(st.sampled_from(MASKS)),
+        extra=data.draw(st.sampled_from((0, 0, 40))),
+        new=new,
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@quick
+@given(data=st.data())
+def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> None:
+    D = data.draw(st.sampled_from((64, 128) if not ON_GPU else (64, 80, 96, 128, 256)))
+    group = data.draw(st.sampled_from((32, 64, 128) if ON_GPU else (32, 64)))
+    sink, window = data.draw(st.sampled_from((0, 4))), data.draw(st.sampled_from((0, 32)))
+    k = make_format(data.draw(st.sampled_from((1, 2, 3, 4, 8))), "channel", group, 2 * group, sink, window)
+    v_group = data.draw(st.sampled_from([n for n in (32, 64) if D % n == 0] + [0]))
+    v = make_format(data.draw(st.sampled_from((1, 2, 3, 4, 8))), "token", v_group, 2 * group, sink, window)
+    check(
+        k,
+        v,
+        B=1,
+        Hkv=2,
+        group=data.draw(st.sampled_from((1, 4, 8))),
+        Lq=data.draw(st.sampled_from((1, 1, 2))),
+        D=D,
+        Dv=D,
+        L=data.draw(st.integers(100, 400)),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        mask=data.draw(st.sampled_from(MASKS)),
+        extra=data.draw(st.sampled_from((0, 300))),
+        spread=data.draw(st.sampled_from((0.0, 8.0))),
+        seed=data.draw(st.integers(0, 2**31)),
+        config=configs.AttendConfig(
+            tokens=data.draw(st.sampled_from((32, 64))),
+            warps=data.draw(st.sampled_from((2, 4))),
+            programs=data.draw(st.sampled_from((2, 8))),
+            rest_tokens=16,
+        ),
+    )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])
+def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in ("channel", "token"))
+    assert attention.has_bulk_path(k, v, 64, 64, 1)
+    x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
+    caches = []
+    for tokens, fmt in zip(x, (k, v), strict=True):
+        cache = storage.allocate(1, 1, 64, 3, fmt.residual_slots, fmt, torch.float32, DEVICE)
+        storage.append(cache, tokens, None, 0, fmt)
+        caches += list(cache)
+    # scores of ordinary size, so that the softmax is not a single token
+    query = torch.randn(1, 1, 1, 64, generator=g).to(DEVICE) / size
+    args = (query, None, None, *caches, None, None, 96, 0.125, list(k), list(v))
+    assert_close(kernels.attend(*args), ops._attend(*args), 3e-3)
+
+
+def test_an_empty_cache_without_new_tokens_gives_zeros() -> None:
+    fmt = make_format(2)
+    cache = storage.allocate(1, 1, 32, 0, fmt.residual_slots, fmt, torch.float32, DEVICE)
+    query = torch.ones(1, 2, 1, 32, device=DEVICE)
+    args = (query, None, None, *cache, *cache, None, None, 0, 1.0, list(fmt), list(fmt))
+    assert not kernels.attend(*args).any()
+
+
+def test_more_query_rows_than_columns_use_several_blocks() -> None:
+    k, v = make_format(4, "channel", 32, 32, 0, 0), make_format(4, "token", 0, 32, 0, 0)
+    check(k, v, B=1, Hkv=1, group=4, Lq=33, D=32, Dv=32, L=40, mask="bool")

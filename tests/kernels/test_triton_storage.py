@@ -1,0 +1,190 @@
+"""The Triton quantize_pack, append_ and dequantize against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if not torch.cuda.is_available():
+    # before the kernels are imported: afterwards it has no effect
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kvmix_kernels import layout, ops
+from kvmix_kernels import triton as kernels
+from kvmix_kernels.layout import TensorFormat, make_format
+from kvmix_kernels.reference import storage
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# an interpreted program takes about 30 ms
+# on a GPU nearly every example compiles a kernel: shards are for pytest-xdist
+SHARDS = range(8 if torch.cuda.is_available() else 1)
+EXAMPLES = 8 if torch.cuda.is_available() else 20
+FAMILIES = ("gauss", "outlier channel", "constant", "huge", "tiny", "zeros", "non-finite")
+quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def values(
+    family: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Random tokens of a family that is hard on quantizers."""
+    x = torch.randn(shape, generator=generator)
+    if family == "outlier channel":
+        x[..., ::7] *= 50.0
+    elif family == "constant":
+        x = x[..., :1, :1].expand(shape).clone()
+    elif family == "huge":
+        x = x * (torch.finfo(dtype).max / 4)
+        x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    elif family == "tiny":
+        x = x * torch.finfo(dtype).tiny * 4
+    elif family == "zeros":
+        x = torch.where(x > 0, 0.0, -0.0)
+    elif family == "non-finite":
+        kind = torch.randint(0, 12, shape, generator=generator)
+        for code, value in ((0, torch.inf), (1, -torch.inf), (2, torch.nan)):
+            x = x.masked_fill(kind == code, value)
+    return x.to(dtype).to(DEVICE)
+
+
+@st.composite
+def formats(draw: st.DrawFn, head_dim: int) -> TensorFormat:
+    bits = draw(st.sampled_from((1, 2, 3, 4, 8, 16)))
+    axis = draw(st.sampled_from(("channel", "token")))
+    if axis == "channel":
+        group = draw(st.sampled_from((16, 32)))
+        tile = group * draw(st.sampled_from((1, 2)))
+    else:
+        group = draw(st.sampled_from([g for g in (16, 32) if head_dim % g == 0] + [0]))
+        tile = draw(st.sampled_from((8, 24, 32)))
+    return make_format(
+        bits,
+        axis,
+        group,
+        tile,
+        sink=draw(st.sampled_from((0, 3))),
+        window=draw(st.sampled_from((0, 5, 32))),
+        scale_dtype=draw(st.sampled_from(layout.SCALE_DTYPES)),
+    )
+
+
+def masks(kind: str, B: int, heads: int, Lq: int, S: int, generator: torch.Generator) -> torch.Tensor | None:
+    if kind == "none":
+        return None
+    seen = (torch.rand(B, heads, Lq, S, generator=generator) > 0.4).to(DEVICE)
+    if kind == "bool":
+        return seen
+    return torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+def assert_same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for name, a, b in zip(storage.Buffers._fields, got, expected, strict=True):
+        assert a.shape == b.shape, name
+        assert a.dtype == b.dtype, name
+        assert (
+            torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) if a.is_floating_point() else torch.equal(a, b)
+        ), name
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@quick
+@given(data=st.data())
+def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.DataObject) -> None:
+    D = data.draw(st.sampled_from((16, 48, 64, 80)))
+    fmt = data.draw(formats(D))
+    B, H = data.draw(st.sampled_from(((1, 1), (2, 1), (1, 2))))
+    L = data.draw(st.integers(1, 150))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x = values(data.draw(st.sampled_from(FAMILIES)), (B, L, H, D), dtype, generator).transpose(1, 2)
+    mask = masks(data.draw(st.sampled_from(("none", "bool", "additive"))), B, 1, 2, L, generator)
+    assert_same(kernels.quantize_pack(x, mask, list(fmt)), ops._quantize_pack(x, mask, list(fmt)))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@quick
+@given(data=st.data())
+def test_append_gives_the_bits_of_the_reference(shard: int, data: st.DataObject) -> None:
+    D, Dv = data.draw(st.sampled_from(((16, 16), (64, 48), (80, 32))))
+    k, v = data.draw(formats(D)), data.draw(formats(Dv))
+    B, H = data.draw(st.sampled_from(((1, 1), (2, 1))))
+    before, count = data.draw(st.integers(0, 120)), data.draw(st.sampled_from((1, 1, 2, 40, 130)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    family = data.draw(st.sampled_from(FAMILIES))
+    mask = masks(data.draw(st.sampled_from(("none", "bool", "additive"))), B, 2, 1, before + count, generator)
+    on_device = data.draw(st.booleans())
+    capacity = before + count + data.draw(st.sampled_from((0, 33)))
+    buffers, new = [], []
+    for fmt, size in ((k, D), (v, Dv)):
+        cache = storage.allocate(
+            B,
+            H,
+            size,
+            layout.fixed_tiles(fmt, capacity),
+            layout.fixed_slots(fmt, capacity),
+            fmt,
+            dtype,
+            DEVICE,
+        )
+        for part in cache:
+            part.fill_(-21846 if part.dtype == torch.int16 else 3.0)
+        storage.append(cache, values(family, (B, H, before, size), dtype, generator), None, 0, fmt)
+        buffers += list(cache)
+        new.append(values(family, (B, H, count, size), dtype, generator))
+    expected = [part.clone() for part in buffers]
+    start = torch.tensor(before, device=DEVICE) if on_device else None
+    step = (*new, mask, start, capacity if on_device else before, list(k), list(v))
+    ops._append_(*expected, *step)
+    kernels.append_(*buffers, *step)
+    assert_same(tuple(buffers[:4]), tuple(expected[:4]))
+    assert_same(tuple(buffers[4:]), tuple(expected[4:]))
+
+
+def test_append_beyond_the_capacity_on_the_device_writes_nothing() -> None:
+    fmt = make_format(2, "channel", 16, 16, 0, 0)
+    cache = storage.allocate(1, 1, 16, 2, fmt.residual_slots, fmt, torch.float32, DEVICE)
+    before = [part.clone() for part in cache]
+    new = torch.ones(1, 1, 3, 16, device=DEVICE)
+    kernels.append_(*cache, *cache, new, new, None, torch.tensor(30, device=DEVICE), 32, list(fmt), list(fmt))
+    assert_same(tuple(cache), tuple(before))
+
+
+def test_append_refuses_buffers_whose_rows_are_not_dense() -> None:
+    fmt = make_format(2, "channel", 16, 16, 0, 0)
+    cache = list(storage.allocate(1, 1, 16, 2, fmt.residual_slots, fmt, torch.float32, DEVICE))
+    cache[3] = cache[3].mT.contiguous().mT
+    new = torch.ones(1, 1, 1, 16, device=DEVICE)
+    with pytest.raises(ops.CapacityError.__mro__[1], match="last two dimensions must be contiguous"):
+        kernels.append_(*cache, *cache, new, new, None, None, 0, list(fmt), list(fmt))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+@quick
+@given(data=st.data())
+def test_dequantize_equals_the_reference(shard: int, data: st.DataObject) -> None:
+    D = data.draw(st.sampled_from((16, 48, 64)))
+    fmt = data.draw(formats(D))
+    L, extra = data.draw(st.integers(1, 100)), data.draw(st.sampled_from((0, 20)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x = values(
+        data.draw(st.sampled_from(("gauss", "outlier channel"))), (2, 1, L, D), torch.float32, generator
+    )
+    cache = storage.allocate(
+        2,
+        1,
+        D,
+        layout.fixed_tiles(fmt, L + extra),
+        layout.fixed_slots(fmt, L + extra),
+        fmt,
+        torch.float32,
+        DEVICE,
+    )
+    storage.append(cache, x, None, 0, fmt)
+    start = torch.tensor(L, device=DEVICE) if extra else None
+    expected = ops._dequantize(*cache, start, L + extra, list(fmt))
+    torch.testing.assert_close(kernels.dequantize(*cache, start, L + extra, list(fmt)), expected)

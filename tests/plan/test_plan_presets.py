@@ -1,0 +1,145 @@
+"""Presets against the methods they stand for."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmix_fx.errors import (
+    FormatError,
+    HeadSizeError,
+    PlanFieldError,
+    PlanGeometryError,
+    PlanLayerError,
+    PresetError,
+)
+from kvmix_fx.plan import PRESETS, KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, preset
+from kvmix_fx.plan.presets import kivi, kv_adaquant, kvmix, uniform
+
+GEOMETRY = ModelGeometry(32, 8, 128)
+CONFIG = SimpleNamespace(
+    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096
+)
+
+
+@pytest.mark.parametrize("target", [GEOMETRY, CONFIG, SimpleNamespace(config=CONFIG), 32])
+def test_targets(target):
+    plan = uniform(target, 4, 2)
+    layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", 32), WindowRule(length=32))
+    assert plan.layers == (layer,) * 32
+    assert plan.geometry == (None if target == 32 else GEOMETRY)
+    assert plan.name == "uniform K4V2 g32"
+    assert plan.provenance == {"preset": "uniform"}
+
+
+def test_uniform_passes_everything_on():
+    plan = uniform(
+        2,
+        8,
+        4,
+        64,
+        key_axis="token",
+        value_axis="channel",
+        window=0,
+        sink_length=4,
+        tile=128,
+        scale_dtype="bfloat16",
+        name="mine",
+    )
+    expected = LayerPlan(
+        QuantSpec(8, "token", 64, "bfloat16"),
+        QuantSpec(4, "channel", 64, "bfloat16"),
+        WindowRule(length=0),
+        4,
+        128,
+    )
+    assert plan.layers == (expected,) * 2
+    assert plan.name == "mine"
+
+
+def test_uniform_gives_values_the_bits_of_keys():
+    assert uniform(1, 3).layers[0].value.bits == 3
+
+
+def test_kivi():
+    plan = kivi(GEOMETRY)
+    layer = LayerPlan(QuantSpec(2, "channel", 32), QuantSpec(2, "token", 32), WindowRule(length=128))
+    assert plan.layers == (layer,) * 32
+    assert plan.bits_per_element() == 3.0
+
+
+def test_kv_adaquant():
+    plan = kv_adaquant(GEOMETRY)
+    layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", "head"), WindowRule(length=64))
+    assert plan.layers == (layer,) * 32
+    assert plan.bits_per_element() == (5 + 2.25) / 2
+
+
+def test_kvmix_raises_keys_and_values_apart():
+    plan = kvmix(GEOMETRY, [0, 1, 2, 3, 30, 31], "last:6")
+    assert [layer.key.bits for layer in plan.layers] == [3] * 4 + [2] * 26 + [3] * 2
+    assert [layer.value.bits for layer in plan.layers] == [2] * 26 + [4] * 6
+    assert (plan.key_bits, plan.value_bits) == (2.1875, 2.375)  # the paper's plan for 32 layers
+    assert {(layer.key.axis, layer.value.axis) for layer in plan.layers} == {("channel", "token")}
+    assert kvmix(32, [0], (), high_key_bits=4).layers[0].key.bits == 4
+
+
+@pytest.mark.parametrize("none", [(), [], set(), range(0)])
+def test_kvmix_without_important_layers_is_uniform(none):
+    assert kvmix(4, none, none).digest == uniform(4, 2).digest
+
+
+@given(st.sampled_from([name for name in PRESETS if name != "kvmix"]))
+def test_preset_by_name_is_the_function(name):
+    options = {"key_bits": 4} if name == "uniform" else {}
+    assert preset(name, GEOMETRY, **options) == KVPlan.preset(name, GEOMETRY, **options)
+    assert preset(name, GEOMETRY, **options) == PRESETS[name](GEOMETRY, **options)
+    assert preset(name, GEOMETRY, **options).provenance["preset"] == name
+
+
+def test_plan_class_forwards_to_uniform():
+    assert KVPlan.uniform(GEOMETRY, 4, 2, 64, window=7) == uniform(GEOMETRY, 4, 2, 64, window=7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "kvmx",
+            {},
+            "there is no preset 'kvmx'; did you mean 'kvmix'\\? known: uniform, kivi, kv-adaquant, kvmix",
+        ),
+        ("gguf", {}, "there is no preset 'gguf'; known: uniform"),
+        (
+            "kvmix",
+            {},
+            "preset 'kvmix': missing a required argument: 'high_key_layers'; it takes target, high_key",
+        ),
+        (
+            "kivi",
+            {"bit": 3},
+            "preset 'kivi': got an unexpected keyword argument 'bit'; it takes target, bits, group",
+        ),
+    ],
+)
+def test_preset_refuses_what_it_does_not_know(name, options, message):
+    with pytest.raises(PresetError, match=message):
+        preset(name, 4, **options)
+
+
+def test_presets_check_target_and_parts():
+    with pytest.raises(PlanLayerError, match="at least one layer, got 0"):
+        uniform(0, 4)
+    with pytest.raises(PlanGeometryError, match="num_hidden_layers"):
+        uniform("a model's name", 4)
+    with pytest.raises(PlanGeometryError, match="num_hidden_layers"):
+        uniform(True, 4)
+    with pytest.raises(HeadSizeError, match="layer 0, value: group_size 32 does not divide the head size 80"):
+        uniform(ModelGeometry(2, 2, 80), 4)
+    with pytest.raises(PlanFieldError, match="bits must be one of"):
+        uniform(4, 6)
+    with pytest.raises(FormatError, match="group_size 32 does not divide the tile of 48"):
+        uniform(4, 4, tile=48)
+    with pytest.raises(PlanLayerError, match="there is no layer 9"):
+        kvmix(4, [9], ())
