@@ -10,11 +10,26 @@ import torch
 from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
-from kvmix_fx.errors import ModelInputError, NoSiteError, TrainingError
+from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
 _ATTRIBUTE = "_kvmix"
+
+
+def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
+    if not isinstance(plan, KVPlan):
+        raise BackendOptionError(
+            f"kvmix_fx.compile needs a plan, got {type(plan).__name__}: make one with KVPlan.uniform(model, 4, 2), "
+            "KVPlan.preset(...) or KVPlan.load(file)"
+        )
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        return plan
+    try:
+        return plan.for_model(model)
+    except PlanGeometryError:
+        # head sizes that differ between layers: sites are checked one by one when they are traced
+        return plan
 
 
 class Compiled:
@@ -71,8 +86,7 @@ def compile(
         raise ValueError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
-    if getattr(model, "config", None) is not None and hasattr(model.config, "to_dict"):
-        plan = plan.for_model(model)
+    plan = _fitted(plan, model)
     options = dict(torch_compile_options.pop("options", None) or {})
     backend = KVMixBackend(plan, inner, torch_compile_options.pop("mode", None), **options)
     torch_compile_options.setdefault("fullgraph", True)
@@ -222,4 +236,4 @@ def _without_gradients(
         return original(*args, **kwargs)
 
 
-__all__ = ["Compiled", "ModelInputError", "compile", "compiled", "explain", "restore"]
+__all__ = ["Compiled", "compile", "compiled", "explain", "restore"]

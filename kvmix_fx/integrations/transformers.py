@@ -214,7 +214,7 @@ class TransformersCalls:
                 f"this cache was made for {plan!r}, the model was compiled with {self.plan!r}: make the "
                 "cache from the plan given to kvmix_fx.compile"
             )
-        if isinstance(cache, StaticCache):
+        if isinstance(cache, StaticCache) and self.plan.geometry is not None:
             pack_static_layers(cache, self.plan)
         fixed = [layer for layer in cache.layers if isinstance(layer, KVMixStaticLayer)]
         for layer in fixed:

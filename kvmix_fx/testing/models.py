@@ -52,7 +52,9 @@ class TupleCacheAttention(nn.Module):
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """X [B, L, width] to the same, and the new cache."""
         B, L, width = x.shape
-        q, k, v = (t.view(B, L, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(width, -1))
+        q, k, v = (
+            t.view(B, L, self.heads, self.head_dim).transpose(1, 2) for t in self.qkv(x).split(width, -1)
+        )
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None and L > 1)
@@ -80,7 +82,9 @@ class TupleCacheModel(nn.Module):
 class PositionCacheModel(nn.Module):
     """A fixed cache in module buffers, written by position, read whole under a mask."""
 
-    def __init__(self, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, size: int = 256) -> None:
+    def __init__(
+        self, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 32, size: int = 256
+    ) -> None:
         """`size`: capacity in tokens."""
         super().__init__()
         self.heads, self.kv_heads, self.head_dim, self.size = heads, kv_heads, head_dim, size
@@ -104,7 +108,10 @@ class PositionCacheModel(nn.Module):
             v_cache[:, :, positions] = v
             group = self.heads // self.kv_heads
             y = F.scaled_dot_product_attention(
-                q, k_cache.repeat_interleave(group, dim=1), v_cache.repeat_interleave(group, dim=1), attn_mask=mask
+                q,
+                k_cache.repeat_interleave(group, dim=1),
+                v_cache.repeat_interleave(group, dim=1),
+                attn_mask=mask,
             )
             x = x + out(y.transpose(1, 2).reshape(B, L, width))
         return x

@@ -29,7 +29,9 @@ class SimulatedLayer(DynamicLayer):
         self.layer_plan = layer_plan
         self.flushed_tiles = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append [B, Hkv, n, D]; returns what this step attends to, its own tokens exact."""
         if self.is_initialized:
             self._flush(key_states.shape[-1])

@@ -27,7 +27,9 @@ class OracleLayer(SimulatedLayer):
     def _round(self, x, fmt, tokens):
         B, H, L, D = x.shape
         along_tokens = fmt.axis == layout.AXIS_CHANNEL
-        shape = (B, H, L // fmt.group_size, fmt.group_size, D) if along_tokens else (B, H, L, -1, fmt.group_size)
+        shape = (
+            (B, H, L // fmt.group_size, fmt.group_size, D) if along_tokens else (B, H, L, -1, fmt.group_size)
+        )
         grouped = x.reshape(shape)
         low = high = grouped
         if self.valid is not None and along_tokens:

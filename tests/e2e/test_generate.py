@@ -69,7 +69,9 @@ def test_logits_equal_the_oracle(case):
     repeat = kwargs.get("num_beams", 1) if "num_beams" in kwargs else kwargs.get("num_return_sequences", 1)
     valid = None
     if mask is not None:
-        valid = torch.cat([mask, torch.ones(ids.shape[0], NEW, dtype=torch.bool)], 1).repeat_interleave(repeat, 0)
+        valid = torch.cat([mask, torch.ones(ids.shape[0], NEW, dtype=torch.bool)], 1).repeat_interleave(
+            repeat, 0
+        )
     same = {k: v for k, v in kwargs.items() if k != "cache_implementation"}
     want = generate(model, ids, mask, past_key_values=OracleCache(plan, valid), **same)
     kvmix_fx.compile(model, plan, inner="eager")
@@ -91,7 +93,9 @@ def test_a_cache_object_handed_in(kind, compiled):
     ids = prompt()
     want = generate(model, ids, past_key_values=OracleCache(plan))
     cache = (
-        KVMixCache(plan, model.config) if kind == "growing" else KVMixStaticCache(plan, model.config, 70 + NEW)
+        KVMixCache(plan, model.config)
+        if kind == "growing"
+        else KVMixStaticCache(plan, model.config, 70 + NEW)
     )
     if compiled:
         kvmix_fx.compile(model, plan, inner="eager")

@@ -46,7 +46,15 @@ def poison() -> object:
 
 
 def filled(
-    B: int, H: int, D: int, L: int, capacity: int, fmt: TensorFormat, dtype: torch.dtype, spread: float, g: torch.Generator
+    B: int,
+    H: int,
+    D: int,
+    L: int,
+    capacity: int,
+    fmt: TensorFormat,
+    dtype: torch.dtype,
+    spread: float,
+    g: torch.Generator,
 ) -> storage.Buffers:
     """A cache of L random tokens whose channels differ in size by up to 2**spread."""
     x = torch.randn(B, H, L, D, generator=g) * torch.exp2(spread * torch.rand(D, generator=g) - spread / 2)
@@ -107,7 +115,18 @@ def check(
             added = torch.randn(seen.shape, generator=g).to(DEVICE)
             seen = added.masked_fill(~seen, -torch.inf if "inf" in mask else torch.finfo(torch.float32).min)
     start = torch.tensor(L, device=DEVICE) if extra else None
-    args = (query, *(fresh if new else (None, None)), *keys, *values, seen, start, capacity, D**-0.5, list(k), list(v))
+    args = (
+        query,
+        *(fresh if new else (None, None)),
+        *keys,
+        *values,
+        seen,
+        start,
+        capacity,
+        D**-0.5,
+        list(k),
+        list(v),
+    )
     expected = ops._attend(*(a.float() if a is query else a for a in args))
     assert_close(kernels.attend(*args, config=config), expected, TOLERANCE[dtype])
 

@@ -61,6 +61,16 @@ def test_a_size_that_is_no_number_is_shown(name, value):
         ModelGeometry.of(SimpleNamespace(**LLAMA | {name: value}))
 
 
+def test_a_size_that_varies_by_layer_is_named():
+    class Config(SimpleNamespace):
+        @property
+        def head_dim(self):
+            raise RuntimeError("it varies")
+
+    with pytest.raises(PlanGeometryError, match="head_dim differs between the layers of this model"):
+        ModelGeometry.of(Config(**LLAMA))
+
+
 def test_latent_attention_is_refused():
     with pytest.raises(PlanGeometryError, match="latent attention"):
         ModelGeometry.of(SimpleNamespace(**LLAMA, kv_lora_rank=512))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_fx.errors import MissingPackageError, PlanFileError, PlanVersionError
-from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, io
 from kvmix_fx.testing.strategies import plans
 
 PLAN = KVPlan.preset("kv-adaquant", ModelGeometry(3, 2, 64)).with_layers(1, key=8, sink_length=4, tile=64)
@@ -257,35 +258,36 @@ def test_wrong_text_is_refused(text, message):
     assert message in str(caught.value)
 
 
-def test_every_truncation_is_seen(tmp_path):
-    path = tmp_path / "plan.json"
+def test_every_truncation_is_seen():
     data = PLAN.to_json().encode()
     for end in range(0, len(data.rstrip()), 3):
-        path.write_bytes(data[:end])
-        with pytest.raises(PlanFileError, match=r"plan\.json: "):
-            KVPlan.load(path)
+        with pytest.raises(PlanFileError, match=r"^plan: "):
+            io.from_json(data[:end])
 
 
-def test_every_flipped_byte_is_seen_unless_it_leaves_the_layers_alone(tmp_path):
-    path = tmp_path / "plan.json"
+def test_every_flipped_byte_is_seen_unless_it_leaves_the_layers_alone():
     data = PLAN.to_json().encode()
     start = data.index(b'"layers"')
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
         try:
-            plan = KVPlan.load(path)
+            plan = io.from_json(bytes(damaged))
         except PlanFileError:
             continue
         assert plan.digest == PLAN.digest
         assert position < start or chr(damaged[position]).isspace()
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_bytes(PLAN.to_json().encode()[:500])
+    with pytest.raises(PlanFileError, match=r"mine\.json: is not valid JSON .*the file may be truncated"):
+        KVPlan.load(path)
+
+
 @given(st.binary(max_size=60))
 def test_arbitrary_bytes_raise_nothing_else(data):
-    from kvmix_fx.plan import io
-
     with pytest.raises(PlanFileError):
         io.from_json(data)
 
@@ -322,6 +324,7 @@ def test_arbitrary_content_raises_nothing_else(content):
 def test_save_and_load(tmp_path):
     path = PLAN.save(tmp_path / "mine.json")
     assert path == tmp_path / "mine.json"
+    assert path.read_bytes() == PLAN.to_json().encode()
     assert KVPlan.load(path) == KVPlan.load(str(path)) == KVPlan.from_pretrained(path) == PLAN
 
 
@@ -346,6 +349,12 @@ def test_what_looks_like_a_path_is_not_sought_on_the_hub(text, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(PlanFileError, match="there is no such folder or plan file"):
         KVPlan.from_pretrained(text)
+
+
+def test_a_path_object_is_not_sought_on_the_hub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(PlanFileError, match="there is no such folder or plan file"):
+        KVPlan.from_pretrained(Path("organisation/name"))
 
 
 def test_hub_plans_are_downloaded(tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ def test_nbytes_of_one_raw_tensor_beside_a_packed_one():
     key = 256 * 96 * 3 // 8 + 2 * 96 * (4 + 4) + 128 * 96 * 2
     value = 384 * 96 * 2  # raw rows come in whole tiles too
     assert plan.nbytes(1, 300) == plan.nbytes(1, 300, cache="fixed") == key + value
+    # A growing cache keeps room for the next token, a fixed one ends at its capacity.
+    assert plan.nbytes(1, 256) - plan.nbytes(1, 256, cache="fixed") == 128 * 96 * 2
 
 
 def test_nbytes_of_a_raw_plan_is_that_of_the_models_own_cache():

@@ -1,0 +1,106 @@
+"""Every error of the project, one class per mistake; each message says what to do next.
+
+All derive from `KVMixError` and from the builtin a caller would expect. Errors about packed storage
+are defined beside it, in `kvmix_kernels.errors`, and offered here too.
+"""
+
+from __future__ import annotations
+
+from kvmix_kernels.errors import CacheShapeError, CapacityError, FormatError, HeadSizeError, KVMixError
+
+__all__ = [
+    "BackendOptionError",
+    "CacheMutationError",
+    "CacheShapeError",
+    "CapacityError",
+    "DequantizeWarning",
+    "FormatError",
+    "HeadSizeError",
+    "KVMixError",
+    "MissingPackageError",
+    "ModelInputError",
+    "NoSiteError",
+    "PlanError",
+    "PlanFieldError",
+    "PlanFileError",
+    "PlanGeometryError",
+    "PlanLayerError",
+    "PlanMismatchError",
+    "PlanVersionError",
+    "PresetError",
+    "TrainingError",
+]
+
+
+class PlanError(KVMixError, ValueError):
+    """Base of the mistakes that concern a plan."""
+
+
+class PlanFieldError(PlanError):
+    """One field of a plan has a wrong type or a value outside its choices.
+
+    Attributes:
+        field: name of that field, as in the constructor it was given to.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        """Keep the field beside the message."""
+        super().__init__(message)
+        self.field = field
+
+
+class PlanLayerError(PlanError):
+    """A layer that the plan or the model does not have, or two layer counts that differ."""
+
+
+class PlanFileError(PlanError):
+    """A plan file that cannot be read: missing, damaged, or with an entry that means nothing here."""
+
+
+class PlanVersionError(PlanFileError):
+    """A plan file in a newer format than this version of the package reads."""
+
+
+class PlanGeometryError(PlanError):
+    """The head count or head size is needed and unknown, or cannot be taken from the model."""
+
+
+class PlanMismatchError(PlanError):
+    """A cache made under one plan was handed to a model compiled with another."""
+
+
+class PresetError(PlanError):
+    """A preset that does not exist, or arguments it does not take."""
+
+
+class NoSiteError(KVMixError, RuntimeError):
+    """Nothing in the model was rewritten, so its cache would stay at 16 bits."""
+
+
+class TrainingError(KVMixError, RuntimeError):
+    """Gradients, training mode or attention dropout where only inference is supported."""
+
+
+class BackendOptionError(KVMixError, ValueError):
+    """An option of the compile backend that is unknown, missing or of a wrong type."""
+
+
+class CacheMutationError(KVMixError, TypeError):
+    """An in-place operation that a packed cache does not support."""
+
+
+class ModelInputError(KVMixError, ValueError):
+    """Inputs that hold no tokens: an empty batch or a prompt of length zero."""
+
+
+class MissingPackageError(KVMixError, ImportError):
+    """An optional package is needed here and is not installed."""
+
+    @classmethod
+    def for_extra(cls, package: str, extra: str, purpose: str) -> MissingPackageError:
+        """Name the package, what it is needed for, and the extra that installs it."""
+        return cls(f'{purpose} needs {package}, which is not installed: pip install "kvmix-fx[{extra}]"')
+
+
+class DequantizeWarning(UserWarning):
+    """An operation unpacked a whole packed cache because it is not defined on packed data."""

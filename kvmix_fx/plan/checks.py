@@ -1,0 +1,28 @@
+"""Checks of single fields, shared by the plan's dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvmix_fx.errors import PlanFieldError
+
+
+def check_integer(field: str, value: object, minimum: int) -> None:
+    """Raise PlanFieldError unless `value` is an integer (not a bool) of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PlanFieldError(f"{field} must be an integer, got {value!r}", field)
+    if value < minimum:
+        raise PlanFieldError(f"{field} must be at least {minimum}, got {value}", field)
+
+
+def check_choice(field: str, value: object, choices: Sequence[int] | Sequence[str]) -> None:
+    """Raise PlanFieldError unless `value` is one of `choices`, in type too (2.0 is not 2)."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise PlanFieldError(f"{field} must be one of {listed}; got {value!r}", field)
+
+
+def check_type(field: str, value: object, kind: type) -> None:
+    """Raise PlanFieldError unless `value` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise PlanFieldError(f"{field} must be a {kind.__name__}, got {value!r}", field)

@@ -1,0 +1,217 @@
+"""Plans of published methods, as far as segments of packed and raw tokens express them.
+
+Each takes a `target`: a model, its configuration, a `ModelGeometry`, or just the number of layers (the plan
+then carries no geometry until `for_model`). Keys are grouped along tokens in each channel and values along
+channels in each token, after the rotary embedding; what is packed is never rounded twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from types import MappingProxyType
+from typing import Any
+
+from kvmix_fx.errors import PlanLayerError, PresetError
+from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.schema import (
+    Axis,
+    GroupSize,
+    KVPlan,
+    LayerPlan,
+    QuantSpec,
+    ScaleDtype,
+    WindowRule,
+    as_window,
+)
+from kvmix_fx.plan.selection import LayerSelection
+
+
+def uniform(
+    target: object,
+    key_bits: int,
+    value_bits: int | None = None,
+    group_size: int = 32,
+    *,
+    key_axis: Axis = "channel",
+    value_axis: Axis = "token",
+    window: WindowRule | int = 32,
+    sink_length: int = 0,
+    tile: int | None = None,
+    scale_dtype: ScaleDtype = "float16",
+    name: str | None = None,
+) -> KVPlan:
+    """The same bits in every layer.
+
+    Args:
+        target: model, configuration, ModelGeometry or number of layers.
+        key_bits: bits of the keys' codes.
+        value_bits: bits of the values' codes; None for those of the keys.
+        group_size: elements per scale and offset, for keys and values.
+        key_axis: grouping of the keys.
+        value_axis: grouping of the values.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+        tile: tokens packed together; None for the smallest default.
+        scale_dtype: dtype of scales and offsets.
+        name: of the plan; None for one such as "uniform K4V2 g32".
+
+    Raises:
+        PlanFieldError: a value outside its choices.
+        FormatError: parts that do not fit together.
+        HeadSizeError: the target's heads cannot be packed so.
+        PlanGeometryError: the target does not tell its sizes.
+    """
+    value_bits = key_bits if value_bits is None else value_bits
+    layer = LayerPlan(
+        QuantSpec(key_bits, key_axis, group_size, scale_dtype),
+        QuantSpec(value_bits, value_axis, group_size, scale_dtype),
+        as_window(window),
+        sink_length,
+        tile,
+    )
+    return _repeat(layer, target, name or f"uniform K{key_bits}V{value_bits} g{group_size}", "uniform")
+
+
+def kivi(
+    target: object,
+    bits: int = 2,
+    group_size: int = 32,
+    window: WindowRule | int = 128,
+    *,
+    sink_length: int = 0,
+) -> KVPlan:
+    """KIVI (arXiv 2402.02750): one low bit width, keys per channel, values per token, a raw window.
+
+    KIVI's window holds 0 to R - 1 recent keys and R recent values; here keys and values share one window
+    that never falls below `window` tokens, so this plan keeps somewhat more keys raw.
+    """
+    layer = LayerPlan(
+        QuantSpec(bits, "channel", group_size),
+        QuantSpec(bits, "token", group_size),
+        as_window(window),
+        sink_length,
+    )
+    return _repeat(layer, target, f"kivi {bits}-bit", "kivi", "arXiv 2402.02750")
+
+
+def kv_adaquant(
+    target: object,
+    key_bits: int = 4,
+    value_bits: int = 2,
+    *,
+    key_group_size: int = 32,
+    value_group_size: GroupSize = "head",
+    window: WindowRule | int = 64,
+    sink_length: int = 0,
+) -> KVPlan:
+    """KV-AdaQuant (arXiv 2502.15075): more bits for keys than for values, K4V2 in every layer.
+
+    Differs from the paper, which groups 128 channels of one token in keys and values alike and rounds the
+    whole cache again at each flush: keys are per channel in groups of 32 tokens, the variant that the
+    paper's own group-size study favours, values take one group per head (128 channels in its models),
+    and nothing is rounded twice.
+    """
+    layer = LayerPlan(
+        QuantSpec(key_bits, "channel", key_group_size),
+        QuantSpec(value_bits, "token", value_group_size),
+        as_window(window),
+        sink_length,
+    )
+    return _repeat(layer, target, f"kv-adaquant K{key_bits}V{value_bits}", "kv-adaquant", "arXiv 2502.15075")
+
+
+def kvmix(
+    target: object,
+    high_key_layers: LayerSelection,
+    high_value_layers: LayerSelection,
+    *,
+    high_key_bits: int = 3,
+    high_value_bits: int = 4,
+    low_bits: int = 2,
+    group_size: int = 32,
+    window: WindowRule | int = 32,
+    sink_length: int = 0,
+) -> KVPlan:
+    """KVmix (arXiv 2506.08018): more bits in the layers whose keys, or whose values, matter most.
+
+    The two rankings are independent; the paper takes the first 20 % of each. Either may be empty.
+
+    Differs from the paper in two ways. Its 3-bit keys put 11 elements into a 32-bit word, which clips every
+    eleventh and needs a scale per 11 tokens (5.8 bits per element); here 3 bits are dense, in groups like
+    the others' (4.0 bits at 32), and `high_key_bits=4` is the next step up. Its window is a ratio of itself
+    that shrinks to about one group; here it is one group.
+
+    Args:
+        target: model, configuration, ModelGeometry or number of layers.
+        high_key_layers: layers with `high_key_bits`.
+        high_value_layers: layers with `high_value_bits`.
+        high_key_bits: bits of important keys.
+        high_value_bits: bits of important values.
+        low_bits: bits of all others.
+        group_size: elements per scale and offset, for keys and values.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+
+    Raises:
+        PlanLayerError: a layer the target does not have.
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
+    """
+    layer = LayerPlan(
+        QuantSpec(low_bits, "channel", group_size),
+        QuantSpec(low_bits, "token", group_size),
+        as_window(window),
+        sink_length,
+    )
+    plan = _repeat(layer, target, "kvmix", "kvmix", "arXiv 2506.08018")
+    if not _is_empty(high_key_layers):
+        plan = plan.with_layers(high_key_layers, key=high_key_bits)
+    if not _is_empty(high_value_layers):
+        plan = plan.with_layers(high_value_layers, value=high_value_bits)
+    return plan
+
+
+PRESETS: Mapping[str, Callable[..., KVPlan]] = MappingProxyType(
+    {"uniform": uniform, "kivi": kivi, "kv-adaquant": kv_adaquant, "kvmix": kvmix}
+)
+"""The presets by the names that `preset` and the command line take."""
+
+
+def preset(name: str, target: object, **options: Any) -> KVPlan:
+    """Make the plan of the preset called `name`.
+
+    Args:
+        name: a key of `PRESETS`.
+        target: model, configuration, ModelGeometry or number of layers.
+        options: what that preset takes.
+
+    Raises:
+        PresetError: no such preset, or an option it lacks or does not take.
+    """
+    make = PRESETS.get(name)
+    if make is None:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        raise PresetError(f"there is no preset {name!r}{hint} known: {', '.join(PRESETS)}")
+    signature = inspect.signature(make)
+    try:
+        signature.bind(target, **options)
+    except TypeError as error:
+        taken = ", ".join(signature.parameters)
+        raise PresetError(f"preset {name!r}: {error}; it takes {taken}") from error
+    return make(target, **options)
+
+
+def _repeat(layer: LayerPlan, target: object, name: str, preset_name: str, source: str = "") -> KVPlan:
+    provenance = {"preset": preset_name} | ({"source": source} if source else {})
+    if isinstance(target, int) and not isinstance(target, bool):
+        if target < 1:
+            raise PlanLayerError(f"a plan needs at least one layer, got {target}")
+        return KVPlan((layer,) * target, None, provenance, name)
+    geometry = ModelGeometry.of(target)
+    return KVPlan((layer,) * geometry.num_layers, geometry, provenance, name)
+
+
+def _is_empty(selection: LayerSelection) -> bool:
+    return isinstance(selection, Sized) and not isinstance(selection, str) and len(selection) == 0

@@ -1,0 +1,488 @@
+"""The plan: for every layer, how its keys and its values are kept.
+
+Frozen data that is checked when it is made, so a plan that exists can be carried out. Every size and
+every rule about which parts fit together comes from `kvmix_kernels.layout`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
+from kvmix_fx.plan.checks import check_choice, check_integer, check_type
+from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.provenance import Provenance
+from kvmix_fx.plan.selection import LayerSelection, select_layers
+from kvmix_fx.plan.sizes import CACHE_KINDS, CacheKind, allocated_bytes, mean_bits
+from kvmix_kernels import layout
+from kvmix_kernels.layout import TensorFormat
+
+Axis: TypeAlias = Literal["channel", "token"]
+GroupSize: TypeAlias = int | Literal["head"]
+ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
+
+WINDOW_KINDS = ("fixed",)
+SMALLEST_DEFAULT_TILE = 32
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor (the keys or the values of a layer) is quantized.
+
+    Attributes:
+        bits: 1, 2, 3, 4 or 8 bits per code; 16 keeps the tensor raw and makes the rest irrelevant.
+        axis: "channel" gives every channel one scale and offset per `group_size` consecutive tokens;
+            "token" gives every token one per `group_size` consecutive channels.
+        group_size: elements that share a scale and an offset; "head", with axis "token" only, means all
+            channels of the head.
+        scale_dtype: dtype in which scales and offsets are stored.
+
+    Raises:
+        PlanFieldError: a field has a wrong type or a value outside its choices.
+        FormatError: the group size cannot be packed along this axis.
+    """
+
+    bits: int
+    axis: Axis = "channel"
+    group_size: GroupSize = 32
+    scale_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        check_choice("bits", self.bits, layout.BITS)
+        check_choice("axis", self.axis, tuple(layout.AXES))
+        check_choice("scale_dtype", self.scale_dtype, layout.SCALE_DTYPES)
+        if self.group_size != "head":
+            check_integer("group_size", self.group_size, 1)
+            layout.make_format(self.bits, self.axis, self.group_size, tile=self.group_size)
+        elif self.axis == "channel":
+            raise PlanFieldError(
+                'group_size "head" needs axis="token": with axis="channel" a group runs along tokens, '
+                "so give their number",
+                "group_size",
+            )
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the tensor keeps the model's dtype."""
+        return self.bits == layout.RAW_BITS
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Consecutive tokens that must be packed together."""
+        return (
+            self.group_size if self.axis == "channel" and self.group_size != "head" and not self.is_raw else 1
+        )
+
+
+@dataclass(frozen=True)
+class WindowRule:
+    """Which recent tokens of a layer stay raw.
+
+    Attributes:
+        kind: "fixed", the only kind in this version: at least `length` recent tokens, whatever the
+            context. KVmix's window, a ratio applied to itself at every flush, shrinks to about one group
+            within a few steps, so a fixed window of one group stands for it.
+        length: tokens kept raw at least. Up to one tile more waits to be packed.
+
+    Raises:
+        PlanFieldError: another kind, or a negative length.
+    """
+
+    kind: str = "fixed"
+    length: int = 32
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, WINDOW_KINDS)
+        check_integer("length", self.length, 0)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer keeps its cache. Keys and values share window, sink and tile.
+
+    Attributes:
+        key: how keys are quantized.
+        value: how values are quantized.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+        tile: tokens packed together, a multiple of every group that runs along tokens. None takes the
+            smallest such number from 32 up.
+
+    Raises:
+        PlanFieldError: a field has a wrong type or a value outside its choices.
+        FormatError: a group along tokens does not divide the tile.
+    """
+
+    key: QuantSpec
+    value: QuantSpec
+    window: WindowRule = WindowRule()
+    sink_length: int = 0
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        check_type("key", self.key, QuantSpec)
+        check_type("value", self.value, QuantSpec)
+        check_type("window", self.window, WindowRule)
+        check_integer("sink_length", self.sink_length, 0)
+        if self.tile is not None:
+            check_integer("tile", self.tile, 1)
+        self._formats()
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether both tensors stay raw; such a layer keeps the model's own plain cache."""
+        return self.key.is_raw and self.value.is_raw
+
+    @property
+    def tile_length(self) -> int:
+        """Tokens packed together, with the default resolved."""
+        if self.tile is not None:
+            return self.tile
+        group = math.lcm(self.key.tokens_per_group, self.value.tokens_per_group)
+        return -(-SMALLEST_DEFAULT_TILE // group) * group
+
+    def formats(self, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
+        """Storage formats of the keys and the values for heads of `head_dim` channels.
+
+        Raises:
+            HeadSizeError: a tensor with such heads cannot be packed as planned.
+        """
+        formats = self._formats()
+        for role, fmt in zip(("key", "value"), formats, strict=True):
+            try:
+                layout.check_head_size(fmt, head_dim)
+            except HeadSizeError as error:
+                raise HeadSizeError(f"{role}: {error}") from None
+        return formats
+
+    def _formats(self) -> tuple[TensorFormat, TensorFormat]:
+        return self._format("key", self.key), self._format("value", self.value)
+
+    def _format(self, role: str, spec: QuantSpec) -> TensorFormat:
+        try:
+            return layout.make_format(
+                spec.bits,
+                spec.axis,
+                layout.WHOLE_HEAD if spec.group_size == "head" else spec.group_size,
+                self.tile_length,
+                self.sink_length,
+                self.window.length,
+                spec.scale_dtype,
+            )
+        except FormatError as error:
+            raise FormatError(f"{role}: {error}") from None
+
+
+@dataclass(frozen=True, repr=False)
+class KVPlan:
+    """One `LayerPlan` for every layer of a model. Immutable, hashable, picklable.
+
+    Attributes:
+        layers: the plan of each layer, first to last.
+        geometry: sizes of the model, needed by every figure in bytes; `for_model` fills it in.
+        provenance: how the plan was made; informative only.
+        name: what reports call the plan.
+        base_model: model the plan was made for, as a path or Hub id; informative only.
+
+    Raises:
+        PlanFieldError: a field has a wrong type.
+        PlanLayerError: no layers, or not as many as the geometry has.
+        HeadSizeError: the geometry's heads cannot be packed as planned; names the layer.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    geometry: ModelGeometry | None = None
+    provenance: Mapping[str, Any] = Provenance()
+    name: str = "custom"
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not isinstance(self.provenance, Provenance):
+            check_type("provenance", self.provenance, Mapping)
+            object.__setattr__(self, "provenance", Provenance(self.provenance))
+        check_type("name", self.name, str)
+        if self.base_model is not None:
+            check_type("base_model", self.base_model, str)
+        if not self.layers:
+            raise PlanLayerError("a plan needs at least one layer")
+        for index, layer in enumerate(self.layers):
+            check_type(f"layers[{index}]", layer, LayerPlan)
+        if self.geometry is not None:
+            check_type("geometry", self.geometry, ModelGeometry)
+            self._check_geometry(self.geometry)
+
+    def _check_geometry(self, geometry: ModelGeometry) -> None:
+        if geometry.num_layers != len(self.layers):
+            raise PlanLayerError(
+                f"the plan has {len(self.layers)} layers, the model has {geometry.num_layers}; "
+                "build the plan from this model, as KVPlan.uniform(model, key_bits=4, value_bits=2) does"
+            )
+        for index, layer in enumerate(self.layers):
+            try:
+                layer.formats(geometry.head_dim)
+            except HeadSizeError as error:
+                raise HeadSizeError(f"layer {index}, {error}") from None
+
+    @classmethod
+    def uniform(
+        cls,
+        target: object,
+        key_bits: int,
+        value_bits: int | None = None,
+        group_size: int = 32,
+        **options: Any,
+    ) -> KVPlan:
+        """The same bits in every layer; see `kvmix_fx.plan.presets.uniform`."""
+        from kvmix_fx.plan import presets
+
+        return presets.uniform(target, key_bits, value_bits, group_size, **options)
+
+    @classmethod
+    def preset(cls, name: str, target: object, **options: Any) -> KVPlan:
+        """A published method's plan by name; see `kvmix_fx.plan.presets.preset`."""
+        from kvmix_fx.plan import presets
+
+        return presets.preset(name, target, **options)
+
+    def with_layers(
+        self,
+        selection: LayerSelection,
+        *,
+        key: QuantSpec | int | None = None,
+        value: QuantSpec | int | None = None,
+        window: WindowRule | int | None = None,
+        sink_length: int | None = None,
+        tile: int | None = None,
+    ) -> KVPlan:
+        """A copy in which the selected layers are changed; what is None stays.
+
+        Args:
+            selection: an int, several, a range, a slice, or a text such as "0-3,-1", "last:2", "all".
+            key: a new spec, or new bits in the layer's present spec.
+            value: likewise.
+            window: a new rule, or the length of a fixed window.
+            sink_length: leading tokens kept raw.
+            tile: tokens packed together.
+
+        Raises:
+            PlanLayerError: a selected layer does not exist, or none is selected.
+            PlanFieldError: the selection cannot be read, or a value has a wrong type.
+            FormatError: the new parts do not fit together.
+        """
+        chosen = set(select_layers(selection, len(self.layers)))
+
+        def change(layer: LayerPlan) -> LayerPlan:
+            return LayerPlan(
+                _changed_spec(layer.key, key),
+                _changed_spec(layer.value, value),
+                layer.window if window is None else as_window(window),
+                layer.sink_length if sink_length is None else sink_length,
+                layer.tile if tile is None else tile,
+            )
+
+        layers = (change(layer) if index in chosen else layer for index, layer in enumerate(self.layers))
+        return replace(self, layers=tuple(layers))
+
+    def for_model(self, model: object) -> KVPlan:
+        """A copy that carries the geometry of `model` (or configuration), after checking that it fits.
+
+        Raises:
+            PlanLayerError: the model has another number of layers.
+            HeadSizeError: its heads cannot be packed as planned; names the layer.
+            PlanGeometryError: the model does not tell its sizes.
+        """
+        return replace(self, geometry=ModelGeometry.of(model))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what the runtime acts on: the layers, with default tiles resolved.
+
+        Geometry, provenance and names do not enter, so `for_model` leaves the digest alone.
+        """
+        layers = [asdict(replace(layer, tile=layer.tile_length)) for layer in self.layers]
+        canonical = json.dumps(layers, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def key_bits(self) -> float:
+        """Mean bits of the keys' codes over the layers."""
+        return sum(layer.key.bits for layer in self.layers) / len(self.layers)
+
+    @property
+    def value_bits(self) -> float:
+        """Mean bits of the values' codes over the layers."""
+        return sum(layer.value.bits for layer in self.layers) / len(self.layers)
+
+    def nominal_bits(self) -> float:
+        """Mean bits of the codes alone; what the cache costs is `bits_per_element`."""
+        return (self.key_bits + self.value_bits) / 2
+
+    def bits_per_element(self, length: int | None = None) -> float:
+        """Mean bits per cached element over all layers, keys and values.
+
+        Counts codes, scales and offsets, and with a length also the raw tokens of sink and window, at
+        16 bits. Slots that are allocated and still empty are left to `nbytes`.
+
+        Args:
+            length: tokens in the cache; None for the limit of long contexts, where raw tokens vanish.
+
+        Raises:
+            PlanGeometryError: a group spans the head and the plan carries no geometry.
+            PlanFieldError: a length below 1.
+        """
+        if length is not None:
+            check_integer("length", length, 1)
+        formats = [fmt for layer in self.layers for fmt in layer._formats()]
+        if any(fmt.group_size == layout.WHOLE_HEAD and not fmt.is_raw for fmt in formats):
+            head_dim = self._needed_geometry().head_dim
+        else:
+            head_dim = 0  # only groups that span the head are measured by it
+        return sum(mean_bits(fmt, head_dim, length) for fmt in formats) / len(formats)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one more token of one batch row costs in a long context, over all layers."""
+        geometry = self._needed_geometry()
+        elements = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+        return self.bits_per_element() * elements / 8
+
+    def nbytes(self, batch: int, length: int, *, itemsize: int = 2, cache: CacheKind = "growing") -> int:
+        """Bytes that a cache under this plan allocates.
+
+        A layer that keeps both tensors raw is left to the model's own cache and counted at exactly
+        `length` tokens.
+
+        Args:
+            batch: rows.
+            length: tokens stored for a growing cache, capacity in tokens for a fixed one.
+            itemsize: bytes of one element of the model's dtype.
+            cache: "growing" or "fixed".
+
+        Raises:
+            PlanGeometryError: the plan carries no geometry.
+            PlanFieldError: an argument that is no count, or an unknown kind of cache.
+        """
+        check_integer("batch", batch, 0)
+        check_integer("length", length, 0)
+        check_integer("itemsize", itemsize, 1)
+        check_choice("cache", cache, CACHE_KINDS)
+        geometry = self._needed_geometry()
+        head_dim = geometry.head_dim
+        total = 0
+        for layer in self.layers:
+            if layer.is_raw:
+                total += 2 * length * head_dim * itemsize
+            else:
+                total += sum(
+                    allocated_bytes(fmt, head_dim, length, itemsize, cache) for fmt in layer._formats()
+                )
+        return batch * geometry.num_kv_heads * total
+
+    def _needed_geometry(self) -> ModelGeometry:
+        if self.geometry is None:
+            raise PlanGeometryError(
+                "this figure depends on the model's sizes: use plan.for_model(model), "
+                "or make the plan with geometry=ModelGeometry(...)"
+            )
+        return self.geometry
+
+    def __repr__(self) -> str:
+        return (
+            f"KVPlan({self.name!r}, {len(self.layers)} layers, key_bits={self.key_bits:.4g}, "
+            f"value_bits={self.value_bits:.4g}, digest={self.digest[:12]!r})"
+        )
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self) -> str:
+        """A short table, one row for all layers planned alike."""
+        from kvmix_fx.plan.describe import describe
+
+        return describe(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan file's content as plain JSON values, with the digest."""
+        from kvmix_fx.plan import io
+
+        return io.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> KVPlan:
+        """The plan written in `content`; see `kvmix_fx.plan.io` for what may be left out.
+
+        Raises:
+            PlanFileError: naming the entry that is wrong.
+            PlanVersionError: the content is of a newer format.
+        """
+        from kvmix_fx.plan import io
+
+        return io.from_dict(content)
+
+    def to_json(self) -> str:
+        """The plan file's text, one layer a line."""
+        from kvmix_fx.plan import io
+
+        return io.to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> KVPlan:
+        """The plan written in JSON `text`. Raises as `from_dict` does."""
+        from kvmix_fx.plan import io
+
+        return io.from_json(text)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan file; returns its path."""
+        from kvmix_fx.plan import io
+
+        return io.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> KVPlan:
+        """Read a plan file. Raises as `from_dict` does, naming the file."""
+        from kvmix_fx.plan import io
+
+        return io.load(path)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `kvmix_plan.json` into `folder`, made if missing; returns the file's path."""
+        from kvmix_fx.plan import io
+
+        return io.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, revision: str | None = None) -> KVPlan:
+        """Read `kvmix_plan.json` from a local folder, or else from a Hub repository.
+
+        Args:
+            folder_or_hub_id: a folder, a plan file, or a Hub id such as "organisation/name".
+            revision: branch, tag or commit of the Hub repository.
+
+        Raises:
+            PlanFileError: no such folder or repository, no plan in it, or a wrong entry.
+            PlanVersionError: the file is of a newer format.
+            MissingPackageError: the Hub is needed and huggingface_hub is not installed.
+        """
+        from kvmix_fx.plan import io
+
+        return io.from_pretrained(folder_or_hub_id, revision)
+
+
+def as_window(window: WindowRule | int) -> WindowRule:
+    """A fixed window of that length, unless it is a rule already."""
+    return window if isinstance(window, WindowRule) else WindowRule(length=window)
+
+
+def _changed_spec(spec: QuantSpec, change: QuantSpec | int | None) -> QuantSpec:
+    if change is None:
+        return spec
+    return change if isinstance(change, QuantSpec) else replace(spec, bits=change)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+WORDS = (
+    "<pad>",
+    "<end>",
+    "<unk>",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "slept",
+    "dog",
+)
+PROMPT = "the cat sat on a mat and then it slept and the dog sat on it and the cat and a dog slept on it " * 7
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The one JSON object on stdout; fails if anything else is there."""
+        content = json.loads(self.stdout)
+        assert isinstance(content, dict)
+        return content
+
+
+Kvmix = Callable[..., Outcome]

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import Kvmix
+
+from kvmix_fx.cli.plan import LENGTHS, PlanChoice, mixed_plan
+from kvmix_fx.errors import PlanError
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry
+
+SIZES = ("--layers", 6, "--kv-heads", 2, "--head-dim", 64)
+GEOMETRY = ModelGeometry(6, 2, 64)
+REQUIRED = {
+    "uniform": ("--key-bits", 4),
+    "kvmix": ("--option", "high_key_layers=first:2", "--option", "high-value-layers=5"),
+}
+
+
+def test_new_writes_the_plan_that_the_api_makes(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    outcome = kvmix(
+        *("plan", "new", out, *SIZES, "--preset", "uniform", "--key-bits", 4, "--value-bits", 2),
+        *("--group-size", 64, "--window", 16, "--sink", 4, "--set", "0-1,-1:k8v4", "--set", "3:v3", "--json"),
+    )
+    expected = KVPlan.uniform(GEOMETRY, 4, 2, 64, window=16, sink_length=4)
+    expected = expected.with_layers("0-1,-1", key=8, value=4).with_layers(3, value=3)
+    written = KVPlan.load(out)
+    assert outcome.code == 0
+    assert written.layers == expected.layers
+    assert written.geometry == GEOMETRY
+    assert written.provenance["changes"] == ["0-1,-1:k8v4", "3:v3"]
+    assert outcome.answer["plan"] == written.to_dict()
+
+
+def test_new_without_plan_options_mixes_two_and_four_bits(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert kvmix("plan", "new", out, *SIZES).code == 0
+    assert KVPlan.load(out) == mixed_plan(GEOMETRY)
+    assert {(layer.key.bits, layer.value.bits) for layer in KVPlan.load(out).layers} == {(4, 2), (4, 4)}
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
+@pytest.mark.parametrize("layers", [1, 3, 4, 30])
+def test_mixed_plan_fits_models_of_any_size(layers: int, head_dim: int) -> None:
+    plan = mixed_plan(ModelGeometry(layers, 2, head_dim))
+    high = [i for i, layer in enumerate(plan.layers) if layer.value.bits == 4]
+    ends = min(2, layers // 4)
+    assert high == [*range(ends), *range(layers - ends, layers)]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_new_makes_every_preset(kvmix: Kvmix, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "plan.json"
+    outcome = kvmix("plan", "new", out, *SIZES, "--preset", name, *REQUIRED.get(name, ()))
+    assert outcome.code == 0, outcome.stderr
+    assert KVPlan.load(out).provenance["preset"] == name
+
+
+def test_new_takes_the_sizes_of_a_model(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert kvmix("plan", "new", out, "--model", tiny, "--key-bits", 2).code == 0
+    assert KVPlan.load(out).geometry == ModelGeometry(4, 2, 32)
+
+
+def test_new_names_the_model_but_no_folder(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
+    for model, expected in (("smollm2", "smollm2"), (tiny, None)):
+        out = tmp_path / "plan.json"
+        assert kvmix("plan", "new", out, "--model", model, "--force").code == 0
+        assert KVPlan.load(out).base_model == expected
+
+
+def test_show_prints_the_table_and_the_content(kvmix: Kvmix, tmp_path: Path) -> None:
+    plan = mixed_plan(GEOMETRY)
+    file = plan.save(tmp_path / "plan.json")
+    assert plan.describe() in kvmix("plan", "show", file).stdout
+    answer = kvmix("plan", "show", file, "--json").answer
+    assert answer["plan"] == plan.to_dict()
+    assert answer["bits_per_element"] == plan.bits_per_element()
+
+
+def test_show_reads_a_folder(kvmix: Kvmix, tmp_path: Path) -> None:
+    mixed_plan(GEOMETRY).save_pretrained(tmp_path)
+    assert kvmix("plan", "show", tmp_path).code == 0
+
+
+def test_show_leaves_unknown_what_depends_on_the_head_size(kvmix: Kvmix, tmp_path: Path) -> None:
+    file = KVPlan.preset("kv-adaquant", 4).save(tmp_path / "plan.json")
+    assert kvmix("plan", "show", file, "--json").answer["bits_per_element"] is None
+
+
+def test_estimate_gives_the_bytes_of_the_plan(kvmix: Kvmix, tmp_path: Path) -> None:
+    plan = mixed_plan(GEOMETRY)
+    file = plan.save(tmp_path / "plan.json")
+    arguments = ("--batch", 3, "--length", 100, "--length", 5000, "--itemsize", 4, "--json")
+    rows = kvmix("plan", "estimate", file, *arguments).answer["estimates"]
+    assert [row["length"] for row in rows] == [100, 5000]
+    for row in rows:
+        elements = 3 * row["length"] * 2 * 6 * 2 * 64
+        assert row["nbytes"] == plan.nbytes(3, row["length"], itemsize=4)
+        assert row["nbytes_16bit"] == 4 * elements
+        assert row["ratio"] == pytest.approx(row["nbytes_16bit"] / row["nbytes"])
+        assert row["bits_per_element"] == pytest.approx(8 * row["nbytes"] / elements)
+
+
+def test_estimate_shows_several_lengths_by_default(kvmix: Kvmix, tmp_path: Path) -> None:
+    file = mixed_plan(GEOMETRY).save(tmp_path / "plan.json")
+    rows = kvmix("plan", "estimate", file, "--json").answer["estimates"]
+    assert tuple(row["length"] for row in rows) == LENGTHS
+    table = kvmix("plan", "estimate", file).stdout
+    assert all(f"{length:,}" in table for length in LENGTHS)
+
+
+def test_estimate_takes_the_sizes_of_a_model(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
+    file = KVPlan.uniform(4, 2).save(tmp_path / "plan.json")
+    without = kvmix("plan", "estimate", file)
+    assert without.code == 1
+    assert "--model" in without.stderr
+    rows = kvmix("plan", "estimate", file, "--model", tiny, "--length", 64, "--json").answer["estimates"]
+    assert rows[0]["nbytes"] == KVPlan.uniform(ModelGeometry(4, 2, 32), 2).nbytes(1, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (("--preset", "unifrom"), "PresetError", "did you mean 'uniform'"),
+        (("--preset", "kvmix"), "PresetError", "--option NAME=VALUE"),
+        (("--preset", "kivi", "--value-bits", 2), "PresetError", "value_bits"),
+        (("--key-bits", 5), "PlanFieldError", "bits must be one of"),
+        (("--key-bits", 4, "--group-size", 24), "FormatError", "multiple of 16"),
+        (("--set", "0-3"), "CommandError", "LAYERS:BITS"),
+        (("--set", ":k4"), "CommandError", "LAYERS:BITS"),
+        (("--set", "0:"), "CommandError", "LAYERS:BITS"),
+        (("--set", "0:4"), "CommandError", "LAYERS:BITS"),
+        (("--set", "9:k4"), "PlanLayerError", "no layer 9"),
+        (("--option", "tile"), "CommandError", "NAME=VALUE"),
+        (("--model", "smollm2"), "CommandError", "not both"),
+    ],
+)
+def test_new_refuses(
+    kvmix: Kvmix, tmp_path: Path, arguments: tuple[str | int, ...], kind: str, message: str
+) -> None:
+    out = tmp_path / "plan.json"
+    outcome = kvmix("plan", "new", out, *SIZES, *arguments, "--json")
+    error = outcome.answer["error"]
+    assert outcome.code == 1
+    assert error["type"] == kind
+    assert message in error["message"]
+    assert outcome.stderr == f"error: {error['message']}\n"
+    assert not out.exists()
+
+
+def test_new_wants_a_model_or_all_sizes(kvmix: Kvmix, tmp_path: Path) -> None:
+    outcome = kvmix("plan", "new", tmp_path / "plan.json", "--layers", 3, "--kv-heads", 2)
+    assert outcome.code == 1
+    assert "--head-dim" in outcome.stderr
+
+
+def test_new_replaces_a_file_only_by_force(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    out.write_text("mine")
+    refused = kvmix("plan", "new", out, *SIZES)
+    assert refused.code == 1
+    assert "--force" in refused.stderr
+    assert out.read_text() == "mine"
+    assert kvmix("plan", "new", out, *SIZES, "--force").code == 0
+
+
+def test_new_into_a_missing_folder_is_a_message(kvmix: Kvmix, tmp_path: Path) -> None:
+    outcome = kvmix("plan", "new", tmp_path / "none" / "plan.json", *SIZES)
+    assert outcome.code == 1
+    assert "cannot be written" in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["show", "estimate"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "is empty"),
+        ('{"format": "kvmix_plan", "layers": [', "truncated"),
+        ('{"format": "kvmix_plan", "version": 99, "layers": []}', "version"),
+        ('{"format": "kvmix_plan", "version": 1, "layers": [{"key": {"bits": 5}}]}', "layers[0]"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_a_message(
+    kvmix: Kvmix, tmp_path: Path, command: str, content: str | None, message: str
+) -> None:
+    file = tmp_path / "plan.json"
+    if content is not None:
+        file.write_text(content)
+    outcome = kvmix("plan", command, file, "--json")
+    assert outcome.code == 1
+    assert outcome.answer["error"]["type"].startswith("Plan")
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_plan_file_takes_changes_but_no_preset(tmp_path: Path) -> None:
+    file = str(KVPlan.uniform(GEOMETRY, 2).save(tmp_path / "plan.json"))
+    changed = PlanChoice(plan=file, change=["last:1:k8"]).build(GEOMETRY)
+    assert [layer.key.bits for layer in changed.layers] == [2, 2, 2, 2, 2, 8]
+    for choice in (PlanChoice(plan=file, preset="kivi"), PlanChoice(plan=file, key_bits=4)):
+        with pytest.raises(ValueError, match="leave out --preset"):
+            choice.build(GEOMETRY)
+
+
+def test_a_plan_file_for_another_model_is_refused(tmp_path: Path) -> None:
+    file = str(KVPlan.uniform(3, 2).save(tmp_path / "plan.json"))
+    with pytest.raises(PlanError, match="3 layers"):
+        PlanChoice(plan=file).build(GEOMETRY)

@@ -1,0 +1,169 @@
+"""True architecture classes, two layers, random weights: packed logits equal the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import kvmix_fx
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.passes.sites import LEAVE
+from kvmix_fx.testing.models import sharpen
+
+from .oracle import OracleCache, steps, worst
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+# name -> (config class, overrides)
+PACKED = {
+    "llama": ("LlamaConfig", {}),
+    "llama, all heads": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "phi3": ("Phi3Config", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
+    "falcon, one kv head": ("FalconConfig", {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon, new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "cohere": ("CohereConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "mixtral": ("MixtralConfig", {"sliding_window": None} | MOE),
+    "qwen3-moe": ("Qwen3MoeConfig", MOE),
+}
+
+
+def build(config_name, overrides):
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**(TINY | overrides))
+    config._attn_implementation = "sdpa"
+    return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+def tokens(rows=2, length=90):
+    return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_logits_equal_the_oracle(name):
+    """Left padded, so that absolute positions and masks are part of the check."""
+    model = build(*PACKED[name])
+    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
+    ids, mask = tokens(), torch.ones(2, 90, dtype=torch.long)
+    ids[0, :11], mask[0, :11] = 0, 0
+    # generate() passes positions; a plain loop has to do it itself
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    plain, _ = decode(model, ids, mask, positions)
+    want, _ = decode(model, ids, mask, positions, OracleCache(plan, mask.bool()))
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, past = decode(model, ids, mask, positions)
+    assert worst(got, want) < 3e-4
+    assert worst(plain, want) > 5e-3
+    assert all(isinstance(t, QuantizedKVTensor) for layer in past.layers for t in (layer.keys, layer.values))
+    assert not kvmix_fx.compiled(model).report.skipped()
+    assert len(kvmix_fx.compiled(model).report.graphs) == 2
+
+
+def decode(model, ids, mask, positions, past=None, prompt=40):
+    import inspect
+
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    logits = []
+    with torch.no_grad():
+        for first, last in ((0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))):
+            # contiguous, as generate() makes them: strides of a longer row would be compiled in
+            extra = {"position_ids": positions[:, first:last].contiguous()} if takes else {}
+            step, seen = ids[:, first:last].contiguous(), mask[:, :last].contiguous()
+            out = model(step, attention_mask=seen, past_key_values=past, use_cache=True, **extra)
+            past = out.past_key_values
+            logits.append(out.logits[:, -1])
+    return logits[1:], past
+
+
+LEFT_ALONE = {
+    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "sliding window"),
+    "deepseek-v3, latent cache": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "q_lora_rank": 32,
+            "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
+            "num_experts_per_tok": 2, "head_dim": 16,
+        },
+        "do not leave the graph",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_cannot_be_packed_is_exact_and_says_why(name):
+    config, overrides, reason = LEFT_ALONE[name]
+    model = build(config, overrides)
+    ids = tokens()
+    want, _ = steps(model, ids, 40)
+    plan = kvmix_fx.KVPlan.uniform(2, 2, 2, window=8)
+    kvmix_fx.compile(model, plan, inner="eager", on_nothing="ignore")
+    got, _ = steps(model, ids, 40)
+    assert worst(got, want) < 1e-5
+    report = kvmix_fx.compiled(model).report
+    assert {s.action for s in report.sites} == {LEAVE}
+    assert reason in report.sites[0].reason
+
+
+def test_hybrid_models_pack_their_full_attention_layers():
+    """Gemma 3: sliding layers stay, full ones are packed."""
+    model = build(
+        "Gemma3TextConfig",
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32},
+    )
+    plan = kvmix_fx.KVPlan.uniform(2, 2, 2, window=8)
+    ids = tokens()
+    plain, _ = steps(model, ids, 40)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, past = steps(model, ids, 40)
+    assert not isinstance(past.layers[0].keys, QuantizedKVTensor)
+    assert isinstance(past.layers[1].keys, QuantizedKVTensor)
+    assert worst(got, plain) > 1e-3
+    report = kvmix_fx.compiled(model).report
+    assert report.rewritten_layers() == [1]
+    assert {s.layer for s in report.skipped()} == {0}
+
+
+def test_attention_that_is_not_sdpa_is_refused_with_a_way_out():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2), inner="eager")
+    with pytest.raises(kvmix_fx.errors.NoSiteError, match='attn_implementation="sdpa"'):
+        model.generate(tokens(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_head_sizes_and_half_precision(head_dim, dtype):
+    model = build("LlamaConfig", {"head_dim": head_dim, "num_hidden_layers": 1}).to(dtype)
+    plan = kvmix_fx.KVPlan.uniform(model, 3, 3, group_size=16, window=8)
+    ids = tokens(1)
+    want, _ = steps(model, ids, 40, OracleCache(plan))
+    plain, _ = steps(model, ids, 40)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, _ = steps(model, ids, 40)
+    noise = 0.05 if dtype == torch.bfloat16 else 0.02
+    assert worst(got, want) < noise * max(w.abs().max().item() for w in want)
+    assert worst(got, want) < worst(plain, want)

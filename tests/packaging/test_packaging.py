@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def fresh(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["transformers", "torchao", "kvmix_kernels.triton", "typer", "gguf"]
+)
+def test_importing_loads_no_optional_package(name):
+    assert fresh(f"import sys, kvmix_fx; print({name!r} in sys.modules)") == "False\n"
+
+
+def test_importing_patches_nothing():
+    code = """
+import torch, torch.nn.functional as F
+before = (F.scaled_dot_product_attention, torch.cat, torch.compile, torch.Tensor.__getitem__)
+settings = torch._dynamo.config.get_config_copy()
+import kvmix_fx
+assert before == (F.scaled_dot_product_attention, torch.cat, torch.compile, torch.Tensor.__getitem__)
+assert settings == torch._dynamo.config.get_config_copy()
+assert not torch.cuda.is_initialized()
+print("same")
+"""
+    assert fresh(code) == "same\n"
+
+
+def test_the_kernels_folder_is_no_package():
+    """It would shadow Hugging Face's `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_backend_is_registered():
+    (entry,) = entry_points(group="torch_dynamo_backends", name="kvmix")
+    assert entry.value == "kvmix_fx.backend:kvmix"
