@@ -20,8 +20,8 @@ _ATTRIBUTE = "_kvmix"
 def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
     if not isinstance(plan, KVPlan):
         raise BackendOptionError(
-            f"kvmix_fx.compile needs a plan, got {type(plan).__name__}: make one with KVPlan.uniform(model, 4, 2), "
-            "KVPlan.preset(...) or KVPlan.load(file)"
+            f"kvmix_fx.compile needs a plan, got {type(plan).__name__}: make one with "
+            "KVPlan.uniform(model, 4, 2), KVPlan.preset(...) or KVPlan.load(file)"
         )
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return plan
@@ -112,10 +112,13 @@ def compile(
         finish()
         return result
 
-    model.forward = forward  # type: ignore[method-assign]
+    vars(model)["forward"] = forward
     if hasattr(model, "get_compiled_call"):
         # on accelerators generate() would compile a second time, around this and with another backend
-        model.get_compiled_call = lambda *args, **kwargs: model.__call__
+        def already_compiled(_config: Any = None) -> Callable[..., Any]:
+            return model.__call__
+
+        vars(model)["get_compiled_call"] = already_compiled
     vars(model)[_ATTRIBUTE] = state
     return model
 
@@ -171,7 +174,9 @@ def explain(
             if past is not None:
                 step = result.logits[:, -1:].argmax(-1)
                 mask = kwargs.get("attention_mask")
-                extra = {} if mask is None else {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
+                extra: dict[str, Any] = (
+                    {} if mask is None else {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
+                )
                 model(step, past_key_values=past, **extra)
     finally:
         restore(model)

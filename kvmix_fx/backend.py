@@ -87,18 +87,19 @@ class KVMixBackend:
         return Boundary(result.rewritten, self._compile(module, dynamo.example_inputs(module)))
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        inner = self.inner
+        inner: Any = self.inner
         if inner is None:
             inner = "inductor" if self.patches or _on_accelerator(example_inputs) else "eager"
         if inner == "eager":
-            return gm.forward
+            forward: Any = gm.forward
+            return forward  # type: ignore[no-any-return]
         if inner == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=self.patches or None)
+            compiled: Any = compile_fx(gm, example_inputs, config_patches=self.patches or None)
             return compiled
-        compiler = torch._dynamo.lookup_backend(inner)
-        return compiler(gm, example_inputs)
+        compiler: Any = torch._dynamo.lookup_backend(inner)
+        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
 
 
 def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +118,8 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
     for name, value in options.items():
         if name.replace("-", "_") not in settings:
             raise BackendOptionError(
-                f"unknown option {name!r}: the kvmix backend takes {sorted(_OWN)} and settings of torch._inductor.config"
+                f"unknown option {name!r}: the kvmix backend takes {sorted(_OWN)} and settings of "
+                "torch._inductor.config"
             )
         patches[name.replace("-", "_")] = value
     return patches

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvmix_kernels.errors import FormatError, HeadSizeError
 
@@ -199,22 +199,23 @@ def scale_grid(fmt: TensorFormat, head_dim: int, tiles: int) -> tuple[int, int]:
     return (tokens, head_dim // channel_group(fmt, head_dim))
 
 
-def growing_tiles(fmt: TensorFormat, length: int, maximum: Callable[[int, int], int] = max) -> int:
+def growing_tiles(fmt: TensorFormat, length: int, maximum: Callable[[Any, Any], Any] = max) -> int:
     """Tiles allocated for a growing tensor of `length` tokens: room for the next token's flush.
 
     `maximum` lets a tracer pass a max that does not branch on a symbolic length.
     """
     if fmt.is_raw:
         return 0
-    flushed = maximum(0, length + 1 - fmt.sink - fmt.window) // fmt.tile
-    return maximum(MIN_GROWING_TILES, _grown(flushed, fmt.tile))
+    flushed: int = maximum(0, length + 1 - fmt.sink - fmt.window) // fmt.tile
+    tiles: int = maximum(MIN_GROWING_TILES, _grown(flushed, fmt.tile))
+    return tiles
 
 
-def growing_slots(fmt: TensorFormat, length: int, maximum: Callable[[int, int], int] = max) -> int:
+def growing_slots(fmt: TensorFormat, length: int, maximum: Callable[[Any, Any], Any] = max) -> int:
     """Residual slots allocated for a growing tensor of `length` tokens."""
     if not fmt.is_raw:
         return fmt.residual_slots
-    tiles = maximum(MIN_GROWING_TILES, _grown(length // fmt.tile + 1, fmt.tile))
+    tiles: int = maximum(MIN_GROWING_TILES, _grown(length // fmt.tile + 1, fmt.tile))
     return fmt.sink + tiles * fmt.tile
 
 

@@ -80,7 +80,7 @@ def _warn_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     size = packed[0].numel() * packed[0].element_size()
     warnings.warn(
         f"{name} is not defined on packed keys and values, so all {size} bytes were unpacked. Compile the "
-        "model with kvmix_fx.compile to attend to packed storage, or call .dequantize() to say you want this.",
+        "model with kvmix_fx.compile to attend to packed storage, or call .dequantize() to say you want it.",
         DequantizeWarning,
         stacklevel=2,
     )
@@ -136,7 +136,9 @@ def _index_put(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @implements(aten.slice.Tensor)
 def _slice(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    self, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    self: QuantizedKVTensor = args[0]
+    given: list[Any] = [*args[1:]]
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
     size = self.shape[_dim(self, dim)]
     start = 0 if start is None else start
     end = size if end is None else end

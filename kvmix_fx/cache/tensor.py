@@ -15,7 +15,7 @@ length in the context would recompile at every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,9 +56,9 @@ class QuantizedKVTensor(torch.Tensor):
     format: TensorFormat
     lease: Lease | None
 
-    tensor_data_names = list(_BUFFERS)
-    optional_tensor_data_names = ["live"]
-    tensor_attribute_names = ["format"]
+    tensor_data_names: ClassVar = list(_BUFFERS)
+    optional_tensor_data_names: ClassVar = ["live"]
+    tensor_attribute_names: ClassVar = ["format"]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -261,7 +261,7 @@ class QuantizedKVTensor(torch.Tensor):
             f"sink {f.sink}, window {f.window}{size})"
         )
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
         return _rebuild, (self.to_state(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedKVTensor:
@@ -285,7 +285,7 @@ class QuantizedKVTensor(torch.Tensor):
         return cls(buffers, length, TensorFormat(*fmt), state.get(prefix + "live"))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         from kvmix_fx.cache.dispatch import dispatch

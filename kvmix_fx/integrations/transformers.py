@@ -63,6 +63,9 @@ class KVMixStaticLayer(StaticLayer):
     """A layer of fixed capacity whose keys and values are packed from the first token on."""
 
     is_croppable = True
+    keys: Any
+    values: Any
+    cumulative_length: Any
 
     def __init__(self, max_cache_len: int, layer_plan: LayerPlan) -> None:
         """`max_cache_len`: capacity in tokens."""
@@ -92,9 +95,7 @@ class KVMixStaticLayer(StaticLayer):
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store [B, Hkv, n, D]. The first tokens are returned themselves, so prefill is exact."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -127,7 +128,6 @@ class KVMixStaticLayer(StaticLayer):
         if length >= stored:
             return
         for tensor in (self.keys, self.values):
-            assert isinstance(tensor, QuantizedKVTensor) and tensor.live is not None
             tensor.rewind_(length, stored)
             tensor.live.fill_(length)
         self.cumulative_length.fill_(length)
@@ -163,8 +163,12 @@ def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
         if type(layer) is not StaticLayer or plan.layers[i].is_raw:
             continue
         packed = KVMixStaticLayer(layer.max_cache_len, plan.layers[i])
-        if layer.is_initialized and (stored := int(layer.cumulative_length)):
-            packed.update(layer.keys[:, :, :stored], layer.values[:, :, :stored])
+        stored = int(layer.cumulative_length)
+        if layer.is_initialized and stored:
+            keys, values = layer.keys, layer.values
+            assert keys is not None
+            assert values is not None
+            packed.update(keys[:, :, :stored], values[:, :, :stored])
             packed.host_length = stored
         cache.layers[i] = packed
 

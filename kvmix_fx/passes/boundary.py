@@ -92,11 +92,11 @@ def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], in
     """
     if not dynamo.is_symbolic(size):
         number = int(size)
-        return lambda args: number
+        return lambda _: number
     expression = dynamo.expression(size)
     if expression.is_number:
         number = int(expression)
-        return lambda args: number
+        return lambda _: number
     readers = {symbol: _reader(symbol, values) for symbol in expression.free_symbols}
     if expression.is_Symbol:
         return readers[expression]

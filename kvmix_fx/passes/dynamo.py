@@ -81,6 +81,6 @@ def is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt)
 
 
-def expression(value: torch.SymInt) -> Any:
+def expression(value: Any) -> Any:
     """The sympy expression behind a symbolic size."""
     return value.node.expr

@@ -61,7 +61,7 @@ def _site(
         # a first step that attends to its own tokens while the cache takes them
         return Site(call, module, k.idiom, APPEND, key_update=k, value_update=v)
     idiom = _plain_idiom(key)
-    reason = _why_not_adopt(call, key, value, outputs)
+    reason = _why_not_adopt(key, value, outputs)
     if reason:
         return Site(call, module, idiom, LEAVE, reason)
     return Site(call, module, idiom, ADOPT, key_root=key, value_root=value)
@@ -88,7 +88,7 @@ def _plain_idiom(key: fx.Node) -> str:
     return "in place" if key.op == "placeholder" else "none"
 
 
-def _why_not_adopt(call: AttentionCall, key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
+def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
     if key.op == "placeholder" or value.op == "placeholder":
         return (
             "keys and values are plain buffers owned by the caller, which a graph cannot replace; use "

@@ -123,7 +123,8 @@ class _Rewriter:
             ]
         for sites in self._by_cache():
             k, v = sites[0].key_update, sites[0].value_update
-            assert k is not None and v is not None
+            assert k is not None
+            assert v is not None
             for site in sites:
                 if site.action == ATTEND:
                     self._attend(site, k, v)

@@ -15,7 +15,7 @@ class RecordingBackend:
         """Empty."""
         self.graphs: list[fx.GraphModule] = []
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
         """Dynamo's calling convention."""
         self.graphs.append(gm)
         return gm.forward

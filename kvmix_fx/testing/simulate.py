@@ -2,8 +2,8 @@
 
 `SimulatedCache` serves an unmodified transformers model with plain tensors in which every flushed token has
 been rounded and restored. It stores nothing packed and shares no arithmetic with the packed cache: only
-the plan, and the rule that says when a tile is flushed, are the same. Agreement of the logits is evidence that
-packing, flushing and attention over packed tokens do what the plan says.
+the plan, and the rule that says when a tile is flushed, are the same. Agreement of the logits is evidence
+that packing, flushing and attention over packed tokens do what the plan says.
 
 Sees no attention masks: without padding only.
 """
@@ -30,7 +30,7 @@ class SimulatedLayer(DynamicLayer):
         self.flushed_tiles = 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Append [B, Hkv, n, D]; returns what this step attends to, its own tokens exact."""
         if self.is_initialized:
@@ -47,6 +47,8 @@ class SimulatedLayer(DynamicLayer):
         if due == self.flushed_tiles:
             return
         tokens = slice(fmt.sink + self.flushed_tiles * fmt.tile, fmt.sink + due * fmt.tile)
+        assert self.keys is not None
+        assert self.values is not None
         for tensor, spec in ((self.keys, self.layer_plan.key), (self.values, self.layer_plan.value)):
             tensor[:, :, tokens] = round_trip(tensor[:, :, tokens], spec)
         self.flushed_tiles = due
@@ -70,11 +72,12 @@ def round_trip(x: Tensor, spec: QuantSpec) -> Tensor:
     if spec.axis == "channel":
         x = x.transpose(2, 3)
     size = x.shape[3] if spec.group_size == "head" else spec.group_size
-    groups = x.unflatten(3, (-1, size)).float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    groups = x.unflatten(3, (-1, size)).to(wide)
     low, high = groups.amin(4, keepdim=True), groups.amax(4, keepdim=True)
     steps = 2**spec.bits - 1
     stored = getattr(torch, spec.scale_dtype)
-    step, low = ((high - low) / steps).to(stored).float(), low.to(stored).float()
+    step, low = ((high - low) / steps).to(stored).to(wide), low.to(stored).to(wide)
     codes = ((groups - low) / step).round().clamp(0, steps).nan_to_num(0.0)
     restored = (codes * step + low).flatten(3).to(x.dtype)
     return restored.transpose(2, 3) if spec.axis == "channel" else restored

@@ -5,23 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-WORDS = (
-    "<pad>",
-    "<end>",
-    "<unk>",
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "it",
-    "slept",
-    "dog",
-)
-PROMPT = "the cat sat on a mat and then it slept and the dog sat on it and the cat and a dog slept on it " * 7
+WORDS = ["<pad>", "<end>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "slept"]
+PROMPT = "the cat sat on a mat and then it slept and the cat sat on it and on the mat it slept " * 9
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_new_makes_every_preset(kvmix: Kvmix, tmp_path: Path, name: str) -> None
 def test_new_takes_the_sizes_of_a_model(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
     out = tmp_path / "plan.json"
     assert kvmix("plan", "new", out, "--model", tiny, "--key-bits", 2).code == 0
-    assert KVPlan.load(out).geometry == ModelGeometry(4, 2, 32)
+    assert KVPlan.load(out).geometry == ModelGeometry(2, 2, 32)
 
 
 def test_new_names_the_model_but_no_folder(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
@@ -112,12 +112,12 @@ def test_estimate_shows_several_lengths_by_default(kvmix: Kvmix, tmp_path: Path)
 
 
 def test_estimate_takes_the_sizes_of_a_model(kvmix: Kvmix, tmp_path: Path, tiny: Path) -> None:
-    file = KVPlan.uniform(4, 2).save(tmp_path / "plan.json")
+    file = KVPlan.uniform(2, 2).save(tmp_path / "plan.json")
     without = kvmix("plan", "estimate", file)
     assert without.code == 1
     assert "--model" in without.stderr
     rows = kvmix("plan", "estimate", file, "--model", tiny, "--length", 64, "--json").answer["estimates"]
-    assert rows[0]["nbytes"] == KVPlan.uniform(ModelGeometry(4, 2, 32), 2).nbytes(1, 64)
+    assert rows[0]["nbytes"] == KVPlan.uniform(ModelGeometry(2, 2, 32), 2).nbytes(1, 64)
 
 
 @pytest.mark.parametrize(

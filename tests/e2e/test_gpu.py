@@ -51,12 +51,19 @@ def test_llama_8b_shape(cache):
             model = sharpen(LlamaForCausalLM(config), 2.0)
     finally:
         torch.set_default_dtype(torch.float32)
-    plan = kvmix_fx.KVPlan.preset("kvmix", model, high_key_layers=[0, 1, 2, 13, 14, 31], high_value_layers=[0, 1, 28, 29, 30, 31])
+    plan = kvmix_fx.KVPlan.preset(
+        "kvmix", model, high_key_layers=[0, 1, 2, 13, 14, 31], high_value_layers=[0, 1, 28, 29, 30, 31]
+    )
     ids = tokens(2, 600)
-    arguments = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    arguments = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     arguments |= {"cache_implementation": cache} if cache else {}
     plain = model.generate(ids, **arguments)
-    kvmix_fx.compile(model, plan)
+    kvmix_fx.compile(model, plan, inner="eager")
     out = model.generate(ids, **arguments)
     report = kvmix_fx.compiled(model).report
     assert report.rewritten_layers() == list(range(32))

@@ -1,4 +1,4 @@
-"""torchao's affine quantization primitives as an independent oracle, and its quantized weights under our pass."""
+"""torchao's affine primitives as an independent oracle, and its quantized weights under our pass."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # an interpreted program takes about 30 ms
 # on a GPU nearly every example compiles a kernel: shards are for pytest-xdist
 SHARDS = range(8 if torch.cuda.is_available() else 1)
-EXAMPLES = 8 if torch.cuda.is_available() else 20
+EXAMPLES = 8 if torch.cuda.is_available() else 12
 FAMILIES = ("gauss", "outlier channel", "constant", "huge", "tiny", "zeros", "non-finite")
 quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -41,7 +41,9 @@ def values(
         x = x * (torch.finfo(dtype).max / 4)
         x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
     elif family == "tiny":
+        # no subnormal numbers: the interpreter misreads those of bfloat16
         x = x * torch.finfo(dtype).tiny * 4
+        x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0.0, x)
     elif family == "zeros":
         x = torch.where(x > 0, 0.0, -0.0)
     elif family == "non-finite":
@@ -81,8 +83,14 @@ def masks(kind: str, B: int, heads: int, Lq: int, S: int, generator: torch.Gener
     return torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
+def on_cpu(args: tuple[object, ...]) -> tuple[object, ...]:
+    """Copies for the reference, which is exact on a CPU (elsewhere PyTorch divides by multiplying)."""
+    return tuple(a.detach().clone().cpu() if isinstance(a, torch.Tensor) else a for a in args)
+
+
 def assert_same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
     for name, a, b in zip(storage.Buffers._fields, got, expected, strict=True):
+        a = a.cpu()
         assert a.shape == b.shape, name
         assert a.dtype == b.dtype, name
         assert (
@@ -102,7 +110,8 @@ def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.Data
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     x = values(data.draw(st.sampled_from(FAMILIES)), (B, L, H, D), dtype, generator).transpose(1, 2)
     mask = masks(data.draw(st.sampled_from(("none", "bool", "additive"))), B, 1, 2, L, generator)
-    assert_same(kernels.quantize_pack(x, mask, list(fmt)), ops._quantize_pack(x, mask, list(fmt)))
+    args = (x, mask, list(fmt))
+    assert_same(kernels.quantize_pack(*args), ops._quantize_pack(*on_cpu(args)))
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -136,10 +145,10 @@ def test_append_gives_the_bits_of_the_reference(shard: int, data: st.DataObject)
         storage.append(cache, values(family, (B, H, before, size), dtype, generator), None, 0, fmt)
         buffers += list(cache)
         new.append(values(family, (B, H, count, size), dtype, generator))
-    expected = [part.clone() for part in buffers]
+    expected = on_cpu(tuple(buffers))
     start = torch.tensor(before, device=DEVICE) if on_device else None
     step = (*new, mask, start, capacity if on_device else before, list(k), list(v))
-    ops._append_(*expected, *step)
+    ops._append_(*expected, *on_cpu(step))
     kernels.append_(*buffers, *step)
     assert_same(tuple(buffers[:4]), tuple(expected[:4]))
     assert_same(tuple(buffers[4:]), tuple(expected[4:]))
@@ -148,10 +157,10 @@ def test_append_gives_the_bits_of_the_reference(shard: int, data: st.DataObject)
 def test_append_beyond_the_capacity_on_the_device_writes_nothing() -> None:
     fmt = make_format(2, "channel", 16, 16, 0, 0)
     cache = storage.allocate(1, 1, 16, 2, fmt.residual_slots, fmt, torch.float32, DEVICE)
-    before = [part.clone() for part in cache]
+    before = on_cpu(cache)
     new = torch.ones(1, 1, 3, 16, device=DEVICE)
     kernels.append_(*cache, *cache, new, new, None, torch.tensor(30, device=DEVICE), 32, list(fmt), list(fmt))
-    assert_same(tuple(cache), tuple(before))
+    assert_same(tuple(cache), before)
 
 
 def test_append_refuses_buffers_whose_rows_are_not_dense() -> None:

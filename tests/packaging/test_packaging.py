@@ -23,9 +23,7 @@ def fresh(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["transformers", "torchao", "kvmix_kernels.triton", "typer", "gguf"]
-)
+@pytest.mark.parametrize("name", ["transformers", "torchao", "kvmix_kernels.triton", "typer", "gguf"])
 def test_importing_loads_no_optional_package(name):
     assert fresh(f"import sys, kvmix_fx; print({name!r} in sys.modules)") == "False\n"
 

@@ -1,6 +1,12 @@
-"""The packed cache answers as the simulated one does, and far from how the unquantized one does."""
+"""The packed cache answers as the simulated one does, and far from how the unquantized one does.
+
+In float64, because rounding noise that tips one code over is as large as a step: two float32 computations of
+the same attention part at once, in float64 hardly ever.
+"""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -62,31 +68,40 @@ def mean_kl(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("options", PLANS.values(), ids=PLANS.keys())
 def test_packed_logits_are_the_simulated_ones_and_not_the_exact_ones(tiny, options):
     plan = KVPlan.uniform(tiny, **options)
+    tiny = copy.deepcopy(tiny).double()
     ids = torch.randint(0, 97, (2, 190), generator=torch.Generator().manual_seed(1))
     packed = packed_logits(tiny, plan, ids, prefill=90)
     simulated = logits(tiny, ids, 90, SimulatedCache(plan))
     exact = logits(tiny, ids, 90)
 
     assert torch.equal(simulated[:, :90], exact[:, :90]), "a prefill attends exactly"
-    noise = float((packed - simulated).abs().max())
-    assert noise < 1e-3
-    assert mean_kl(simulated, packed) < 1e-6
+    assert float((packed - simulated).abs().max()) < 1e-6
     # the control: without rounding, the same comparison fails by far
-    assert float((packed - exact).abs().max()) > 30 * noise
+    assert float((packed - exact).abs().max()) > 0.05
     assert mean_kl(exact[:, 90:], packed[:, 90:]) > 1e-5
 
 
+def test_float32_moves_a_packed_code_now_and_then_and_no_more(tiny):
+    plan = KVPlan.uniform(tiny, 4, 2)
+    ids = torch.randint(0, 97, (2, 190), generator=torch.Generator().manual_seed(1))
+    packed, simulated = packed_logits(tiny, plan, ids, 90), logits(tiny, ids, 90, SimulatedCache(plan))
+    assert mean_kl(simulated, packed) < 1e-6
+    assert mean_kl(logits(tiny, ids, 90), packed) > 1e-3
+
+
 def test_packed_smollm2_answers_as_the_simulated_one(model, tokenizer):
+    # a third of the layers: real keys and values, and a third of the time
+    model = copy.deepcopy(model).double()
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:10], 10
     ids = texts.chunks(tokenizer, texts.prose(), length=241, count=1)
     plan = KVPlan.uniform(model, key_bits=2)
     packed = packed_logits(model, plan, ids, prefill=200)[:, 200:]
     simulated = logits(model, ids, 200, SimulatedCache(plan))[:, 200:]
     exact = logits(model, ids, 200)[:, 200:]
     assert packed.shape[1] == 41
-    assert mean_kl(simulated, packed) < 1e-6
-    assert float((packed - simulated).abs().max()) < 1e-2
-    assert mean_kl(exact, packed) > 0.01
-    assert float((packed - exact).abs().max()) > 1
+    assert float((packed - simulated).abs().max()) < 1e-4
+    assert mean_kl(exact, packed) > 0.001
+    assert float((packed - exact).abs().max()) > 0.1
 
 
 def test_several_tokens_a_step_see_the_cache_as_it_was_before_the_step(tiny):

@@ -36,12 +36,16 @@ def attend(
 
     Args:
         query: [B, Hq, Lq, D].
-        new_keys, new_values: the step's own tokens, [B, Hkv, Ln, D] and [B, Hkv, Ln, Dv], not yet
-            in the cache; None for none.
-        keys, values: the cache before the step.
+        new_keys: the step's own tokens, [B, Hkv, Ln, D], not yet in the cache; None for none.
+        new_values: likewise, [B, Hkv, Ln, Dv].
+        keys: the cached keys before the step.
+        values: the cached values before the step.
         mask: boolean (True attends) or additive, broadcastable to [B, Hq, Lq, S] with
             S >= length + Ln; column j is the token at position j. None attends to all.
         length: live tokens in the cache.
+        scale: factor of the scores.
+        key_format: how the keys are stored.
+        value_format: how the values are stored.
 
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
@@ -57,26 +61,24 @@ def attend(
             mask = mask.unsqueeze(0)
         mask = mask.expand(B, Hq, Lq, mask.shape[3])
 
-    best: Tensor | None = None
-    for first, k, v in _blocks(new_keys, new_values, keys, values, length, key_format, value_format, dtype):
+    best = rows.new_full((B, Hkv, group * Lq, 1), torch.finfo(dtype).min)
+    total = torch.zeros_like(best)
+    out = rows.new_zeros(B, Hkv, group * Lq, Dv)
+    blocks = _blocks(new_keys, new_values, keys, values, length, key_format, value_format, dtype)
+    for number, (first, k, v) in enumerate(blocks):
         scores = rows @ k.transpose(2, 3)  # [B, Hkv, group * Lq, n]
         if mask is not None:
             part = mask[..., first : first + k.shape[2]].reshape(B, Hkv, group * Lq, k.shape[2])
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
-        top = scores.amax(3, keepdim=True)
-        if best is None:
-            best = top.clamp(min=torch.finfo(dtype).min)
-            weights = torch.exp(scores - best)
-            total, out = weights.sum(3, keepdim=True), weights @ v
-            continue
-        merged = torch.maximum(best, top)
+        merged = torch.maximum(best, scores.amax(3, keepdim=True))
         weights = torch.exp(scores - merged)
-        shrink = torch.exp(best - merged)
-        total = total * shrink + weights.sum(3, keepdim=True)
-        out = torch.baddbmm((out * shrink).flatten(0, 1), weights.flatten(0, 1), v.flatten(0, 1)).view_as(out)
+        if number == 0:  # nothing to merge with yet
+            total, out = weights.sum(3, keepdim=True), weights @ v
+        else:
+            shrink = torch.exp(best - merged)
+            total = total * shrink + weights.sum(3, keepdim=True)
+            out = out * shrink + weights @ v
         best = merged
-    if best is None:
-        return query.new_zeros(B, Hq, Lq, Dv)
     out = out / total.masked_fill(total == 0, 1)
     return out.view(B, Hq, Lq, Dv).to(query.dtype)
 

@@ -15,7 +15,6 @@ from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import quantize as q
 
-
 BLOCK_ELEMENTS = 1 << 21
 """Elements that are rounded at a time, over batch and heads: bounds the memory of a long prefill."""
 
@@ -77,6 +76,7 @@ def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: 
         x: new tokens, [B, H, Lq, D].
         valid: bool [B, at least length + Lq] over token positions, or None.
         length: tokens stored before.
+        fmt: how the tensor is stored.
     """
     residual = buffers.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:

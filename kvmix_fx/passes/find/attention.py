@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import fx
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvmix_fx.passes.sites import AttentionCall
 
-_TARGETS = {F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+_TARGETS = {scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -18,7 +20,7 @@ def find_attention(graph: fx.Graph) -> list[AttentionCall]:
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _TARGETS:
             continue
-        arguments = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+        arguments: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
         calls.append(
             AttentionCall(
                 node,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,14 +42,10 @@ def cat_operands(node: fx.Node) -> list[fx.Node] | None:
     """Operands if this concatenates 4-D tensors along tokens (dim 2)."""
     if node.op != "call_function" or node.target not in _CAT:
         return None
-    operands = node.args[0] if node.args else node.kwargs.get("tensors")
+    operands: Any = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     value = example(node)
-    if (
-        not isinstance(operands, list | tuple)
-        or dim not in (2, -2)
-        or getattr(value, "dim", lambda: 0)() != 4
-    ):
+    if not isinstance(operands, Sequence) or dim not in (2, -2) or getattr(value, "dim", lambda: 0)() != 4:
         return None
     return [o for o in operands if isinstance(o, fx.Node)]
 
@@ -63,10 +61,9 @@ def _index_copy(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Upda
     method = node.op == "call_method" and node.target == "index_copy_"
     if not method and not (node.op == "call_function" and node.target in _INDEX_COPY):
         return None
-    past, dim, positions, new = (
-        *node.args,
-        *(node.kwargs[k] for k in ("dim", "index", "source") if k in node.kwargs),
-    )
+    arguments: list[Any] = [*node.args]
+    arguments += [node.kwargs[k] for k in ("dim", "index", "source") if k in node.kwargs]
+    past, dim, positions, new = arguments
     if past not in packed or dim not in (2, -2):
         return None
     return Update("index_copy_", node, past, new, positions, packed[past])
@@ -75,7 +72,8 @@ def _index_copy(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Upda
 def _setitem(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Update | None:
     if node.op != "call_function" or node.target is not operator.setitem or node.args[0] not in packed:
         return None
-    past, index, new = node.args
+    arguments: list[Any] = [*node.args]
+    past, index, new = arguments
     by_position = isinstance(index, tuple) and len(index) == 3 and index[:2] == (_FULL, _FULL)
     if not by_position or not isinstance(index[2], fx.Node):
         return None

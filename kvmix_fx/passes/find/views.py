@@ -53,10 +53,10 @@ def _repeat_interleave(node: fx.Node) -> fx.Node | None:
 def _expand_reshape(node: fx.Node) -> fx.Node | None:
     if _name(node) not in _RESHAPES:
         return None
-    expanded = node.args[0]
+    expanded: Any = node.args[0]
     if _name(expanded) != "expand":
         return None
-    unsqueezed = expanded.args[0]
+    unsqueezed: Any = expanded.args[0]
     source: Any = None
     if _name(unsqueezed) == "unsqueeze" and unsqueezed.args[1] in (2, -3):
         source = unsqueezed.args[0]
@@ -67,7 +67,7 @@ def _expand_reshape(node: fx.Node) -> fx.Node | None:
             source = unsqueezed.args[0]
     if not isinstance(source, fx.Node):
         return None
-    shapes = [getattr(example(n), "shape", None) for n in (source, expanded, node)]
+    shapes: list[Any] = [getattr(example(n), "shape", None) for n in (source, expanded, node)]
     if any(s is None for s in shapes):
         return None
     inner, wide, flat = shapes

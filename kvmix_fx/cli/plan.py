@@ -1,0 +1,265 @@
+"""`kvmix plan`, and the options by which every command takes a plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvmix_fx.cli.common import Answer, CommandError, answers, load_config, size
+from kvmix_fx.errors import PlanError, PresetError
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, join_layers
+
+LENGTHS = (1024, 4096, 16384, 65536)
+"""Contexts that `estimate` shows unless told."""
+
+_BITS = re.compile(r"(?:k(?P<key>\d+))?(?:v(?P<value>\d+))?", re.IGNORECASE | re.ASCII)
+
+_PANEL = "Plan"
+_BITS = re.compile(r"(?:k(?P<key>\d+))?(?:v(?P<value>\d+))?", re.IGNORECASE | re.ASCII)
+
+
+def _option(help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=_PANEL)
+
+
+@dataclass(frozen=True)
+class PresetChoice:
+    """A preset and changes to it, as given on a command line."""
+
+    preset: Annotated[
+        str | None, _option(f"{', '.join(PRESETS)}; uniform if only bits are given.", metavar="NAME")
+    ] = None
+    key_bits: Annotated[int | None, _option("Bits of the keys.")] = None
+    value_bits: Annotated[int | None, _option("Bits of the values.")] = None
+    group_size: Annotated[int | None, _option("Elements that share a scale and an offset.")] = None
+    window: Annotated[int | None, _option("Recent tokens kept at 16 bits.")] = None
+    sink: Annotated[int | None, _option("Leading tokens kept at 16 bits.")] = None
+    option: Annotated[
+        list[str] | None,
+        _option('What else the preset takes: "high_key_layers=0-5".', metavar="NAME=VALUE"),
+    ] = None
+    change: Annotated[
+        list[str] | None,
+        _option('Other bits in some layers: "0-3,-1:k4v4".', "--set", metavar="LAYERS:BITS"),
+    ] = None
+
+    def make(self, target: object) -> KVPlan:
+        """The chosen preset's plan for `target`: a model, its configuration or a ModelGeometry.
+
+        Raises:
+            CommandError, PlanError: the choice means nothing, or does not fit.
+            FormatError, HeadSizeError: the parts do not fit together, or not the model.
+        """
+        arguments = self.arguments()
+        if self.preset is not None or arguments:
+            return self.changed(_preset(self.preset or "uniform", target, arguments))
+        return self.changed(mixed_plan(target))
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the preset, by their names in Python."""
+        common = {
+            "key_bits": self.key_bits,
+            "value_bits": self.value_bits,
+            "group_size": self.group_size,
+            "window": self.window,
+            "sink_length": self.sink,
+        }
+        given: dict[str, Any] = {name: value for name, value in common.items() if value is not None}
+        for option in self.option or ():
+            name, equals, value = option.partition("=")
+            if not equals:
+                raise CommandError(f"--option takes NAME=VALUE, got {option!r}")
+            given[name.replace("-", "_")] = int(value) if value.isdecimal() else value
+        return given
+
+    def changed(self, plan: KVPlan) -> KVPlan:
+        """The plan with the bits given by --set."""
+        for change in self.change or ():
+            layers, _, bits = change.rpartition(":")
+            match = _BITS.fullmatch(bits)
+            if not layers or not bits or match is None:
+                raise CommandError(
+                    f'--set takes LAYERS:BITS such as "0-3,-1:k4v4" or "last:2:v4", got {change!r}'
+                )
+            key, value = (None if number is None else int(number) for number in match.group("key", "value"))
+            plan = plan.with_layers(layers, key=key, value=value)
+        if not self.change:
+            return plan
+        provenance = dict(plan.provenance) | {"changes": list(self.change)}
+        return replace(plan, name=f"{plan.name}, changed", provenance=provenance)
+
+
+@dataclass(frozen=True)
+class PlanChoice(PresetChoice):
+    """A plan file or a preset, and changes to it, as given on a command line."""
+
+    plan: Annotated[
+        str | None, _option("A plan file, or a folder or Hub id that holds one.", metavar="FILE")
+    ] = None
+
+    def build(self, target: object) -> KVPlan:
+        """The chosen plan, a file's checked against `target`. Raises as `make` and `read_plan`."""
+        if self.plan is None:
+            return self.make(target)
+        if self.preset is not None or self.arguments():
+            raise CommandError("--plan names a finished plan: leave out --preset and its options")
+        return self.changed(read_plan(self.plan).for_model(target))
+
+
+def mixed_plan(target: object) -> KVPlan:
+    """The plan of commands that are not told one: 4-bit keys, 2-bit values, and 4-bit values at the ends.
+
+    The first and the last two layers keep 4-bit values; models of less than eight layers, a quarter of them.
+    """
+    geometry = ModelGeometry.of(target)
+    group_size = 32 if geometry.head_dim % 32 == 0 else 16
+    plan = KVPlan.uniform(geometry, 4, 2, group_size, window=32, sink_length=4, name="mixed K4V2")
+    ends = min(2, geometry.num_layers // 4)
+    return plan.with_layers(f"first:{ends},last:{ends}", value=4) if ends else plan
+
+
+def read_plan(name: str) -> KVPlan:
+    """The plan in a file, a folder or a Hub repository. Raises as `KVPlan.from_pretrained`."""
+    # a missing file is a missing file, not the name of a Hub repository
+    return KVPlan.load(name) if name.endswith(".json") else KVPlan.from_pretrained(name)
+
+
+def summary(plan: KVPlan) -> dict[str, Any]:
+    """What a result should say about the plan it was made with; bits by layers."""
+    layers: dict[str, list[int]] = {}
+    for index, layer in enumerate(plan.layers):
+        layers.setdefault(f"K{layer.key.bits}V{layer.value.bits}", []).append(index)
+    return {
+        "name": plan.name,
+        "digest": plan.digest,
+        "layers": {join_layers(indices): bits for bits, indices in layers.items()},
+    }
+
+
+def _preset(name: str, target: object, arguments: dict[str, Any]) -> KVPlan:
+    try:
+        return KVPlan.preset(name, target, **arguments)
+    except PresetError as error:
+        hint = "" if name not in PRESETS else " (give them as --option NAME=VALUE)"
+        raise PresetError(f"{error}{hint}") from error
+
+
+app = typer.Typer(help="Make, show and size plans.", no_args_is_help=True)
+
+
+@app.command("new")
+@answers
+def new(
+    out: Annotated[Path, typer.Argument(metavar="OUT.json", show_default=False)],
+    choice: PresetChoice,
+    model: Annotated[str | None, typer.Option(help="Model whose sizes the plan is for.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers, where no model is named.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads, likewise.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Channels of a head, likewise.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.json if it exists.")] = False,
+) -> Answer:
+    """Write a plan file from a preset."""
+    if out.exists() and not force:
+        raise CommandError(f"{out} exists; pass --force to replace it")
+    plan = choice.make(_target(model, layers, kv_heads, head_dim))
+    if model is not None and not Path(model).exists():
+        plan = replace(plan, base_model=model)
+    try:
+        plan.save(out)
+    except OSError as error:
+        raise CommandError(f"{out} cannot be written ({error.strerror or error})") from error
+    return Answer({"path": str(out), **_described(plan)}, f"{_view(plan)}\nwritten to {out}")
+
+
+@app.command("show")
+@answers
+def show(file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)]) -> Answer:
+    """Show what a plan keeps in how many bits."""
+    plan = read_plan(file)
+    return Answer(_described(plan), _view(plan))
+
+
+@app.command("estimate")
+@answers
+def estimate(
+    file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)],
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 1,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens in the cache; may be repeated.", show_default=False),
+    ] = None,
+    itemsize: Annotated[int, typer.Option(min=1, help="Bytes of the model's dtype.")] = 2,
+    model: Annotated[str | None, typer.Option(help="Model whose sizes count, if not the plan's.")] = None,
+) -> Answer:
+    """Show the bytes that a cache under this plan allocates, at several lengths."""
+    plan = read_plan(file)
+    if model is not None:
+        plan = plan.for_model(load_config(model))
+    if plan.geometry is None:
+        raise CommandError(f"{file} does not say which sizes it is for: pass --model")
+    rows = [_estimate(plan, plan.geometry, batch, tokens, itemsize) for tokens in length or LENGTHS]
+    table = Table("tokens", "cache", "unquantized", "ratio", "bits per element", title=plan.name)
+    for row in rows:
+        table.add_row(
+            f"{row['length']:,}",
+            size(row["nbytes"]),
+            size(row["nbytes_16bit"]),
+            f"{row['ratio']:.2f}x",
+            f"{row['bits_per_element']:.2f}",
+        )
+    table.add_row("limit", "", "", "", f"{plan.bits_per_element():.2f}")
+    table.caption = f"batch {batch}, {itemsize} bytes per unquantized element"
+    content = {
+        "plan": summary(plan),
+        "batch": batch,
+        "itemsize": itemsize,
+        "bits_per_element": plan.bits_per_element(),
+        "estimates": rows,
+    }
+    return Answer(content, table)
+
+
+def _estimate(
+    plan: KVPlan, geometry: ModelGeometry, batch: int, length: int, itemsize: int
+) -> dict[str, Any]:
+    nbytes = plan.nbytes(batch, length, itemsize=itemsize)
+    elements = 2 * batch * length * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+    return {
+        "length": length,
+        "nbytes": nbytes,
+        "nbytes_16bit": elements * itemsize,
+        "ratio": elements * itemsize / nbytes,
+        "bits_per_element": 8 * nbytes / elements,
+    }
+
+
+def _target(model: str | None, layers: int | None, kv_heads: int | None, head_dim: int | None) -> object:
+    sizes = (layers, kv_heads, head_dim)
+    if model is not None:
+        if sizes != (None, None, None):
+            raise CommandError("pass --model or the sizes, not both")
+        return load_config(model)
+    if layers is None or kv_heads is None or head_dim is None:
+        raise CommandError("pass --model, or all of --layers, --kv-heads and --head-dim")
+    return ModelGeometry(layers, kv_heads, head_dim)
+
+
+def _described(plan: KVPlan) -> dict[str, Any]:
+    try:
+        bits_per_element = plan.bits_per_element()
+    except PlanError:  # groups of one head, whose size the plan does not say
+        bits_per_element = None
+    return {"nominal_bits": plan.nominal_bits(), "bits_per_element": bits_per_element, "plan": plan.to_dict()}
+
+
+def _view(plan: KVPlan) -> str:
+    lines = [plan.describe(), f"digest {plan.digest}"]
+    if plan.base_model is not None:
+        lines.append(f"made for {plan.base_model}")
+    lines.extend(f"{name}: {value}" for name, value in plan.provenance.items())
+    return "\n".join(lines)
