@@ -1,8 +1,15 @@
 """Keep a model's KV cache in 2 to 4 bits: a torch.compile pass driven by a per-layer plan."""
 
-from kvmix_fx.api import compile, compiled, explain, restore
-from kvmix_fx.cache import QuantizedKVTensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from kvmix_fx.plan import KVPlan, LayerPlan, QuantSpec, WindowRule
+
+if TYPE_CHECKING:
+    from kvmix_fx import errors
+    from kvmix_fx.api import compile, compiled, explain, restore
+    from kvmix_fx.cache import QuantizedKVTensor
 
 __all__ = [
     "KVPlan",
@@ -12,6 +19,28 @@ __all__ = [
     "WindowRule",
     "compile",
     "compiled",
+    "errors",
     "explain",
     "restore",
 ]
+
+_HOMES = {
+    "QuantizedKVTensor": "kvmix_fx.cache",
+    "compile": "kvmix_fx.api",
+    "compiled": "kvmix_fx.api",
+    "explain": "kvmix_fx.api",
+    "restore": "kvmix_fx.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # plans and the command line's help must not wait for torch
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("kvmix_fx.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -11,6 +11,7 @@ from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
+from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
@@ -205,7 +206,7 @@ def _check_rewritten(state: Compiled, result: Any) -> None:
     if state.on_nothing == "ignore" or any(g.changed for g in report.graphs):
         return
     reasons = sorted({site.reason for site in report.sites if site.reason})
-    if reasons == ["the plan keeps this layer at 16 bits"]:
+    if reasons == [BY_PLAN]:
         return
     if not report.sites:
         raise NoSiteError(

@@ -30,5 +30,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch.manual_seed(0)
+    # tiny tensors gain nothing from threads, and several test processes share the cores
+    torch.set_num_threads(1)
     yield
     torch._dynamo.reset()

@@ -59,41 +59,24 @@ class KVMixCache(DynamicCache):
                 self.layers[i] = KVMixDynamicLayer(plan.layers[i])
 
 
-class KVMixStaticLayer(StaticLayer):
-    """A layer of fixed capacity whose keys and values are packed from the first token on."""
+class PromptFirstStaticLayer(StaticLayer):
+    """A plain layer of fixed capacity whose first step attends to its own tokens only.
 
-    is_croppable = True
+    transformers' StaticLayer attends to all of its slots, empty ones included. Packed layers do
+    not, and layers that share a mask must agree.
+    """
+
     keys: Any
     values: Any
     cumulative_length: Any
 
-    def __init__(self, max_cache_len: int, layer_plan: LayerPlan) -> None:
+    def __init__(self, max_cache_len: int) -> None:
         """`max_cache_len`: capacity in tokens."""
         super().__init__(max_cache_len)
-        self.layer_plan = layer_plan
         # a plain bool: the first step runs another graph anyway
         self.has_tokens = False
         # tokens stored, known without asking the device
         self.host_length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D]."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = key_states.shape[:2]
-        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        key_format, value_format = self.layer_plan.formats(self.k_head_dim)
-        live = torch.zeros((), dtype=torch.int64, device=self.device)
-        shape = (self.batch_size, self.num_heads, self.max_cache_len)
-        self.keys = QuantizedKVTensor.empty_fixed(
-            *shape, self.k_head_dim, key_format, self.dtype, self.device, live
-        )
-        self.values = QuantizedKVTensor.empty_fixed(
-            *shape, self.v_head_dim, value_format, self.dtype, self.device, live
-        )
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        for tensor in (*self.keys.buffers, *self.values.buffers, self.cumulative_length):
-            torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store [B, Hkv, n, D]. The first tokens are returned themselves, so prefill is exact."""
@@ -118,6 +101,36 @@ class KVMixStaticLayer(StaticLayer):
         super().reset()
         self.has_tokens = False
         self.host_length = 0
+
+
+class KVMixStaticLayer(PromptFirstStaticLayer):
+    """A layer of fixed capacity whose keys and values are packed from the first token on."""
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, layer_plan: LayerPlan) -> None:
+        """`max_cache_len`: capacity in tokens."""
+        super().__init__(max_cache_len)
+        self.layer_plan = layer_plan
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D]."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        key_format, value_format = self.layer_plan.formats(self.k_head_dim)
+        live = torch.zeros((), dtype=torch.int64, device=self.device)
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        self.keys = QuantizedKVTensor.empty_fixed(
+            *shape, self.k_head_dim, key_format, self.dtype, self.device, live
+        )
+        self.values = QuantizedKVTensor.empty_fixed(
+            *shape, self.v_head_dim, value_format, self.dtype, self.device, live
+        )
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        for tensor in (*self.keys.buffers, *self.values.buffers, self.cumulative_length):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
@@ -157,20 +170,24 @@ class KVMixStaticCache(StaticCache):
 def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
     """Exchange the plain full-attention layers of a StaticCache for packed ones.
 
-    Tokens they already hold are packed; layers the plan keeps at 16 bits stay.
+    Tokens they already hold are kept. Layers the plan keeps at 16 bits stay plain.
     """
     for i, layer in enumerate(cache.layers):
-        if type(layer) is not StaticLayer or plan.layers[i].is_raw:
+        if type(layer) is not StaticLayer:
             continue
-        packed = KVMixStaticLayer(layer.max_cache_len, plan.layers[i])
+        new = (
+            PromptFirstStaticLayer(layer.max_cache_len)
+            if plan.layers[i].is_raw
+            else KVMixStaticLayer(layer.max_cache_len, plan.layers[i])
+        )
         stored = int(layer.cumulative_length)
         if layer.is_initialized and stored:
             keys, values = layer.keys, layer.values
             assert keys is not None
             assert values is not None
-            packed.update(keys[:, :, :stored], values[:, :, :stored])
-            packed.host_length = stored
-        cache.layers[i] = packed
+            new.update(keys[:, :, :stored], values[:, :, :stored])
+            new.host_length = stored
+        cache.layers[i] = new
 
 
 class TransformersCalls:
@@ -204,7 +221,9 @@ class TransformersCalls:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             finish = self._prepare_cache(cache, batch, n)
-            if any(isinstance(layer, KVMixStaticLayer) and not layer.has_tokens for layer in cache.layers):
+            if any(
+                isinstance(layer, PromptFirstStaticLayer) and not layer.has_tokens for layer in cache.layers
+            ):
                 # generate() built the mask for a plain StaticCache, which attends to all of its slots;
                 # the first step of a packed one attends to its own tokens
                 kwargs["attention_mask"] = _first_columns(kwargs.get("attention_mask"), n)
@@ -213,6 +232,11 @@ class TransformersCalls:
 
     def _prepare_cache(self, cache: Cache, batch: int, n: int) -> Callable[[], None]:
         plan = getattr(cache, "plan", None)
+        for layer, layer_plan in zip(cache.layers, self.plan.layers, strict=False):
+            if layer_plan.is_raw and isinstance(layer, DynamicLayer):
+                # packed layers grow without recompiling; plain ones beside them must not spoil that
+                _mark_length(layer.keys, 2)
+                _mark_length(layer.values, 2)
         if plan is not None and plan.digest != self.plan.digest:
             raise PlanMismatchError(
                 f"this cache was made for {plan!r}, the model was compiled with {self.plan!r}: make the "
@@ -220,7 +244,7 @@ class TransformersCalls:
             )
         if isinstance(cache, StaticCache) and self.plan.geometry is not None:
             pack_static_layers(cache, self.plan)
-        fixed = [layer for layer in cache.layers if isinstance(layer, KVMixStaticLayer)]
+        fixed = [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
         for layer in fixed:
             if layer.host_length + n > layer.max_cache_len:
                 raise CapacityError(
@@ -270,9 +294,9 @@ def _nothing() -> None:
     return None
 
 
-def _mark_length(x: Any) -> None:
-    if isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[1] > 1:
-        torch._dynamo.maybe_mark_dynamic(x, 1)
+def _mark_length(x: Any, dim: int = 1) -> None:
+    if isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
 
 
 def _first_columns(mask: Any, n: int) -> Any:

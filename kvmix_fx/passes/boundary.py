@@ -94,9 +94,6 @@ def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], in
         number = int(size)
         return lambda _: number
     expression = dynamo.expression(size)
-    if expression.is_number:
-        number = int(expression)
-        return lambda _: number
     readers = {symbol: _reader(symbol, values) for symbol in expression.free_symbols}
     if expression.is_Symbol:
         return readers[expression]

@@ -77,8 +77,8 @@ def example_inputs(gm: fx.GraphModule) -> list[Any]:
 
 
 def is_symbolic(value: Any) -> bool:
-    """Whether a size is a symbol rather than a number."""
-    return isinstance(value, torch.SymInt)
+    """Whether a size is a symbol rather than a number. Guards may have turned a symbol into one."""
+    return isinstance(value, torch.SymInt) and not value.node.expr.is_number
 
 
 def expression(value: Any) -> Any:

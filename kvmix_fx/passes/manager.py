@@ -27,6 +27,8 @@ from kvmix_kernels.layout import TensorFormat
 
 log = logging.getLogger(__name__)
 
+BY_PLAN = "the plan keeps this layer at 16 bits"
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -67,6 +69,10 @@ def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
 
 def _apply_plan(site: Site, plan: KVPlan) -> None:
     """Take back the adoption of layers that the plan leaves alone or that cannot be packed."""
+    if site.action == LEAVE and site.layer is not None and site.layer < len(plan.layers):
+        if plan.layers[site.layer].is_raw:
+            site.reason = BY_PLAN
+        return
     if site.action != ADOPT:
         return
     if site.layer is None or site.layer >= len(plan.layers):
@@ -76,7 +82,7 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         )
     layer = plan.layers[site.layer]
     if layer.is_raw:
-        site.action, site.reason = LEAVE, "the plan keeps this layer at 16 bits"
+        site.action, site.reason = LEAVE, BY_PLAN
         return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):

@@ -117,12 +117,6 @@ def test_sampling_is_repeatable(kvmix: Kvmix, tiny: Path) -> None:
     assert len(set(first.split())) > 3
 
 
-sixteen_bit_layers = pytest.mark.xfail(
-    strict=True, reason="plans that keep some layers at 16 bits fail in the first decode step"
-)
-
-
-@sixteen_bit_layers
 def test_generate_follows_a_plan_file(kvmix: Kvmix, tiny: Path, tmp_path: Path) -> None:
     file = KVPlan.uniform(2, 2).save(tmp_path / "plan.json")
     arguments = ("--prompt", PROMPT, "--new-tokens", 2, "--set", "1:k16v16", "--json")
@@ -131,7 +125,6 @@ def test_generate_follows_a_plan_file(kvmix: Kvmix, tiny: Path, tmp_path: Path) 
     assert (answer["rewritten_layers"], answer["total_layers"]) == (1, 2)
 
 
-@sixteen_bit_layers
 def test_explain_tells_why_one_layer_is_left(kvmix: Kvmix, tiny: Path) -> None:
     answer = kvmix("explain", tiny, "--key-bits", 4, "--value-bits", 2, "--set", "1:k16v16", "--json").answer
     assert (answer["rewritten_layers"], answer["total_layers"]) == (1, 2)

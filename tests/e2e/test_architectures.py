@@ -51,7 +51,9 @@ PACKED = {
 
 def build(config_name, overrides):
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**(TINY | overrides))
+    # Falcon derives its head size
+    settings = {k: v for k, v in TINY.items() if k != "head_dim" or config_name != "FalconConfig"}
+    config = getattr(transformers, config_name)(**(settings | overrides))
     config._attn_implementation = "sdpa"
     return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
 

@@ -254,3 +254,21 @@ def test_explain_lists_every_site_and_changes_nothing():
     assert all(s.bytes_per_token for s in report.sites)
     assert "layer 1" in str(report)
     assert vars(model) == before
+
+
+@pytest.mark.parametrize("raw", [0, 1])
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_at_16_bits_beside_packed_ones(raw, static):
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=16).with_layers(raw, key=16, value=16)
+    ids = prompt()
+    plain = generate(model, ids)
+    want = generate(model, ids, past_key_values=OracleCache(plan))
+    kvmix_fx.compile(model, plan, inner="eager")
+    got = generate(model, ids, **({"cache_implementation": "static"} if static else {}))
+    assert worst(got.logits, want.logits) < NOISE
+    assert worst(plain.logits, want.logits) > DAMAGE
+    report = kvmix_fx.compiled(model).report
+    assert report.rewritten_layers() == [1 - raw]
+    assert {(s.layer, s.reason) for s in report.skipped()} == {(raw, "the plan keeps this layer at 16 bits")}
+    assert len(report.graphs) == 2

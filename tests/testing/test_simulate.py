@@ -89,6 +89,7 @@ def test_float32_moves_a_packed_code_now_and_then_and_no_more(tiny):
     assert mean_kl(logits(tiny, ids, 90), packed) > 1e-3
 
 
+@pytest.mark.real_model
 def test_packed_smollm2_answers_as_the_simulated_one(model, tokenizer):
     # a third of the layers: real keys and values, and a third of the time
     model = copy.deepcopy(model).double()
