@@ -22,7 +22,7 @@ from kvmix_fx.plan import KVPlan
 
 log = logging.getLogger(__name__)
 
-_OWN = {"plan", "inner", "mode", "report"}
+_OWN = {"plan", "inner", "mode", "report", "model"}
 Inner = str | Callable[..., Any] | None
 
 
@@ -39,6 +39,7 @@ class KVMixBackend:
         inner: Inner = None,
         mode: str | None = None,
         report: CompileReport | None = None,
+        model: torch.nn.Module | None = None,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -49,6 +50,7 @@ class KVMixBackend:
                 "eager" on CPU, where compiling a decode step takes longer than most generations.
             mode: a torch.compile mode, for Inductor.
             report: filled as graphs are compiled; a new one by default.
+            model: whose own plain cache buffers may be exchanged for packed ones.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -68,13 +70,14 @@ class KVMixBackend:
             )
         self.patches = _inductor_patches(mode, inductor_options)
         self.plan = plan
+        self.model = model
         self.inner = inner
         self.report = report if report is not None else CompileReport()
         self.__name__ = "kvmix"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
-        result = manager.run(gm, self.plan)
+        result = manager.run(gm, self.plan, own_buffers=self.model is not None)
         self.report.graphs.append(result.report)
         if result.rewritten is None:
             return self._compile(gm, example_inputs)
@@ -84,7 +87,8 @@ class KVMixBackend:
                 "torch.inference_mode() (generate() does)"
             )
         module = result.rewritten.module
-        return Boundary(result.rewritten, self._compile(module, dynamo.example_inputs(module)))
+        compiled = self._compile(module, dynamo.example_inputs(module))
+        return Boundary(result.rewritten, compiled, self.model)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         inner: Any = self.inner

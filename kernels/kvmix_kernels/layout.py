@@ -87,8 +87,8 @@ class TensorFormat(NamedTuple):
 
     @property
     def ring(self) -> int:
-        """Residual slots of the recent window; a multiple of the tile, so tiles never wrap."""
-        return -(-(self.window + self.tile) // self.tile) * self.tile
+        """Residual slots of the recent window: the window, and the tile that waits to be full."""
+        return self.window + self.tile
 
     @property
     def residual_slots(self) -> int:

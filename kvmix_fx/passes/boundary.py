@@ -24,9 +24,16 @@ Arguments = Sequence[Any]
 class Boundary:
     """Runs a rewritten graph under the original signature."""
 
-    def __init__(self, rewritten: Rewritten, inner: Callable[..., Any]) -> None:
-        """`inner` takes the rewritten module's inputs and returns its flat outputs."""
+    def __init__(
+        self, rewritten: Rewritten, inner: Callable[..., Any], model: torch.nn.Module | None = None
+    ) -> None:
+        """`inner` takes the rewritten module's inputs and returns its flat outputs.
+
+        `model`: whose plain buffers may be exchanged for packed ones.
+        """
         self._inner = inner
+        self._model = model
+        self._plain = rewritten.plain
         self._live_output = rewritten.live_output
         self._fixed = rewritten.fixed
         values = rewritten.values
@@ -79,10 +86,28 @@ class Boundary:
         return results[recipe.index]
 
     def _count(self, args: Arguments, end: torch.Tensor) -> None:
+        if self._plain and self._model is not None:
+            self._pack_plain(self._model, args, end)
         # the tensors of one cache usually share their counter
         counters = {id(args[i].live): args[i].live for i in self._fixed}
         for live in counters.values():
             live.copy_(end)
+
+    def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
+        """Exchange plain buffers of the model for packed ones; afterwards they are packed inputs."""
+        plain, self._plain = self._plain, []  # what cannot be exchanged now never can
+        holders = {id(b): (m, n) for m in model.modules() for n, b in m._buffers.items()}
+        for cache in plain:
+            if id(args[cache.key]) not in holders or id(args[cache.value]) not in holders:
+                continue
+            stored = int(end)
+            for i, fmt in zip((cache.key, cache.value), cache.formats, strict=True):
+                x = args[i]
+                B, H, capacity, D = x.shape
+                packed = QuantizedKVTensor.empty_fixed(B, H, capacity, D, fmt, x.dtype, x.device)
+                packed.write_(torch.arange(stored, device=x.device), x[:, :, :stored])
+                module, name = holders[id(x)]
+                module._buffers[name] = packed
 
 
 def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:

@@ -38,19 +38,25 @@ class PassResult:
     report: GraphReport
 
 
-def run(gm: fx.GraphModule, plan: KVPlan) -> PassResult:
-    """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is."""
+def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResult:
+    """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is.
+
+    own_buffers: whether plain buffers can be exchanged for packed ones after the step.
+    """
     copied, _ = dynamo.copy_module(gm)
     sites = find_sites(copied.graph)
     assign_layers(sites)
     for site in sites:
         _apply_plan(site, plan)
+        if not own_buffers or site.reason == BY_PLAN:
+            site.buffers = None
     report = GraphReport([_report(site, plan) for site in sites])
     attended = {
         update.node for site in sites for update in (site.key_update, site.value_update) if update is not None
     }
     leftover = [u for u in find_updates(copied.graph) if u.node not in attended]
-    if not report.changed and not packed_inputs(copied.graph):
+    nothing = not report.changed and not any(site.buffers for site in sites)
+    if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
     result = rewrite(copied, sites, leftover, lambda site: _formats(site, plan))
     verify(result, sites)
@@ -64,7 +70,8 @@ def run(gm: fx.GraphModule, plan: KVPlan) -> PassResult:
 
 def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
     assert site.layer is not None
-    return plan.layers[site.layer].formats(int(example(site.key_root).shape[3]))
+    key = site.buffers.key if site.buffers is not None else site.key_root
+    return plan.layers[site.layer].formats(int(example(key).shape[3]))
 
 
 def _apply_plan(site: Site, plan: KVPlan) -> None:

@@ -14,9 +14,24 @@ from torch import fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.passes.dynamo import example, module_path
 from kvmix_fx.passes.find.attention import find_attention
-from kvmix_fx.passes.find.updates import cat_operands, find_updates, packed_inputs
+from kvmix_fx.passes.find.updates import (
+    cat_operands,
+    find_plain_writes,
+    find_updates,
+    packed_inputs,
+)
 from kvmix_fx.passes.find.views import heads_root
-from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE, AttentionCall, Site, Update
+from kvmix_fx.passes.sites import (
+    ADOPT,
+    APPEND,
+    ATTEND,
+    LEAVE,
+    STORAGE,
+    AttentionCall,
+    PlainBuffers,
+    Site,
+    Update,
+)
 
 
 def find_sites(graph: fx.Graph) -> list[Site]:
@@ -35,7 +50,8 @@ def find_sites(graph: fx.Graph) -> list[Site]:
     for node, tensor in packed.items():
         by_result.setdefault(node, Update("read", node, node, None, None, tensor))
     outputs = _output_nodes(graph)
-    return [_site(call, by_result, by_new, outputs) for call in find_attention(graph)]
+    plain = find_plain_writes(graph)
+    return [_site(call, by_result, by_new, outputs, plain) for call in find_attention(graph)]
 
 
 def _output_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -48,6 +64,7 @@ def _site(
     by_result: dict[fx.Node, Update],
     by_new: dict[fx.Node, Update],
     outputs: set[fx.Node],
+    plain: dict[fx.Node, fx.Node],
 ) -> Site:
     module = module_path(call.node)
     key, value = heads_root(call.key), heads_root(call.value)
@@ -63,7 +80,10 @@ def _site(
     idiom = _plain_idiom(key)
     reason = _why_not_adopt(key, value, outputs)
     if reason:
-        return Site(call, module, idiom, LEAVE, reason)
+        site = Site(call, module, idiom, LEAVE, reason)
+        if key in plain and value in plain:
+            site.buffers = PlainBuffers(key, value, plain[key])
+        return site
     return Site(call, module, idiom, ADOPT, key_root=key, value_root=value)
 
 
@@ -91,8 +111,8 @@ def _plain_idiom(key: fx.Node) -> str:
 def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
     if key.op == "placeholder" or value.op == "placeholder":
         return (
-            "keys and values are plain buffers owned by the caller, which a graph cannot replace; use "
-            "kvmix_fx.compile or hand in a KVMixStaticCache"
+            "keys and values are plain buffers that a graph cannot replace: kvmix_fx.compile packs those of "
+            "the model's own modules after this step, other caches must be handed in packed"
         )
     for name, node in (("keys", key), ("values", value)):
         x: Any = example(node)

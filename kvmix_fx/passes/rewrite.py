@@ -22,7 +22,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, Site, Update
+from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_kernels import ops
 from kvmix_kernels.layout import TensorFormat
 
@@ -62,8 +62,8 @@ class Rewritten:
 
     packed: original input index -> number of tokens the graph appends (an int or symbolic).
     outputs: one entry per original output. fixed: inputs of fixed capacity that are written;
-    live_output: flat output that holds their new token count. values: example values of the
-    original inputs.
+    live_output: flat output that holds the new token count of fixed caches. values: example
+    values of the original inputs. plain: buffers that may be packed after the step.
     """
 
     module: fx.GraphModule
@@ -72,6 +72,16 @@ class Rewritten:
     fixed: list[int]
     live_output: int | None
     values: list[Any]
+    plain: list[PlainCache]
+
+
+@dataclass(frozen=True)
+class PlainCache:
+    """Input indices of plain fixed buffers, and the formats they are to be packed in."""
+
+    key: int
+    value: int
+    formats: tuple[TensorFormat, TensorFormat]
 
 
 FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
@@ -140,6 +150,7 @@ class _Rewriter:
         for site in self.sites:
             if site.action == ADOPT:
                 self._adopt(site)
+        plain = [self._count_plain(site.buffers, site) for site in self.sites if site.buffers is not None]
         outputs, live_output = self._outputs()
         self._sweep()
         for base in self.packed:
@@ -156,6 +167,7 @@ class _Rewriter:
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
             self.values,
+            plain,
         )
 
     def _by_cache(self) -> list[list[Site]]:
@@ -171,11 +183,17 @@ class _Rewriter:
         size = tensor.shape[2]
         return self.symbols[str(dynamo.expression(size))] if dynamo.is_symbolic(size) else int(size)
 
+    def _count_plain(self, buffers: PlainBuffers, site: Site) -> PlainCache:
+        """Have the graph tell how many tokens the buffers hold."""
+        self._first_position(buffers.positions)
+        index = {node: i for i, node in enumerate(self.inputs)}
+        return PlainCache(index[buffers.key], index[buffers.value], self.formats(site))
+
     def _start(self, update: Update) -> fx.Node | None:
         """Device-side token count before this step, for fixed caches: the first position written."""
-        positions = update.positions
-        if positions is None:
-            return None
+        return None if update.positions is None else self._first_position(update.positions)
+
+    def _first_position(self, positions: fx.Node) -> fx.Node:
         if positions not in self.starts:
             with self.graph.inserting_after(positions):
                 first = self.graph.call_function(operator.getitem, (positions, 0))

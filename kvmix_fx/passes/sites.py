@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -50,13 +50,23 @@ STORAGE = "packed storage only"
 LEAVE = "left at 16 bits"
 
 
+@dataclass(frozen=True)
+class PlainBuffers:
+    """Fixed buffers in the model's dtype, written by position: placeholders and positions."""
+
+    key: fx.Node
+    value: fx.Node
+    positions: fx.Node
+
+
 @dataclass
 class Site:
     """An attention call and the cache it reads.
 
     action: one of the constants above. reason: why not more was done ('' if it was).
     key_update, value_update: writes to packed inputs. key_root, value_root: plain [B, Hkv, L, D]
-    nodes that leave the graph as the cache (action ADOPT).
+    nodes that leave the graph as the cache (action ADOPT). buffers: plain buffers of the model's
+    own that can be packed after this step.
     """
 
     call: AttentionCall
@@ -69,4 +79,4 @@ class Site:
     value_update: Update | None = None
     key_root: fx.Node | None = None
     value_root: fx.Node | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    buffers: PlainBuffers | None = None

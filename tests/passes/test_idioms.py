@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import NoSiteError
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE
 from kvmix_fx.testing.graphs import RecordingBackend, count_ops
-from kvmix_fx.testing.models import TupleCacheModel, sharpen
+from kvmix_fx.testing.models import PositionCacheModel, TupleCacheModel, sharpen
 from kvmix_kernels import ops
 
 
@@ -322,3 +324,31 @@ def test_a_raw_half_stays_exact():
     (out, new_k, _), _, _ = run(decode, q, k, v, past_k, past_v)
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
     assert torch.equal(new_k.dequantize(), torch.cat([x[0], k], 2))
+
+
+def test_buffers_of_the_model_are_packed_after_the_first_step():
+    model = sharpen(PositionCacheModel(), 1.0)
+    plain = copy.deepcopy(model)
+    plan = kvmix_fx.KVPlan.uniform(2, 2, 2, window=8)
+    kvmix_fx.compile(model, plan, inner="eager")
+    x = torch.randn(1, 150, 128)
+    with torch.no_grad():
+        first = model(x[:, :100], torch.arange(100))
+        torch.testing.assert_close(first, plain(x[:, :100], torch.arange(100)))
+        assert isinstance(model.k_cache_0, QuantizedKVTensor)
+        assert model.v_cache_1.stored_tokens() == 100
+        formats = plan.layers[0].formats(32)
+        want = QuantizedKVTensor.from_hp(plain.k_cache_0[:, :, :100], formats[0]).dequantize()
+        assert torch.equal(model.k_cache_0.dequantize()[:, :, :100], want)
+        # the same numbers from plain buffers that hold what the packed ones hold
+        for i in range(100, 104):
+            for name, buffer in list(plain.named_buffers()):
+                if "cache" in name:
+                    buffer.copy_(getattr(model, name).dequantize())
+            got, exact = (m(x[:, i : i + 1], torch.arange(i, i + 1)) for m in (model, plain))
+            torch.testing.assert_close(got, exact, atol=1e-5, rtol=1e-4)
+    assert model.k_cache_0.stored_tokens() == 104
+    report = kvmix_fx.compiled(model).report
+    assert [s.action for s in report.graphs[0].sites] == [LEAVE, LEAVE]
+    assert [s.action for s in report.graphs[1].sites] == [ATTEND, ATTEND]
+    assert report.rewritten_layers() == [0, 1]

@@ -32,9 +32,24 @@ def find_updates(graph: fx.Graph) -> list[Update]:
     packed = packed_inputs(graph)
     found = []
     for node in graph.nodes:
-        update = _concatenation(node, packed) or _index_copy(node, packed) or _setitem(node, packed)
+        update = _concatenation(node, packed) or _by_position(node, packed)
         if update is not None:
             found.append(update)
+    return found
+
+
+def find_plain_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Plain 4-D inputs that are written by position along tokens, with the node of the positions."""
+    found = {}
+    for node in graph.nodes:
+        written = _indexed(node)
+        if written is None:
+            continue
+        buffer, positions, _ = written
+        value = example(buffer)
+        plain = isinstance(value, torch.Tensor) and not isinstance(value, QuantizedKVTensor)
+        if buffer.op == "placeholder" and plain and value.dim() == 4:
+            found[buffer] = positions
     return found
 
 
@@ -57,24 +72,25 @@ def _concatenation(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> U
     return Update("cat", node, operands[0], operands[1], None, packed[operands[0]])
 
 
-def _index_copy(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Update | None:
+def _by_position(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Update | None:
+    written = _indexed(node)
+    if written is None or written[0] not in packed:
+        return None
+    past, positions, new = written
+    idiom = "setitem" if node.target is operator.setitem else "index_copy_"
+    return Update(idiom, node, past, new, positions, packed[past])
+
+
+def _indexed(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(written tensor, positions, new tokens) of a write along dim 2, in either spelling."""
+    arguments: list[Any] = [*node.args]
+    if node.op == "call_function" and node.target is operator.setitem:
+        past, index, new = arguments
+        whole = isinstance(index, tuple) and len(index) == 3 and index[:2] == (_FULL, _FULL)
+        return (past, index[2], new) if whole and isinstance(index[2], fx.Node) else None
     method = node.op == "call_method" and node.target == "index_copy_"
     if not method and not (node.op == "call_function" and node.target in _INDEX_COPY):
         return None
-    arguments: list[Any] = [*node.args]
     arguments += [node.kwargs[k] for k in ("dim", "index", "source") if k in node.kwargs]
     past, dim, positions, new = arguments
-    if past not in packed or dim not in (2, -2):
-        return None
-    return Update("index_copy_", node, past, new, positions, packed[past])
-
-
-def _setitem(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Update | None:
-    if node.op != "call_function" or node.target is not operator.setitem or node.args[0] not in packed:
-        return None
-    arguments: list[Any] = [*node.args]
-    past, index, new = arguments
-    by_position = isinstance(index, tuple) and len(index) == 3 and index[:2] == (_FULL, _FULL)
-    if not by_position or not isinstance(index[2], fx.Node):
-        return None
-    return Update("setitem", node, past, new, index[2], packed[past])
+    return (past, positions, new) if dim in (2, -2) else None

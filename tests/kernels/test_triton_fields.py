@@ -1,0 +1,82 @@
+"""The PTX that extracts fields, run by a small evaluator: no GPU shows the code a CPU never runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from kvmix_kernels import layout
+from kvmix_kernels.reference import quantize
+from kvmix_kernels.triton import fields
+
+WORD = 0xFFFFFFFF
+
+
+def run_ptx(text: str, *inputs: int) -> int:
+    """Value of $0 after the 32-bit instructions of an inline assembly text."""
+    registers = {f"${i + 1}": value for i, value in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return registers[name] if name in registers else int(name, 0)
+
+    for line in re.sub(r"[{}]|\.reg[^;]*;", "", text).split(";"):
+        if not line.strip():
+            continue
+        operation, rest = line.split(maxsplit=1)
+        target, *operands = (part.strip() for part in rest.split(","))
+        a, b, c, table = (*(value(x) for x in operands), 0, 0, 0)[:4]
+        match operation.split(".")[0]:
+            case "and":
+                out = a & b
+            case "shr":
+                out = a >> b
+            case "shl":
+                out = a << b
+            case "mov":
+                out = a
+            case "lop3":
+                bits = ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1) for i in range(32))
+                out = sum((table >> bit & 1) << i for i, bit in enumerate(bits))
+            case other:
+                raise AssertionError(f"the evaluator does not know {other}")
+        registers[target] = out & WORD
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_fields_read_by_ptx_are_the_codes(bits: int, head_dim: int) -> None:
+    generator = torch.Generator().manual_seed(bits * 1000 + head_dim)
+    codes = torch.randint(0, 2**bits, (2, head_dim), generator=generator, dtype=torch.int16)
+    words = quantize.pack(codes, bits).to(torch.int32) & 0xFFFF  # [2, words]: two tokens fill a register
+    shifts = fields.fold_shifts(bits, head_dim)
+    channels = fields.fold_channels(bits, head_dim)
+    found = torch.full_like(codes, -1)
+    for column in range(channels):
+        planes = []
+        for index, (_, first, count, _) in enumerate(layout.planes(bits, head_dim)):
+            pair = words[:, first + column % count].tolist()
+            register = pair[1] << 16 | pair[0]
+            if fields.fold_copies(bits, head_dim, index) > 1:
+                # what `fold` does, crossing bits included
+                register >>= shifts[16 * index + column]
+            planes.append(register)
+        for field in range(fields.fold_fields(bits, head_dim)):
+            text = (
+                fields._field3_asm(head_dim, field) if bits == 3 else fields._field_asm(bits, head_dim, field)
+            )
+            out = run_ptx(text, *planes)
+            halves = torch.tensor([out & 0xFFFF, out >> 16], dtype=torch.int32).to(torch.int16)
+            numbers = (
+                halves.view(torch.float16).double() * 2.0**24 * fields.field_factor(bits, head_dim, field)
+            )
+            found[:, field * channels + column] = numbers.to(torch.int16)
+    assert torch.equal(found, codes)
+
+
+def test_words_taken_as_the_high_half_of_a_register_do_not_leak() -> None:
+    # fold shifts both halves at once: bits of the upper one cross into the lower, above its last field
+    full = run_ptx("shr.b32 $0, $1, $2;", 0xFFFF0000, 2)
+    assert full & 0xFFFF == 0xC000
