@@ -12,6 +12,7 @@ per call, and a decode step calls two ops per layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -208,6 +209,25 @@ for _name, _reference, _fake in (
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+
+def _on_cuda(name: str) -> Callable[..., object]:
+    """The Triton implementation of an op, imported when it is first called."""
+
+    def call(*args: object) -> object:
+        implementation = _cuda.get(name)
+        if implementation is None:
+            from kvmix_kernels import triton  # noqa: PLC0415  not every machine has Triton
+
+            implementation = _cuda[name] = getattr(triton, name)
+        return implementation(*args)
+
+    return call
+
+
+_cuda: dict[str, Callable[..., object]] = {}
+for _name in ("quantize_pack", "append_", "attend", "dequantize"):
+    _library.impl(_name, _on_cuda(_name), "CUDA")
 
 quantize_pack = torch.ops.kvmix.quantize_pack.default
 append_ = torch.ops.kvmix.append_.default

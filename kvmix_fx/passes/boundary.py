@@ -33,7 +33,7 @@ class Boundary:
         """
         self._inner = inner
         self._model = model
-        self._plain = rewritten.plain
+        self._plain = list(rewritten.plain)
         self._live_output = rewritten.live_output
         self._fixed = rewritten.fixed
         values = rewritten.values
@@ -95,7 +95,8 @@ class Boundary:
 
     def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
         """Exchange plain buffers of the model for packed ones; afterwards they are packed inputs."""
-        plain, self._plain = self._plain, []  # what cannot be exchanged now never can
+        plain = list(self._plain)
+        self._plain.clear()  # what cannot be exchanged now never can
         holders = {id(b): (m, n) for m in model.modules() for n, b in m._buffers.items()}
         for cache in plain:
             if id(args[cache.key]) not in holders or id(args[cache.value]) not in holders:
