@@ -32,8 +32,9 @@ lint: setup
 
 test: lint tests
 
+# threads per process are set in tests/conftest.py
 tests: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
 gpu-test:

@@ -211,10 +211,12 @@ for _name, _reference, _fake in (
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
-def _on_cuda(name: str) -> Callable[..., object]:
-    """The Triton implementation of an op, imported when it is first called."""
+def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., object]:
+    """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+            return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:
             from kvmix_kernels import triton  # noqa: PLC0415  not every machine has Triton
@@ -226,8 +228,13 @@ def _on_cuda(name: str) -> Callable[..., object]:
 
 
 _cuda: dict[str, Callable[..., object]] = {}
-for _name in ("quantize_pack", "append_", "attend", "dequantize"):
-    _library.impl(_name, _on_cuda(_name), "CUDA")
+for _name, _reference in (
+    ("quantize_pack", _quantize_pack),
+    ("append_", _append_),
+    ("attend", _attend),
+    ("dequantize", _dequantize),
+):
+    _library.impl(_name, _on_cuda(_name, _reference), "CUDA")
 
 quantize_pack = torch.ops.kvmix.quantize_pack.default
 append_ = torch.ops.kvmix.append_.default
