@@ -12,6 +12,7 @@ per call, and a decode step calls two ops per layer.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,9 @@ from kvmix_kernels.reference.quantize import SCALE_DTYPES
 from kvmix_kernels.reference.storage import Buffers
 
 NAMESPACE = "kvmix"
+
+_FORCE_REFERENCE = os.environ.get("KVMIX_KERNELS") == "reference"
+"""For debugging a GPU: take the kernels out of the question. The reference waits for the device."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _K = "Tensor{0} k_qdata, Tensor{1} k_scale, Tensor{2} k_zero_point, Tensor{3} k_residual"
@@ -215,11 +219,11 @@ def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., objec
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
-        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        if _FORCE_REFERENCE or any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
             return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:
-            from kvmix_kernels import triton  # noqa: PLC0415  not every machine has Triton
+            from kvmix_kernels import triton  # not every machine has it
 
             implementation = _cuda[name] = getattr(triton, name)
         return implementation(*args)

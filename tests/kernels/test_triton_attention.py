@@ -210,7 +210,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
 def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
     g = torch.Generator().manual_seed(3)
     k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in ("channel", "token"))
-    assert attention.has_bulk_path(k, v, 64, 64, 1)
+    assert attention.has_bulk_path(k, v, 64, 1)
     x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
     caches = []
     for tokens, fmt in zip(x, (k, v), strict=True):

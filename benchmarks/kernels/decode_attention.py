@@ -1,0 +1,183 @@
+"""One decode step of attention over a packed cache against the fastest 16-bit attention.
+
+    python benchmarks/kernels/decode_attention.py [--case ...] [--provider k2v2,g128 ...]
+
+Every provider is timed in one run on one GPU by CUDA-graph replay (median), on random inputs that
+take turns where they would fit into the L2 cache. First the result is compared with the reference
+on the same inputs, with scratch memory poisoned; a provider that fails gets no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from rows import Rows, copy_bandwidth
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvmix_kernels import layout, ops
+from kvmix_kernels.layout import TensorFormat, make_format
+from kvmix_kernels.triton import attention, configs
+from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time, input_sets, nbytes
+
+CASES = (
+    "b64 h8x4 n8192 d128",
+    "b16 h32x1 n4096 d128",
+    "b1 h8x4 n131072 d128",
+    "b1 h32x1 n131072 d128",
+    "b64 h8x4 n8192 d64",
+    "b64 h4x8 n8192 d256",
+    "b1 h8x4 n512 d128",
+    "b1 h8x4 n1024 d128",
+    "b1 h8x4 n2048 d128",
+    "b64 h8x4 n512 d128",
+    "b64 h8x4 n1024 d128",
+    "b64 h8x4 n2048 d128",
+)
+PROVIDERS = (
+    "k2v2 g128", "k3v3 g128", "k4v4 g128", "k4v2 g128", "k2v4 g128", "k3v2 g128",
+    "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32", "k2v2 g128 w128", "k4v4 g128 w128",
+)  # fmt: skip
+RAW_CONFIGS = tuple(
+    configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
+    for warps, tokens, stages in ((4, 64, 3), (4, 128, 2), (2, 32, 3))
+    for programs in (264, 1056)
+)
+RAW = make_format(16)
+LIMIT = 2e-2
+
+
+def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
+    """Formats of "k2v2 g64 w128": bits, group of keys and values, recent window (default 0)."""
+    bits, group, *rest = provider.split()
+    size = int(group[1:])
+    window = int(rest[0][1:]) if rest else 0
+    v_group = layout.WHOLE_HEAD if size >= head_dim else size
+    return (
+        make_format(int(bits[1]), "channel", size, 128, 0, window),
+        make_format(int(bits[3]), "token", v_group, 128, 0, window),
+    )
+
+
+def poisoned_attend(args: list[object]) -> torch.Tensor:
+    """The op with NaN in all memory that it allocates."""
+    empty = torch.empty
+
+    def poisoned(*size: object, **options: object) -> torch.Tensor:
+        out = empty(*size, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    with mock.patch.object(torch, "empty", poisoned):
+        return attention.attend(*args)
+
+
+def error(args: list[object]) -> float:
+    """Relative error of the op against the reference in float32 on the first and last sequence."""
+    out = poisoned_attend(args).float()
+    worst = 0.0
+    for b in {0, out.shape[0] - 1}:
+        part = [a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+        expected = ops._attend(part[0].float(), *part[1:])
+        worst = max(worst, ((out[b : b + 1] - expected).norm() / expected.norm()).item())
+    return worst if worst == worst else float("inf")
+
+
+def baselines(case: Case) -> dict[str, Timing]:
+    """Times of 16-bit attention over as many tokens; query heads are folded into rows, which is fastest."""
+    shape = (case.batch, case.heads, case.tokens + 1, case.head_dim)
+    one = 4 * case.batch * case.heads * case.tokens * case.head_dim
+    sets = []
+    for _ in range(input_sets(one)):
+        q = torch.randn(
+            case.batch, case.heads, case.group, case.head_dim, dtype=torch.bfloat16, device="cuda"
+        )
+        sets.append((q, *(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))))
+    times = {}
+    for name, backend in (
+        ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+        ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
+        try:
+            with sdpa_kernel(backend):
+                calls = [functools.partial(F.scaled_dot_product_attention, *inputs) for inputs in sets]
+                times[name] = graph_time(calls)
+        except RuntimeError as problem:
+            print(f"{case.name}: {name} does not run: {str(problem)[:80]}", file=sys.stderr)
+    del sets, calls
+    inputs = [decode_inputs(case, RAW, RAW) for _ in range(input_sets(one))]
+    split = []
+    for config in RAW_CONFIGS:
+        calls = [functools.partial(attention.attend, *args, config=config) for args in inputs]
+        split.append(graph_time(calls))
+    times["triton-16bit"] = min(split)
+    return times
+
+
+def measure(case: Case, provider: str) -> tuple[Timing, float, int] | str:
+    """(time, effective bits, bytes read), or why there is none."""
+    k, v = formats(provider, case.head_dim)
+    args = decode_inputs(case, k, v)
+    found = error(args)
+    if not found < LIMIT:
+        return f"WRONG: relative error {found:.3g} against the reference"
+    size = nbytes(args)
+    sets = [args] + [decode_inputs(case, k, v) for _ in range(input_sets(size) - 1)]
+    timing = graph_time([functools.partial(attention.attend, *one) for one in sets])
+    elements = case.batch * case.heads * case.head_dim
+    raw = sum(case.tokens - fmt.packed_tiles(case.tokens) * fmt.tile for fmt in (k, v)) * elements * 16
+    packed = sum(
+        fmt.packed_tiles(case.tokens) * fmt.tile * layout.bits_per_packed_element(fmt, case.head_dim)
+        for fmt in (k, v)
+    )
+    bits = packed * elements + raw
+    return timing, bits / (2 * case.tokens * elements), int(bits / 8)
+
+
+def main() -> int:
+    """Run the chosen cases; 1 if any provider was wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append")
+    parser.add_argument("--provider", action="append", help='such as "k2v2 g128"; repeatable')
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"device copy {bandwidth / 1e6:.2f} TB/s")
+    rows = Rows("decode_attention", options.output)
+    wrong = 0
+    for name in options.case or CASES:
+        case = Case.parse(name)
+        times = baselines(case)
+        best = min(times, key=lambda key: times[key].median)
+        full = 4 * case.batch * case.heads * case.tokens * case.head_dim
+        for provider, timing in times.items():
+            rows.add(
+                name, provider, timing, effective_bits=16.0, bytes=full,
+                copy_share=round(full / timing.median / bandwidth, 3),
+            )  # fmt: skip
+        for provider in options.provider or PROVIDERS:
+            if int(provider.split()[1][1:]) > case.tokens:
+                continue
+            result = measure(case, provider)
+            torch.cuda.empty_cache()
+            if isinstance(result, str):
+                print(f"{name:24} kvmix {provider:22} {result}", flush=True)
+                wrong = 1
+                continue
+            timing, bits, size = result
+            rows.add(
+                name, f"kvmix {provider}", timing, (best, times[best].median), effective_bits=round(bits, 3),
+                bytes=size, copy_share=round(size / timing.median / bandwidth, 3),
+            )  # fmt: skip
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Quantize and pack a prefilled cache: share of the copy bandwidth, bytes read plus written.
+
+    python benchmarks/kernels/pack.py
+
+The buffers are compared with the reference on the same tokens first.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from decode_attention import formats
+from rows import Rows, copy_bandwidth
+
+from kvmix_kernels import ops
+from kvmix_kernels.triton import storage
+from kvmix_kernels.triton.timing import graph_time
+
+SHAPES = ((16, 8, 8192, 128), (1, 8, 131072, 128), (64, 8, 2048, 64), (16, 4, 8192, 256))
+PROVIDERS = ("k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32")
+
+
+def main() -> int:
+    """Run all cases; 1 if any provider was wrong."""
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"device copy {bandwidth / 1e6:.2f} TB/s")
+    rows = Rows("pack")
+    wrong = 0
+    for B, H, L, D in SHAPES:
+        name = f"b{B} h{H} n{L} d{D}"
+        # heads behind tokens, as models make them
+        x = torch.randn(B, L, H, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        for provider in PROVIDERS:
+            for part, fmt in zip("KV", formats(provider, D), strict=True):
+                label = f"kvmix {provider} {part}"
+                got = storage.quantize_pack(x[:1, :, :4096], None, list(fmt))
+                expected = ops._quantize_pack(x[:1, :, :4096], None, list(fmt))
+                if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                    print(f"{name:24} {label:28} WRONG", flush=True)
+                    wrong = 1
+                    continue
+                out = storage.quantize_pack(x, None, list(fmt))
+                moved = x.numel() * 2 + sum(t.numel() * t.element_size() for t in out)
+                del out
+                timing = graph_time([lambda x=x, fmt=fmt: storage.quantize_pack(x, None, list(fmt))])
+                share = moved / timing.median / bandwidth
+                rows.add(name, label, timing, bytes=moved, copy_share=round(share, 3))
+        torch.cuda.empty_cache()
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Launching attention over segments. Chooses the path and the shares; touches no device values."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
+from kvmix_kernels.triton import configs, fields
+from kvmix_kernels.triton.attention_kernels import attend_kernel, combine_kernel
+from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, portable
+
+MAX_BULK_COLUMNS = 16
+MAX_COLUMNS = 64
+MIN_GROUPS = 16
+"""Groups a program has registers for: the rows of a dot."""
+
+MAX_SPLITS = 64
+"""More shares of one head would take longer to merge than they save."""
+
+REST_SHARE = 128
+"""Tokens outside the bulk that one program should not fall below."""
+
+
+def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int, rows: int) -> bool:
+    """Whether packed tokens of these formats can take the fast path for `rows` query rows."""
+    k, v = key_format, value_format
+    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_BULK_COLUMNS:
+        return False
+    group = layout.channel_group(v, Dv)
+    return (
+        k.group_size >= fields.MIN_DOT
+        and k.group_size & (k.group_size - 1) == 0
+        and group % fields.fold_channels(v.bits, Dv) == 0
+        and Dv // group <= 8
+    )
+
+
+@cache
+def shift_table(k_bits: int, v_bits: int, D: int, Dv: int, device: torch.device) -> Tensor:
+    """`fields.fold_shifts` of keys and values on the device."""
+    table = fields.fold_shifts(k_bits, D) + fields.fold_shifts(v_bits, Dv)
+    return torch.tensor(table, dtype=torch.int16, device=device)
+
+
+def attend(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    k_qdata: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    k_residual: Tensor,
+    v_qdata: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    v_residual: Tensor,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: list[int],
+    value_format: list[int],
+    config: configs.AttendConfig | None = None,
+) -> Tensor:
+    """The op `attend`; `config` overrides the tuned one (for the tuner and tests)."""
+    k, v = TensorFormat(*key_format), TensorFormat(*value_format)
+    B, Hq, Lq, D = query.shape
+    Hkv, Dv = k_residual.shape[1], v_residual.shape[3]
+    rows = Hq // Hkv * Lq
+    has_new = new_keys is not None and new_values is not None
+    new_count = new_keys.shape[2] if has_new else 0
+    out = query.new_empty(B, Hq, Lq, Dv)
+    if out.numel() == 0:
+        return out
+    if length + new_count == 0:
+        return out.zero_()
+
+    query = inner_dense(query)
+    new_k = inner_dense(new_keys) if has_new else query
+    new_v = inner_dense(new_values) if has_new else query
+    # the running maximum of the bulk assumes that larger products are larger scores
+    bulk = scale > 0 and has_bulk_path(k, v, Dv, rows)
+    k_group = 1 if k.is_raw else layout.channel_group(k, D) if k.axis == AXIS_TOKEN else k.group_size
+    v_group = 1 if v.is_raw else layout.channel_group(v, Dv) if v.axis == AXIS_TOKEN else v.group_size
+    N = max(8, min(MAX_COLUMNS, fields.next_power_of_2(rows)))
+    column_blocks = -(-rows // N)
+    if config is None:
+        config = configs.attend_config(configs.device_name(query), k.bits, v.bits, D, k_group, N, bulk)
+
+    # shares: fixed by the capacity, filled evenly by however many tokens are alive
+    heads = B * Hkv * column_blocks
+    bulk_splits, max_groups = 0, MIN_GROUPS
+    outside = length + new_count
+    if bulk:
+        groups = max(0, min(k.packed_end(length), v.packed_end(length)) - max(k.sink, v.sink)) // k_group
+        bulk = groups > 0
+    if bulk:
+        bulk_splits = max(
+            1, min(groups, config.programs // heads, MAX_SPLITS), -(-groups // config.max_groups)
+        )
+        max_groups = max(MIN_GROUPS, fields.next_power_of_2(-(-groups // bulk_splits)))
+        # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
+        # values differ the edges of groups
+        apart = 0 if (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window) else 2 * k_group
+        outside = min(
+            outside, max(k.sink, v.sink) + max(k.window + k.tile, v.window + v.tile) + apart + new_count
+        )
+    same = (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window)
+    rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
+    rest_splits = -(-outside // REST_SHARE)
+    if not bulk:
+        rest_splits = max(1, min(rest_splits, config.programs // heads))
+    splits = bulk_splits + rest_splits
+
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    exact_half = half and k.scale_dtype != 2
+    raw_dtypes = {query.dtype, k_residual.dtype, v_residual.dtype, new_k.dtype, new_v.dtype}
+    if half and not rest_packed and len(raw_dtypes) == 1 and not fields.INTERPRET:
+        rest_dtype, rest_precision = model_dtype(query.dtype), "tf32"
+    else:
+        rest_dtype, rest_precision = model_dtype(torch.float32), "tf32" if half else "ieee"
+
+    mask_kind, mask_strides, shared = 0, (0, 0, 0, 0), True
+    additive = False
+    if mask is not None:
+        while mask.dim() < 4:
+            mask = mask.unsqueeze(0)
+        mask_strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+        additive = mask.dtype != torch.bool
+        mask_kind = 2 if additive else 1
+        shared = mask_strides[1] == 0 and (mask_strides[2] == 0 or Lq == 1)
+        if not additive:
+            mask = mask.view(torch.uint8)
+    units = scale if additive else scale * math.log2(math.e)
+
+    partial = torch.empty(heads * splits * N * Dv, dtype=torch.float32, device=query.device)
+    stats = torch.empty(heads * splits * 2 * N, dtype=torch.float32, device=query.device)
+    with device_of(query):
+        attend_kernel[(heads * splits,)](
+            query, new_k, new_v, k_qdata, k_scale, k_zero_point, k_residual,
+            v_qdata, v_scale, v_zero_point, v_residual,
+            query if mask is None else mask, query if start is None else start,
+            shift_table(k.bits, v.bits, D, Dv, query.device) if bulk else query, partial, stats,
+            *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3],
+            *k_qdata.stride()[:2], *k_scale.stride()[:2], *k_residual.stride()[:2],
+            *v_qdata.stride()[:2], *v_scale.stride()[:2], *v_residual.stride()[:2],
+            *mask_strides,
+            Hkv, rows, Lq, length, new_count,
+            k.tile, k.sink, k.window, k.ring, v.tile, v.sink, v.window, v.ring,
+            bulk_splits, splits, column_blocks, units,
+            BULK=bulk, ON_DEVICE=start is not None, NEW=has_new, MASK=mask_kind, MASK_SHARED=shared,
+            K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, DP=max(16, fields.next_power_of_2(D)),
+            V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, DVP=max(16, fields.next_power_of_2(Dv)),
+            REST_PACKED=rest_packed, N=N,
+            BULK_TOKENS=min(k_group, config.tokens) if bulk else 16, BULK_STAGES=config.stages,
+            MAX_GROUPS=max_groups, V_ALIGNED=(k.sink - v.sink) % 16 == 0, BULK_PRECISION="tf32" if exact_half else "tf32x3",
+            REST_TOKENS=config.rest_tokens, REST_STAGES=config.rest_stages,
+            REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query),
+            num_warps=config.warps,
+        )  # fmt: skip
+        combine_kernel[(B * Hkv * rows,)](
+            partial, stats, out, splits, column_blocks, rows,
+            MASK=mask_kind, N=N, DV=Dv, DVP=fields.next_power_of_2(Dv),
+            MAX_SPLITS=fields.next_power_of_2(splits), CHUNK=min(32, fields.next_power_of_2(splits)),
+            num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,55 @@
+"""What every launcher needs: dense inner dimensions, the device, the numeric types."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kvmix_kernels.errors import CacheShapeError
+from kvmix_kernels.triton import fields
+
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def model_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a floating dtype."""
+    return _TYPES[dtype]
+
+
+def inner_dense(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check_rows(*buffers: Tensor) -> None:
+    """Raise if a buffer that is written in place has rows that are not dense."""
+    for buffer in buffers:
+        if buffer.numel() and (buffer.stride(3) != 1 or buffer.stride(2) != buffer.shape[3]):
+            raise CacheShapeError(
+                f"a cache buffer of shape {list(buffer.shape)} has strides {list(buffer.stride())}: its last "
+                "two dimensions must be contiguous; allocate it with reference.storage.allocate"
+            )
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's GPU current; nothing on a CPU (the interpreter)."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; a few in the interpreter, to exercise loops."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 3
+
+
+def portable(x: Tensor) -> bool:
+    """Whether to do without PTX: in the interpreter and on GPUs that are not NVIDIA's."""
+    return fields.INTERPRET or not x.is_cuda or torch.version.hip is not None

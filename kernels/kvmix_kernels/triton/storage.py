@@ -1,0 +1,164 @@
+"""Launching quantize-and-pack and append."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.errors import CacheShapeError
+from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.reference.quantize import SCALE_DTYPES
+from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, multiprocessors
+from kvmix_kernels.triton.fields import next_power_of_2
+from kvmix_kernels.triton.storage_kernels import append_kernel, pack_kernel
+
+PACK_ELEMENTS = 8192
+"""Channels times tokens that a program of `quantize_pack` holds at a time."""
+
+APPEND_ELEMENTS = 4096
+"""The same of `append_`, whose programs hold both tensors' code."""
+
+PACK_WARPS = 4
+APPEND_WARPS = 8
+
+ROWS = 16
+"""New tokens that a program of `append_` writes at a time."""
+
+
+def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
+    """How a program's tile of one tensor is cut: see `storage_kernels`."""
+    if fmt.is_raw:
+        return {"group": 1, "fields": 1, "words": 1, "words_p": 1, "tokens": 1, "parts": 0}
+    layout.check_head_size(fmt, D)
+    width, _, words, _ = layout.planes(fmt.bits, D)[-1]
+    count = layout.WORD_BITS // width
+    padded = next_power_of_2(words)
+    group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, D)
+    together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
+    tokens = max(1, min(next_power_of_2(together), elements // (count * padded)))
+    parts = fmt.tile // group if fmt.axis == AXIS_CHANNEL else -(-fmt.tile // tokens)
+    return {
+        "group": group,
+        "fields": count,
+        "words": words,
+        "words_p": padded,
+        "tokens": tokens,
+        "parts": parts,
+    }
+
+
+def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, int]:
+    """The mask row that tells padding from tokens: (tensor, batch stride, token stride, limit, kind).
+
+    Kind 0 is no mask, 1 a boolean one, 2 an additive one, which hides what is not above the limit.
+    """
+    if mask is None:
+        return x, 0, 0, 0.0, 0
+    row = mask[..., -1, :]
+    while row.dim() < 3:
+        row = row.unsqueeze(0)
+    if row.shape[1] > 1:
+        if row.dtype != torch.bool:
+            row = row > torch.finfo(row.dtype).min / 2
+        row = row.any(1, keepdim=True)
+    limit, kind = 0.0, 1
+    if row.dtype == torch.bool:
+        row = row.view(torch.uint8)
+    else:
+        limit, kind = torch.finfo(row.dtype).min / 2, 2
+    return row, 0 if row.shape[0] == 1 else row.stride(0), row.stride(2), limit, kind
+
+
+def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `quantize_pack`: one launch, x is read once."""
+    fmt = TensorFormat(*format)
+    B, H, L, D = x.shape
+    cut = _shape(fmt, D, PACK_ELEMENTS)
+    tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
+    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, D)
+    grid = layout.scale_grid(fmt, D, tiles)
+    qdata = torch.empty(B, H, tiles * fmt.tile, words, dtype=torch.int16, device=x.device)
+    scale = torch.empty(B, H, *grid, dtype=SCALE_DTYPES[fmt.scale_dtype], device=x.device)
+    zero_point = torch.empty_like(scale)
+    residual = torch.empty(B, H, slots, D, dtype=x.dtype, device=x.device)
+    x = inner_dense(x)
+    valid, *valid_arguments, kind = valid_row(mask, x)
+    DP = next_power_of_2(D)
+    rows = max(1, 4096 // DP)
+    jobs = tiles * cut["parts"] + -(-slots // rows)
+    if B * H * jobs:
+        with device_of(x):
+            pack_kernel[(B * H * jobs,)](
+                x, qdata, scale, zero_point, residual, valid, *x.stride()[:3], *valid_arguments,
+                H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut["parts"], jobs,
+                VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, DP=DP,
+                SCALE_DTYPE=fmt.scale_dtype, FIELDS=cut["fields"], WORDS=cut["words"], WORDS_P=cut["words_p"],
+                TOKENS=cut["tokens"],
+                num_warps=PACK_WARPS,
+            )  # fmt: skip
+    return qdata, scale, zero_point, residual
+
+
+def append_(
+    k_qdata: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    k_residual: Tensor,
+    v_qdata: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    v_residual: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: int,
+    key_format: list[int],
+    value_format: list[int],
+) -> None:
+    """The op `append_`: one launch for a decode step.
+
+    More tokens take two launches where they could reach ring slots that a flush still has to read.
+    """
+    k, v = TensorFormat(*key_format), TensorFormat(*value_format)
+    for x, residual in ((keys, k_residual), (values, v_residual)):
+        if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
+            raise CacheShapeError(
+                f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
+                f"{[*residual.shape[:2], residual.shape[3]]}"
+            )
+    check_rows(k_qdata, k_scale, k_zero_point, k_residual, v_qdata, v_scale, v_zero_point, v_residual)
+    B, H, Lq, D = keys.shape
+    Dv = values.shape[3]
+    if B * H * Lq == 0:
+        return
+    keys, values = inner_dense(keys), inner_dense(values)
+    valid, *valid_arguments, kind = valid_row(mask, keys)
+    cut_k, cut_v = _shape(k, D, APPEND_ELEMENTS), _shape(v, Dv, APPEND_ELEMENTS)
+    DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
+    packs = not (k.is_raw and v.is_raw)
+    apart = packs and any(not f.is_raw and Lq - 1 + f.window + f.tile > f.ring for f in (k, v))
+    phases = ((True, False), (False, True)) if apart else ((packs, True),)
+    parts = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
+    for flush, write in phases:
+        needed = B * H * max(parts if flush else 0, -(-Lq // ROWS) if write else 0)
+        with device_of(keys):
+            append_kernel[(min(needed, multiprocessors(keys)),)](
+                keys, values, k_qdata, k_scale, k_zero_point, k_residual,
+                v_qdata, v_scale, v_zero_point, v_residual, valid, keys if start is None else start,
+                *keys.stride()[:3], *values.stride()[:3],
+                *k_qdata.stride()[:2], *k_scale.stride()[:2], *k_residual.stride()[:2],
+                *v_qdata.stride()[:2], *v_scale.stride()[:2], *v_residual.stride()[:2],
+                *valid_arguments, B, H, Lq, length,
+                k.tile, k.sink, k.window, k.ring, cut_k["parts"],
+                v.tile, v.sink, v.window, v.ring, cut_v["parts"],
+                ON_DEVICE=start is not None, VALID=kind, FLUSH=flush, WRITE=write,
+                K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=cut_k["group"], D=D, DP=DP, K_SCALE=k.scale_dtype,
+                K_FIELDS=cut_k["fields"], K_WORDS=cut_k["words"], K_WORDS_P=cut_k["words_p"],
+                K_TOKENS=cut_k["tokens"], K_ROWS=ROWS,
+                V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, DVP=DVP, V_SCALE=v.scale_dtype,
+                V_FIELDS=cut_v["fields"], V_WORDS=cut_v["words"], V_WORDS_P=cut_v["words_p"],
+                V_TOKENS=cut_v["tokens"], V_ROWS=ROWS,
+                num_warps=APPEND_WARPS,
+            )  # fmt: skip
