@@ -27,8 +27,8 @@ from kvmix_kernels.reference.storage import Buffers
 
 NAMESPACE = "kvmix"
 
-_FORCE_REFERENCE = os.environ.get("KVMIX_KERNELS") == "reference"
-"""For debugging a GPU: take the kernels out of the question. The reference waits for the device."""
+_USE_TRITON = os.environ.get("KVMIX_KERNELS") == "triton"
+"""CUDA tensors take the Triton kernels only on request, until their tests have passed on a GPU."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _K = "Tensor{0} k_qdata, Tensor{1} k_scale, Tensor{2} k_zero_point, Tensor{3} k_residual"
@@ -219,7 +219,7 @@ def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., objec
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
-        if _FORCE_REFERENCE or any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        if not _USE_TRITON or any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
             return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:
