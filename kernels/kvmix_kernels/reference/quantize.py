@@ -86,19 +86,20 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, head_dim: int) -> Tensor:
     """Inverse of `pack`: int16 words [..., words_per_token] to int16 codes [..., D]."""
-    codes = None
+    codes: Tensor | None = None
     for width, first, count, shift in layout.planes(bits, head_dim):
-        plane = words[..., None, first : first + count]
-        shifts = _shifts(width, words.device)
+        plane = words[..., first : first + count]
+        field = words.new_empty(*words.shape[:-1], head_dim)
+        # one shift by a number per field: a broadcast shift by a tensor does not vectorize
+        for f in range(layout.WORD_BITS // width):
+            torch.bitwise_right_shift(plane, f * width, out=field[..., f * count : (f + 1) * count])
         # the mask removes the copies of the sign bit that an arithmetic shift brings in
-        field = (plane >> shifts[:, None]).bitwise_and_(2**width - 1).flatten(-2)
-        codes = field << shift if codes is None else codes + (field << shift)
+        field.bitwise_and_(2**width - 1)
+        if shift:
+            field <<= shift
+        codes = field if codes is None else codes.add_(field)
     assert codes is not None
     return codes
-
-
-def _shifts(width: int, device: torch.device) -> Tensor:
-    return torch.arange(0, layout.WORD_BITS, width, device=device, dtype=torch.int16)
 
 
 def dequantize(

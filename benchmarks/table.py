@@ -1,0 +1,198 @@
+"""Print Markdown tables of committed rows; `--write` renews those in both READMEs.
+
+python -m benchmarks.table quality
+python -m benchmarks.table --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.rows import Row, load
+
+HERE = Path(__file__).resolve().parent
+READMES = (HERE / "README.md", HERE.parent / "README.md")
+
+
+def markdown(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A table; all columns but the first aligned right."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    """(case, machine) -> provider -> metric -> row, in the order of the files."""
+    found: dict[tuple[str, str], dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        found.setdefault((row.case, row.machine), {}).setdefault(row.provider, {})[row.metric] = row
+    return found
+
+
+def number(value: float | None, form: str) -> str:
+    """Formatted, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def quality() -> str:
+    """Perplexity, KL and agreement per plan; p20 and p80 over the chunks for KL."""
+    parts = []
+    for (case, machine), providers in grouped(load("quality")).items():
+        if " one layer " in case:
+            parts.append(f"{case}, {machine}\n\n{_layers(providers)}")
+            continue
+        body = []
+        for provider, by in _by_kl(providers):
+            kl = by["kl"]
+            body.append(
+                [
+                    provider,
+                    number(kl.effective_bits, ".2f"),
+                    number(by["perplexity"].value, ".3f"),
+                    number(by["perplexity change"].value, "+.2f"),
+                    number(kl.value, ".5f"),
+                    f"{kl.p20:.5f} to {kl.p80:.5f}" if kl.p80 else "-",
+                    number(by["top-1 agreement"].value, ".2f"),
+                ]
+            )
+        head = ["provider", "bits", "perplexity", "change %", "KL, nats/token", "p20 to p80", "top-1 %"]
+        parts.append(f"{case}, {machine}\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
+
+
+def _by_kl(providers: dict[str, dict[str, Row]]) -> list[tuple[str, dict[str, Row]]]:
+    """Best first; what was simulated comes after what was measured."""
+
+    def rank(entry: tuple[str, dict[str, Row]]) -> tuple[float, str]:
+        measured = providers.get(entry[0].replace("simulated", "kvmix"), entry[1])
+        return measured["kl"].value, entry[0]
+
+    return sorted(providers.items(), key=rank)
+
+
+def _layers(providers: dict[str, dict[str, Row]]) -> str:
+    found: dict[str, list[tuple[float, str]]] = {}
+    for provider, by in providers.items():
+        _, _, layer, tensor = provider.split()
+        found.setdefault(tensor, []).append((by["kl"].value, layer))
+    body = []
+    for tensor, costs in found.items():
+        costs.sort(reverse=True)
+        for label, part in (("most", costs[:6]), ("least", costs[-3:])):
+            layers = ", ".join(f"{layer} ({1000 * kl:.2f})" for kl, layer in part)
+            body.append([f"{tensor}s that cost {label}", layers])
+    return markdown(["one tensor at 2 bits", "layer (KL in thousandths of a nat)"], body)
+
+
+def memory() -> str:
+    """Cache bytes and process peaks."""
+    parts = []
+    for (case, machine), providers in grouped(load("memory")).items():
+        metrics = list(next(iter(providers.values())))
+        head = ["provider", "bits", *(f"{metric}, MiB" for metric in metrics), "less than the baseline by"]
+        body = []
+        for provider, by in providers.items():
+            first = by[metrics[0]]
+            body.append(
+                [
+                    provider,
+                    number(first.effective_bits, ".2f"),
+                    *(f"{by[metric].value / 2**20:.1f}" for metric in metrics),
+                    "-" if first.ratio is None else f"{first.ratio:.2f}x",
+                ]
+            )
+        parts.append(f"{case}, {machine}\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
+
+
+def generate() -> str:
+    """Decode speed, and the ops that take most of a step."""
+    rows = [row for row in load("generate") if row.unit == "token/s"]
+    body = [
+        [
+            f"{row.case}, {row.machine}",
+            row.provider,
+            number(row.value, ".2f"),
+            f"{number(row.p20, '.2f')} to {number(row.p80, '.2f')}",
+            "-" if row.ratio is None else f"{row.ratio:.2f}x",
+        ]
+        for row in rows
+    ]
+    parts = [markdown(["case", "provider", "token/s", "p20 to p80", "against the baseline"], body)]
+    for (case, machine), providers in grouped(row for row in load("generate") if row.unit == "%").items():
+        for provider, by in providers.items():
+            ops = [
+                [metric.removeprefix("time in ").replace(", ", " | ", 1), f"{row.value:.1f}"]
+                for metric, row in by.items()
+            ]
+            table = markdown(["op", "counted", "% of a step"], ops)
+            parts.append(f"{provider}, {case}, {machine}\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
+    quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
+    memory_case = "smollm2-135m b4 n2048 bfloat16"
+    sizes = {provider: by for (case, _), found in grouped(load("memory")).items() if case == memory_case
+             for provider, by in found.items()}  # fmt: skip
+    body = []
+    for (case, _), providers in grouped(load("quality")).items():
+        if case != quality_case:
+            continue
+        for provider, by in _by_kl(providers):
+            if not provider.startswith("kvmix "):
+                continue
+            size = next(iter(sizes.get(f"{provider} growing", {}).values()), None)
+            body.append([
+                provider.removeprefix("kvmix "), number(by["perplexity change"].value, "+.1f"),
+                number(by["kl"].value, ".4f"), number(by["top-1 agreement"].value, ".1f"),
+                number(by["kl"].effective_bits, ".2f"), "-" if size is None else f"{size.ratio:.2f}x",
+            ])  # fmt: skip
+    head = ["plan", "perplexity, %", "KL, nats/token", "top-1 %", "bits at 1k", "smaller at 2k"]
+    return markdown(head, body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "memory": memory,
+    "generate": generate,
+    "summary": summary,
+}
+
+
+def renew(text: str) -> str:
+    """`text` with the tables between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+
+    def replacement(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", replacement, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Print or write; with --check, the exit status says whether the tables are those of the rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", nargs="?", choices=TABLES)
+    parser.add_argument("--write", action="store_true", help="renew the tables of both READMEs")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change them")
+    options = parser.parse_args()
+    if options.write or options.check:
+        old = [path.read_text() for path in READMES]
+        new = [renew(text) for text in old]
+        if options.write:
+            for path, text in zip(READMES, new, strict=True):
+                path.write_text(text)
+        return int(options.check and new != old)
+    print("\n\n".join(TABLES[name]() for name in ([options.suite] if options.suite else TABLES)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
