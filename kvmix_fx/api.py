@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,10 @@ from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
 _ATTRIBUTE = "_kvmix"
+
+RECOMPILE_LIMIT = 64
+"""Graphs one model may be traced into: two per kind of cache, gradient mode and way of calling it, and one
+per capacity of a fixed cache. PyTorch's 8 are soon used up, and then `fullgraph` makes it an error."""
 
 
 def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
@@ -91,6 +97,11 @@ def compile(
     options = dict(torch_compile_options.pop("options", None) or {})
     backend = KVMixBackend(plan, inner, torch_compile_options.pop("mode", None), model=model, **options)
     torch_compile_options.setdefault("fullgraph", True)
+    # an argument in newer releases, else a setting that holds during our own calls only
+    by_argument = "recompile_limit" in inspect.signature(torch.compile).parameters
+    if by_argument:
+        torch_compile_options.setdefault("recompile_limit", RECOMPILE_LIMIT)
+    limit: dict[str, int] = {} if by_argument else {"recompile_limit": RECOMPILE_LIMIT}
 
     restore(model)
     state = Compiled(model, plan, backend, on_nothing)
@@ -107,7 +118,8 @@ def compile(
             return _without_gradients(model, original, args, kwargs)
         args, kwargs, finish = prepare(args, kwargs)
         graphs = len(backend.report.graphs)
-        result = _unwrapped(compiled, args, kwargs)
+        with torch._dynamo.config.patch(limit) if limit else contextlib.nullcontext():
+            result = _unwrapped(compiled, args, kwargs)
         if len(backend.report.graphs) != graphs:
             _check_rewritten(state, result)
         finish()

@@ -272,3 +272,32 @@ def test_layers_at_16_bits_beside_packed_ones(raw, static):
     assert report.rewritten_layers() == [1 - raw]
     assert {(s.layer, s.reason) for s in report.skipped()} == {(raw, "the plan keeps this layer at 16 bits")}
     assert len(report.graphs) == 2
+
+
+def test_a_model_may_be_used_in_many_ways():
+    """More graphs than PyTorch's default limit of 8: gradient modes, caches, capacities, ways of calling."""
+    model = tiny_llama(num_hidden_layers=1)
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
+    ids = prompt()
+    kvmix_fx.compile(model, plan, inner="eager")
+    want = generate(model, ids)
+    with torch.inference_mode():
+        got = generate(model, ids)
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+    for new in (20, 30, 40, 50):
+        generate(model, ids, cache_implementation="static", max_new_tokens=new)
+    with torch.no_grad():
+        out = model(ids)
+        past = model(ids[:, :1].contiguous(), past_key_values=out.past_key_values).past_key_values
+        past.crop(-5)
+        assert isinstance(past.layers[0].keys, QuantizedKVTensor)
+        past = model(ids[:, :1].contiguous(), past_key_values=past).past_key_values
+        assert past.layers[0].keys.shape[2] == 67
+        past.batch_repeat_interleave(2)
+        past = model(ids.repeat_interleave(2, 0)[:, :1].contiguous(), past_key_values=past).past_key_values
+        past.batch_select_indices(torch.tensor([0, 3]))
+        past = model(ids[:, :1].contiguous(), past_key_values=past).past_key_values
+        assert past.layers[0].keys.shape[:3] == (2, 2, 69)
+        past.reset()
+        assert not past.layers[0].keys.dequantize().any()
+    assert len(kvmix_fx.compiled(model).report.graphs) > 8
