@@ -3,6 +3,8 @@
 `kvmix_fx.errors` re-exports these beside its own, so a user imports from there.
 """
 
+from __future__ import annotations
+
 
 class KVMixError(Exception):
     """Base of every error this project raises on purpose."""
@@ -18,6 +20,14 @@ class HeadSizeError(KVMixError, ValueError):
 
 class CapacityError(KVMixError, RuntimeError):
     """Tokens would not fit into a fixed-capacity cache. Raised before anything is written."""
+
+    @classmethod
+    def exceeded(cls, new: int, stored: int, capacity: int) -> CapacityError:
+        """Say how many tokens were to follow how many, and what to do."""
+        return cls(
+            f"{new} tokens after the {stored} stored ones exceed the capacity of {capacity}: make the cache "
+            "larger (max_cache_len)"
+        )
 
 
 class CacheShapeError(KVMixError, ValueError):

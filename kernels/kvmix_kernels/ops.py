@@ -97,10 +97,7 @@ def _append_(
     """
     live = _live(start, length)
     if start is not None and live + keys.shape[2] > length:
-        raise CapacityError(
-            f"{keys.shape[2]} tokens after the {live} stored ones exceed the capacity of {length}: "
-            "make the cache larger (max_cache_len)"
-        )
+        raise CapacityError.exceeded(keys.shape[2], live, length)
     valid = storage.valid_tokens(mask, keys.shape[0])
     k = Buffers(k_qdata, k_scale, k_zero_point, k_residual)
     v = Buffers(v_qdata, v_scale, v_zero_point, v_residual)

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from kvmix_fx.cache.growth import Lease, Store, prepare_append, rewind
+from kvmix_fx.errors import CacheMutationError, CapacityError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
 from kvmix_kernels.reference.storage import Buffers
 
-_BUFFERS = ("qdata", "scale", "zero_point", "residual")
 # dims that grow: marked so that a compiler treats them as symbols from the first trace on
 _GROWING_DIM = {2}
 
@@ -56,7 +56,7 @@ class QuantizedKVTensor(torch.Tensor):
     format: TensorFormat
     lease: Lease | None
 
-    tensor_data_names: ClassVar = list(_BUFFERS)
+    tensor_data_names: ClassVar = list(Buffers._fields)
     optional_tensor_data_names: ClassVar = ["live"]
     tensor_attribute_names: ClassVar = ["format"]
 
@@ -166,8 +166,6 @@ class QuantizedKVTensor(torch.Tensor):
         An earlier first position rewinds the cache to it. Raises CapacityError or
         CacheMutationError before anything is written.
         """
-        from kvmix_fx.errors import CacheMutationError, CapacityError
-
         if is_fake(self.residual) or is_fake(keys):
             return self
         assert self.live is not None
@@ -178,10 +176,7 @@ class QuantizedKVTensor(torch.Tensor):
         if positions.numel() != n or int(positions.reshape(-1)[-1]) != start + n - 1:
             raise CacheMutationError("a packed cache is written at consecutive positions only")
         if start + n > self.shape[2]:
-            raise CapacityError(
-                f"{n} tokens at position {start} exceed the capacity of {self.shape[2]}: "
-                "make the cache larger (max_cache_len)"
-            )
+            raise CapacityError.exceeded(n, start, self.shape[2])
         if start > stored:
             raise CacheMutationError(
                 f"a write at position {start} would leave a gap after the {stored} tokens stored"
@@ -225,7 +220,7 @@ class QuantizedKVTensor(torch.Tensor):
         return self.map_buffers(lambda b: b.repeat_interleave(repeats, 0, **kwargs))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorFormat]]:
-        names = list(_BUFFERS)
+        names = list(Buffers._fields)
         if self.live is not None:
             names.append("live")
         return names, (self.format,)
@@ -238,7 +233,7 @@ class QuantizedKVTensor(torch.Tensor):
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> QuantizedKVTensor:
-        buffers = Buffers(*(inner_tensors[name] for name in _BUFFERS))
+        buffers = Buffers(*(inner_tensors[name] for name in Buffers._fields))
         return cls(buffers, outer_size[2], context[0], inner_tensors.get("live"))
 
     def _stable_hash_for_caching(self) -> str:
@@ -271,7 +266,7 @@ class QuantizedKVTensor(torch.Tensor):
 
     def to_state(self, prefix: str = "") -> dict[str, Any]:
         """Plain tensors by name, for pickling or safetensors; `from_state` restores."""
-        state: dict[str, Any] = {prefix + name: getattr(self, name).contiguous() for name in _BUFFERS}
+        state: dict[str, Any] = {prefix + name: getattr(self, name).contiguous() for name in Buffers._fields}
         if self.live is not None:
             state[prefix + "live"] = self.live
         state[prefix + "meta"] = torch.tensor([self.shape[2], *self.format], dtype=torch.int64)
@@ -281,7 +276,7 @@ class QuantizedKVTensor(torch.Tensor):
     def from_state(cls, state: dict[str, Any], prefix: str = "") -> QuantizedKVTensor:
         """Inverse of `to_state`."""
         length, *fmt = state[prefix + "meta"].tolist()
-        buffers = Buffers(*(state[prefix + name] for name in _BUFFERS))
+        buffers = Buffers(*(state[prefix + name] for name in Buffers._fields))
         return cls(buffers, length, TensorFormat(*fmt), state.get(prefix + "live"))
 
     @classmethod

@@ -247,10 +247,7 @@ class TransformersCalls:
         fixed = [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
         for layer in fixed:
             if layer.host_length + n > layer.max_cache_len:
-                raise CapacityError(
-                    f"{n} tokens after the {layer.host_length} stored ones exceed the capacity of "
-                    f"{layer.max_cache_len}: make the cache larger (max_cache_len)"
-                )
+                raise CapacityError.exceeded(n, layer.host_length, layer.max_cache_len)
             if not layer.is_initialized:
                 geometry = self.plan.geometry
                 assert geometry is not None

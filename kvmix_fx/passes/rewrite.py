@@ -25,8 +25,7 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_kernels import ops
 from kvmix_kernels.layout import TensorFormat
-
-BUFFERS = ("qdata", "scale", "zero_point", "residual")
+from kvmix_kernels.reference.storage import Buffers
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class _Rewriter:
         for base, tensor in self.packed.items():
             self.buffers[base] = [
                 dynamo.add_buffer_placeholder(self.graph, base, name, getattr(tensor, name))
-                for name in BUFFERS
+                for name in Buffers._fields
             ]
         for sites in self._by_cache():
             k, v = sites[0].key_update, sites[0].value_update
@@ -273,7 +272,7 @@ class _Rewriter:
                 packed = self.graph.call_function(ops.quantize_pack, (root, site.call.mask, list(fmt)))
             items = []
             after = packed
-            for i in range(len(BUFFERS)):
+            for i in range(len(Buffers._fields)):
                 with self.graph.inserting_after(after):
                     after = self.graph.call_function(operator.getitem, (packed, i))
                 items.append(after)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from kvmix_fx.passes.dynamo import example
@@ -74,9 +73,3 @@ def _expand_reshape(node: fx.Node) -> fx.Node | None:
     # [B, H, L, D] -> [B, H, G, L, D] -> [B, H * G, L, D] and nothing else
     fits = len(inner) == 4 and len(wide) == 5 and len(flat) == 4 and isinstance(wide[2], int)
     return source if fits and flat[1] == inner[1] * wide[2] and flat[3] == inner[3] else None
-
-
-def is_empty_cache(node: Any) -> bool:
-    """Whether a concatenated operand holds no tokens (transformers starts from an empty 1-D tensor)."""
-    value = example(node)
-    return isinstance(value, torch.Tensor) and value.dim() == 1
