@@ -9,9 +9,12 @@ from __future__ import annotations
 from kvmix_kernels.errors import CacheShapeError, CapacityError, FormatError, HeadSizeError, KVMixError
 
 __all__ = [
+    "AllocatorError",
     "BackendOptionError",
+    "BudgetError",
     "CacheMutationError",
     "CacheShapeError",
+    "CalibrationError",
     "CapacityError",
     "DequantizeWarning",
     "FormatError",
@@ -28,6 +31,10 @@ __all__ = [
     "PlanMismatchError",
     "PlanVersionError",
     "PresetError",
+    "ProfileError",
+    "ProfileFileError",
+    "ProfileMismatchError",
+    "SignalError",
     "TrainingError",
 ]
 
@@ -69,8 +76,36 @@ class PlanMismatchError(PlanError):
     """A cache made under one plan was handed to a model compiled with another."""
 
 
+class BudgetError(PlanError):
+    """A budget that means nothing, that no plan of the menu meets, or that an unquantized cache meets."""
+
+
+class AllocatorError(PlanError):
+    """An allocator that does not exist, or options it does not take."""
+
+
 class PresetError(PlanError):
     """A preset that does not exist, or arguments it does not take."""
+
+
+class CalibrationError(KVMixError, ValueError):
+    """Calibration text that cannot be read, is empty or too short, or on which the model's loss is not finite."""
+
+
+class SignalError(KVMixError, ValueError):
+    """A profiling signal that does not exist, or that a profile does not hold."""
+
+
+class ProfileError(KVMixError, RuntimeError):
+    """A model whose cache can be packed and still not be profiled: its outputs or layers are of no known form."""
+
+
+class ProfileFileError(KVMixError, ValueError):
+    """A profile file that cannot be read: missing, damaged, or of a newer version."""
+
+
+class ProfileMismatchError(KVMixError, ValueError):
+    """A profile of one model is used with another."""
 
 
 class NoSiteError(KVMixError, RuntimeError):
