@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvmix_fx import errors
     from kvmix_fx.api import compile, compiled, explain, restore
     from kvmix_fx.cache import QuantizedKVTensor
+    from kvmix_fx.profiling import profile
 
 __all__ = [
     "KVPlan",
@@ -21,6 +22,7 @@ __all__ = [
     "compiled",
     "errors",
     "explain",
+    "profile",
     "restore",
 ]
 
@@ -29,6 +31,7 @@ _HOMES = {
     "compile": "kvmix_fx.api",
     "compiled": "kvmix_fx.api",
     "explain": "kvmix_fx.api",
+    "profile": "kvmix_fx.profiling",
     "restore": "kvmix_fx.api",
 }
 

@@ -89,7 +89,7 @@ class PresetError(PlanError):
 
 
 class CalibrationError(KVMixError, ValueError):
-    """Calibration text that cannot be read, is empty or too short, or on which the model's loss is not finite."""
+    """Calibration text that cannot be read, is too short, or on which the model's loss is not finite."""
 
 
 class SignalError(KVMixError, ValueError):
@@ -97,7 +97,7 @@ class SignalError(KVMixError, ValueError):
 
 
 class ProfileError(KVMixError, RuntimeError):
-    """A model whose cache can be packed and still not be profiled: its outputs or layers are of no known form."""
+    """A model whose cache can be packed but not profiled: its outputs or layers have no known form."""
 
 
 class ProfileFileError(KVMixError, ValueError):

@@ -1,0 +1,6 @@
+"""Profiling: how much each layer's keys and values suffer from quantization, measured on the model."""
+
+from kvmix_fx.profiling.report import Profile
+from kvmix_fx.profiling.run import DEFAULT_SIGNALS, profile
+
+__all__ = ["DEFAULT_SIGNALS", "Profile", "profile"]

@@ -1,0 +1,175 @@
+"""Read the prompts once, measure every signal that was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from kvmix_fx.errors import CalibrationError, SignalError
+from kvmix_fx.plan.prices import Menu, Prices, Scores
+from kvmix_fx.profiling.calibration import Calibration
+from kvmix_fx.profiling.kl import measure_kl
+from kvmix_fx.profiling.observe import Listeners, Observer
+from kvmix_fx.profiling.signals import SIGNALS, Labels, Observation, Signal, SignalUnavailable
+
+KL = "kl"
+"""Name of the direct signal, which reads the prompts many times."""
+
+
+@dataclass
+class Measured:
+    """What came out, and what it took.
+
+    loss: mean over the text's tokens, nats. forwards, backwards: of whole prompts.
+    """
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    prices: dict[str, Prices] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    loss: float = math.nan
+    forwards: int = 0
+    backwards: int = 0
+
+
+def known_signals() -> tuple[str, ...]:
+    """Names of all signals."""
+    return (*SIGNALS, KL)
+
+
+def check_signals(names: Sequence[str]) -> None:
+    """Raise SignalError unless all are known, and there are any."""
+    unknown = [name for name in names if name not in known_signals()]
+    if unknown or not names:
+        raise SignalError(f"signals are some of {', '.join(known_signals())}; got {unknown or 'none'}")
+
+
+def measure(
+    observer: Observer,
+    calibration: Calibration,
+    names: Sequence[str],
+    menu: Menu,
+    *,
+    seed: int = 0,
+    step: Callable[[], None] = lambda: None,
+) -> Measured:
+    """Measure signals. The model must be in the state that `observing` sets.
+
+    Args:
+        observer: of the model.
+        calibration: what is read.
+        names: signals.
+        menu: formats of those that price formats.
+        seed: of the labels that are drawn.
+        step: called after every prompt, and after every forward of the direct signal.
+
+    Raises:
+        CalibrationError: the loss or a gradient is not finite.
+        SignalError: a name is unknown.
+    """
+    check_signals(names)
+    measured = Measured()
+    listening = [SIGNALS[name](menu) for name in names if name in SIGNALS]
+    if listening or KL not in names:
+        _read(observer, calibration, listening, measured, seed, step)
+    for one in listening:
+        try:
+            result = one.result(observer)
+        except SignalUnavailable as why:
+            measured.unavailable[one.name] = str(why)
+            continue
+        (measured.prices if isinstance(result, Prices) else measured.scores)[one.name] = result  # type: ignore[index]
+    if KL in names:
+        measured.prices[KL] = measure_kl(observer, calibration, menu, step)
+    return measured
+
+
+def _read(
+    observer: Observer,
+    calibration: Calibration,
+    listening: list[Signal],
+    measured: Measured,
+    seed: int,
+    step: Callable[[], None],
+) -> None:
+    """One forward per prompt, and one backward per kind of label."""
+    device = next(observer.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    # the order is fixed, so that drawn labels do not depend on what else is measured
+    kinds: list[Labels] = [
+        kind for kind in ("text", "sampled") if any(one.labels == kind for one in listening)
+    ]
+    first = observer.first_packed_query
+    total = 0.0
+    for number, (row, length) in enumerate(zip(calibration.ids, calibration.lengths, strict=True)):
+        ids = row[None].to(device)
+        hearing = _Hearing(listening, length)
+        observer.listeners = hearing.listeners()
+        try:
+            logits = observer.read(ids)[0, :length]
+            measured.forwards += 1
+            loss = _loss(logits[:-1], ids[0, 1:length])
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                raise CalibrationError(
+                    f"the loss on calibration prompt {number} is {float(loss.detach())}: check that the "
+                    "model gives finite logits (float16 often overflows; load it in bfloat16 or float32)"
+                )
+            for kind in kinds:
+                hearing.kind = kind
+                if kind == "sampled":
+                    loss = _loss(logits[first:], _draw(logits[first:], generator))
+                loss.backward(retain_graph=kind != kinds[-1])  # type: ignore[no-untyped-call]
+                measured.backwards += 1
+        finally:
+            observer.listeners = Listeners()
+        for one in listening:
+            one.end_prompt(length - first - (one.labels == "text"))
+        step()
+    measured.loss = total / sum(length - 1 for length in calibration.lengths)
+
+
+class _Hearing:
+    """Passes what an observer tells of one prompt to the signals it is for."""
+
+    def __init__(self, signals: list[Signal], length: int) -> None:
+        self.kind: Labels = "none"
+        self._signals = signals
+        self._length = length
+
+    def listeners(self) -> Listeners:
+        by_need = {(one.hears, one.labels != "none") for one in self._signals if one.hears != "nothing"}
+        return Listeners(
+            self._cached if ("cache", False) in by_need else None,
+            self._gradient if ("cache", True) in by_need else None,
+            self._projected if ("projection", True) in by_need else None,
+        )
+
+    def _cached(self, layer: int, role: str, x: Tensor) -> None:
+        self._tell("cache", "none", layer, role, x, None)
+
+    def _gradient(self, layer: int, role: str, x: Tensor, g: Tensor) -> None:
+        self._tell("cache", self.kind, layer, role, x, g)
+
+    def _projected(self, layer: int, role: str, h: Tensor, g: Tensor) -> None:
+        self._tell("projection", self.kind, layer, role, h, g)
+
+    def _tell(self, hears: str, kind: Labels, layer: int, role: str, x: Tensor, g: Tensor | None) -> None:
+        for one in self._signals:
+            if one.hears == hears and one.labels == kind:
+                one.observe(Observation(layer, role, x, g, self._length))
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    # the sum: its gradients are far from float16's smallest numbers, and signals divide as they need
+    return cross_entropy(logits.float(), labels, reduction="sum")
+
+
+@torch.no_grad()
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token per position [n], from the model's own predictions [n, vocabulary]."""
+    return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]

@@ -1,0 +1,430 @@
+"""Run a model with its cached keys and values in reach: seen, differentiated, or exchanged.
+
+The model is traced by Dynamo and its sites are found by the pass itself (`kvmix_fx.passes`), so what can be
+packed can be observed, whatever the model's class. Nothing is packed: at every site attention is computed as
+*decoding over a packed cache* would, in one forward. Query t attends to the **far** copy of the tokens that
+had left the window when it was read, and to the **near** copy of the others. Both copies hold the same
+numbers, so the logits are the model's own; an error put into the far copy, or a gradient taken there, is
+that of the packed tokens alone.
+
+No parameter takes part in differentiation: the first tensors observed are made leaves, and gradients of
+projection weights follow from those of the projections' outputs. So frozen and quantized weights do, and
+there is no memory for weight gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvmix_fx.errors import KVMixError, NoSiteError, ProfileError
+from kvmix_fx.passes import dynamo
+from kvmix_fx.passes.assign import assign_layers
+from kvmix_fx.passes.match import find_sites
+from kvmix_fx.passes.sites import ADOPT, Site
+from kvmix_fx.plan import ModelGeometry
+from kvmix_fx.profiling.projections import Projection, find_projection
+from kvmix_fx.profiling.segments import SegmentedGraph
+from kvmix_kernels import layout
+
+ROLES = ("key", "value")
+
+
+class _Seen(Exception):  # noqa: N818 - no error: it ends a call once the graph is known
+    pass
+
+
+@dataclass(frozen=True)
+class ProjectionInfo:
+    """The linear layer behind the keys or the values of a layer, as far as signals need it.
+
+    weight: rows or columns that make this tensor, float32 [n, in]. is_affine: whether nothing but an affine
+    function (rotary embedding, views) lies between it and the cache.
+    """
+
+    weight: Callable[[], Tensor]
+    is_affine: bool
+
+
+@dataclass
+class Listeners:
+    """What is called while a prompt is read; None where nobody listens.
+
+    cached(layer, role, x): keys or values as cached [B, Hkv, L, D], in the forward.
+    gradient(layer, role, x, g): x as above, and the gradient of its far copy, in the backward.
+    projected(layer, role, h, g): the projection's input [B, L, in] and the gradient of the outputs that make
+    this tensor [B, L, n], in the backward.
+    """
+
+    cached: Callable[[int, str, Tensor], None] | None = None
+    gradient: Callable[[int, str, Tensor, Tensor], None] | None = None
+    projected: Callable[[int, str, Tensor, Tensor], None] | None = None
+
+    @property
+    def differentiate(self) -> bool:
+        """Whether a backward follows."""
+        return self.gradient is not None or self.projected is not None
+
+
+@dataclass
+class Observer:
+    """A model under observation; see the module.
+
+    Attributes:
+        model: left as it is but for what `observing` restores.
+        window: recent tokens that a query sees exactly, at least; a tile of 32 more wait to be packed.
+        checkpointing: keep only what enters a layer for the backward, and compute the rest again.
+        listeners: who is told.
+        replacements: far copies to use instead, by layer and role.
+        skipped: layers that the pass would leave at 16 bits, with the reason.
+        geometry: of the observed layers.
+    """
+
+    model: nn.Module
+    window: int = 32
+    checkpointing: bool = False
+    listeners: Listeners = field(default_factory=Listeners)
+    replacements: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._forward = torch.compile(
+            _plain_forward(self.model), backend=self._backend, fullgraph=True, dynamic=False
+        )
+        self._program: SegmentedGraph | None = None
+        self._taps: dict[tuple[int, str], _ProjectionTap | str] = {}
+        self._shapes: dict[int, tuple[int, int]] = {}
+        self._segment_of: dict[int, int] = {}
+        self._recording = False
+        self._only_look = False
+        self._schedule = layout.make_format(8, "token", 16, tile=32, sink=0, window=self.window)
+
+    @property
+    def first_packed_query(self) -> int:
+        """Position of the first query that finds packed tokens."""
+        return self.window + self._schedule.tile
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose cache can be packed."""
+        return sorted(self._shapes)
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Sizes of the cache, from the observed tensors; the layer count includes skipped layers."""
+        shapes = set(self._shapes.values())
+        if len(shapes) != 1:
+            raise ProfileError(
+                f"layers differ in KV heads and head size ({sorted(shapes)}); plans cover one of each"
+            )
+        ((heads, head_dim),) = shapes
+        return ModelGeometry(1 + max((*self._shapes, *self.skipped)), heads, head_dim)
+
+    def projection(self, layer: int, role: str) -> ProjectionInfo | str:
+        """The linear layer behind a cached tensor, or why it is not known."""
+        tap = self._taps.get((layer, role), "the layer is left at 16 bits")
+        return tap if isinstance(tap, str) else tap.info(role)
+
+    def look(self, ids: Tensor) -> None:
+        """Trace the model on token ids [B, L], the shape that will be read, without reading them.
+
+        Raises:
+            NoSiteError: the model has no cache that the pass could pack.
+        """
+        self._only_look = True
+        try:
+            self._run(ids)
+        except _Seen:
+            return
+        finally:
+            self._only_look = False
+
+    def read(self, ids: Tensor, *, keep: bool = False) -> Tensor:
+        """Logits [B, L, vocabulary] of token ids [B, L].
+
+        keep: remember what enters each layer, for `read_from`.
+
+        Raises:
+            NoSiteError: the model has no cache that the pass could pack.
+        """
+        if self._program is not None:
+            self._program.keep, self._program.resume_at = keep, None
+        logits = self._run(ids)
+        assert self._program is not None
+        if keep and not self._program.keep:
+            # it exists since this call
+            self._program.keep = True
+            logits = self._run(ids)
+        return logits
+
+    def read_from(self, layer: int, ids: Tensor) -> Tensor:
+        """As `read`, of the same ids, computing again only what comes after the projections of `layer`."""
+        assert self._program is not None
+        self._program.keep, self._program.resume_at = False, self._segment_of[layer]
+        try:
+            return self._run(ids)
+        finally:
+            self._program.resume_at = None
+
+    def forget(self) -> None:
+        """Let go of what `read(keep=True)` remembers."""
+        if self._program is not None:
+            self._program.forget()
+
+    def _run(self, ids: Tensor) -> Tensor:
+        if self._program is not None:
+            self._program.checkpointing = self.checkpointing and self.listeners.differentiate
+        self._recording = True
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                output = self._forward(input_ids=ids, use_cache=True)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, KVMixError):
+                raise error.inner_exception from None
+            raise
+        finally:
+            self._recording = False
+        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+        if not isinstance(logits, Tensor):
+            raise ProfileError(f"the model answers with {type(output).__name__}, which holds no logits")
+        return logits
+
+    def _backend(self, gm: fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        copied, _ = dynamo.copy_module(gm)
+        sites = find_sites(copied.graph)
+        assign_layers(sites)
+        usable = [site for site in sites if site.action == ADOPT and site.layer is not None]
+        self.skipped = {
+            site.layer: site.reason for site in sites if site not in usable and site.layer is not None
+        }
+        if not usable:
+            reasons = "; ".join(sorted(set(self.skipped.values()))) or (
+                "no scaled_dot_product_attention call was found; load the model with "
+                'attn_implementation="sdpa"'
+            )
+            raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")
+        for table in (self._taps, self._shapes, self._segment_of):
+            table.clear()
+        starts = []
+        for number, site in enumerate(usable):
+            starts.append(self._tap_attention(copied, site))
+            assert site.layer is not None
+            self._segment_of[site.layer] = number + 1
+        for site in usable:
+            self._tap_projections(copied, site)
+        copied.graph.lint()
+        copied.recompile()
+        program = SegmentedGraph(copied, starts)
+        program.checkpointing = self.checkpointing and self.listeners.differentiate
+        self._program = program
+
+        def run(*args: Any) -> Any:
+            if self._only_look:
+                raise _Seen
+            # tensors made in inference mode cannot be saved for a backward
+            return program(*(a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args))
+
+        return run
+
+    def _tap_attention(self, gm: fx.GraphModule, site: Site) -> fx.Node:
+        call, layer = site.call, site.layer
+        assert layer is not None
+        _, heads, _, head_dim = dynamo.example(site.key_root).shape
+        self._shapes[layer] = (int(heads), int(head_dim))
+        name = f"kvmix_attention_{layer}"
+        gm.add_submodule(
+            name, _TappedAttention(self, layer, call.dropout_p, bool(call.is_causal), call.scale)
+        )
+        with gm.graph.inserting_before(call.node):
+            node = gm.graph.call_module(name, (call.query, site.key_root, site.value_root, call.mask))
+        node.meta = dict(call.node.meta)
+        call.node.replace_all_uses_with(node)
+        gm.graph.erase_node(call.node)
+        return node
+
+    def _tap_projections(self, gm: fx.GraphModule, site: Site) -> None:
+        assert site.layer is not None
+        for role, root in zip(ROLES, (site.key_root, site.value_root), strict=True):
+            assert root is not None
+            found = find_projection(root)
+            place = (site.layer, role)
+            if isinstance(found, str):
+                self._taps[place] = found
+                continue
+            tap = self._tap_of(gm, found)
+            tap.owners[role] = (site.layer, found)
+            self._taps[place] = tap
+
+    def _tap_of(self, gm: fx.GraphModule, found: Projection) -> _ProjectionTap:
+        """One tap per linear layer: keys and values may share it."""
+        for user in found.node.users:
+            module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if isinstance(module, _ProjectionTap):
+                return module
+        tap = _ProjectionTap(self)
+        name = f"kvmix_projection_{found.node.name}"
+        gm.add_submodule(name, tap)
+        with gm.graph.inserting_after(found.node):
+            node = gm.graph.call_module(name, (found.node, found.input, found.weight))
+        node.meta = dict(found.node.meta)
+        found.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        return tap
+
+
+class _TappedAttention(nn.Module):
+    """Attention of one site over far and near copies of its keys and values."""
+
+    def __init__(self, observer: Observer, layer: int, dropout_p: Any, is_causal: bool, scale: Any) -> None:
+        super().__init__()
+        self._observer = [observer]  # in a list, so that the model below is no submodule of this one
+        self._layer = layer
+        self._is_causal = is_causal
+        self._scale = scale
+        self._dropout_p = dropout_p
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention output [B, Hq, L, D]."""
+        observer = self._observer[0]
+        listeners = observer.listeners
+        L = q.shape[2]
+        k, v = (_leaf(x) if listeners.differentiate else x for x in (k, v))
+        far = [self._far(role, x) for role, x in zip(ROLES, (k, v), strict=True)]
+        if far[0] is None and far[1] is None:
+            return self._attend(q, k, v, mask, self._is_causal)
+        packed = _packed(L, observer._schedule, q.device)
+        if mask is None:
+            seen = torch.ones(L, L, dtype=torch.bool, device=q.device)
+            mask = seen.tril() if self._is_causal else seen
+        if mask.dtype == torch.bool:
+            both = torch.cat((mask & packed, mask & ~packed), -1)
+        else:
+            both = torch.cat(
+                (mask.masked_fill(~packed, -torch.inf), mask.masked_fill(packed, -torch.inf)), -1
+            )
+        keys, values = (
+            torch.cat((x if copy is None else copy, x), 2) for copy, x in zip(far, (k, v), strict=True)
+        )
+        return self._attend(q, keys, values, both, False)
+
+    def _far(self, role: str, x: Tensor) -> Tensor | None:
+        """The copy that packed tokens are read from; None if it makes no difference."""
+        observer, listeners, layer = self._observer[0], self._observer[0].listeners, self._layer
+        if listeners.cached is not None and observer._recording:
+            listeners.cached(layer, role, x.detach())
+        replaced = observer.replacements.get((layer, role))
+        if replaced is not None:
+            return replaced.to(x.dtype)
+        if listeners.gradient is None:
+            return None
+        far = x.view_as(x)
+        if observer._recording:  # not when a checkpoint computes this again
+            exact = x.detach()
+
+            def hear(gradient: Tensor) -> None:
+                if listeners.gradient is not None:
+                    listeners.gradient(layer, role, exact, gradient.detach())
+
+            far.register_hook(hear)
+        return far
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self._dropout_p, is_causal=is_causal, scale=self._scale
+        )
+
+
+class _ProjectionTap(nn.Module):
+    """Hands a projection's output through, and tells its gradient."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self._observer = [observer]
+        self.owners: dict[str, tuple[int, Projection]] = {}
+        self._weight: list[Tensor] = []
+
+    def forward(self, y: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+        """`y` as it is."""
+        observer = self._observer[0]
+        self._weight = [weight]
+        listeners = observer.listeners
+        if listeners.projected is None:
+            return y
+        y = _leaf(y)
+        if observer._recording:
+            h = source.detach()
+
+            def hear(gradient: Tensor) -> None:
+                if listeners.projected is None:
+                    return
+                for role, (layer, projection) in self.owners.items():
+                    columns = projection.columns.to(gradient.device)
+                    whole = len(columns) == gradient.shape[-1]
+                    g = gradient.detach() if whole else gradient.detach()[..., columns]
+                    listeners.projected(layer, role, h, g)
+
+            y.register_hook(hear)
+        return y.view_as(y)
+
+    def info(self, role: str) -> ProjectionInfo:
+        """What signals may know of it."""
+        _, projection = self.owners[role]
+
+        def weight() -> Tensor:
+            (stored,) = self._weight
+            plain: Any = stored.detach()
+            if hasattr(plain, "dequantize") and type(plain) not in (Tensor, nn.Parameter):
+                plain = plain.dequantize()
+            rows: Tensor = plain.float() if projection.out_first else plain.float().t()
+            return rows[projection.columns.to(rows.device)]
+
+        return ProjectionInfo(weight, projection.is_affine)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """`x`, or a copy that starts differentiation where nothing before it does."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _packed(length: int, schedule: layout.TensorFormat, device: torch.device) -> Tensor:
+    """Whether query t finds token j packed, bool [L, L]: the cache as it stood before t was read."""
+    ends = torch.tensor([schedule.packed_end(t) for t in range(length)], device=device)
+    return torch.arange(length, device=device) < ends[:, None]
+
+
+def _plain_forward(model: nn.Module) -> Callable[..., Any]:
+    """The model's own forward, also if it has been compiled with `kvmix_fx.compile`."""
+    state = vars(model).get("_kvmix")
+    forward: Callable[..., Any] = model.forward
+    if state is not None:
+        forward = state.replaced.get("forward") or type(model).forward.__get__(model)
+    return forward
+
+
+@contextlib.contextmanager
+def observing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters while the block runs; both are restored, also on errors."""
+    training = {module: module.training for module in model.modules()}
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+__all__ = ["ROLES", "Listeners", "Observer", "ProjectionInfo", "observing"]

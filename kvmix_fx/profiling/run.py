@@ -1,0 +1,164 @@
+"""profile(): from a model and a text to a Profile."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from kvmix_fx.errors import CalibrationError
+from kvmix_fx.plan import LayerPlan, QuantSpec
+from kvmix_fx.plan.prices import Menu
+from kvmix_fx.profiling.calibration import load_calibration
+from kvmix_fx.profiling.measure import KL, check_signals, measure
+from kvmix_fx.profiling.observe import Observer, observing
+from kvmix_fx.profiling.report import ModelIdentity, Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_SIGNALS = ("fisher", "weight_gradient", "cache_norm_frobenius")
+"""One forward and two backwards per prompt, all together."""
+
+
+def profile(
+    model: nn.Module,
+    data: object = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    signals: Sequence[str] | str = DEFAULT_SIGNALS,
+    menu: Menu | None = None,
+    prompts: int | None = None,
+    length: int | None = None,
+    window: int = 32,
+    seed: int = 0,
+    checkpointing: bool | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Measure how much every layer's keys and values suffer from quantization.
+
+    The model is traced by the pass's own site finder, so any model that can be packed can be profiled:
+    frozen, quantized, in inference mode. Its parameters get no gradients; training flags and
+    `requires_grad` are as before when this returns or raises.
+
+    Args:
+        model: a causal language model, called as model(input_ids=..., use_cache=True); its answer is, has or
+            starts with the logits.
+        data: calibration text; see `kvmix_fx.profiling.calibration.load_calibration`. None for the text that
+            comes along. Use none that the plan will be judged on.
+        tokenizer: of the model, for data that is text; None loads it by the model's name.
+        signals: names; see `kvmix_fx.profiling.signals` and "kl", which reads the text once per layer, tensor
+            and format.
+        menu: formats to price; None for `Menu.default`.
+        prompts: pieces of text, at most (8).
+        length: tokens of each (512).
+        window: recent tokens that plans will keep raw; errors of nearer tokens do not count.
+        seed: of labels that are drawn.
+        checkpointing: keep only what enters each layer for the backward and compute the rest again, a third
+            more time for a fraction of the memory. None: on accelerators only.
+        progress: show a bar, if stderr is a terminal.
+
+    Returns:
+        The profile; `.plan(bits=3.0)` makes a plan, `.save(path)` keeps it.
+
+    Raises:
+        CalibrationError: the text is empty, too short or unreadable, or the loss on it is not finite.
+        SignalError: a signal is unknown.
+        NoSiteError: no cache of this model can be packed.
+        ProfileError: the model answers in no known form, or its layers differ in size.
+        HeadSizeError, FormatError: the menu has a format that this model's heads cannot take.
+    """
+    names = [signals] if isinstance(signals, str) else list(dict.fromkeys(signals))
+    check_signals(names)
+    observer = Observer(model, window)
+    if tokenizer is None and _is_text(data):
+        tokenizer = _tokenizer_of(model)
+    calibration = load_calibration(
+        data, tokenizer, prompts=prompts, length=length, shortest=2 * observer.first_packed_query
+    )
+    _check_vocabulary(model, int(calibration.ids.max()))
+    device = next(model.parameters()).device
+    observer.checkpointing = device.type != "cpu" if checkpointing is None else checkpointing
+    with observing(model):
+        # one short look, to know the sizes
+        observer.look(calibration.ids[:1].to(device))
+        geometry = observer.geometry
+        menu = Menu.default(geometry) if menu is None else menu
+        for spec in (*menu.keys, *menu.values):
+            _check_format(spec, geometry.head_dim)
+        total = len(calibration.lengths)
+        if KL in names:
+            per_prompt = len(observer.layers) * (len(menu.keys) + len(menu.values))
+            total = total * (len(names) > 1) + total * (1 + per_prompt)
+        with _bar("profiling", total, progress) as step:
+            measured = measure(observer, calibration, names, menu, seed=seed, step=step)
+    settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
+    if measured.forwards:
+        settings["loss"] = measured.loss
+    return Profile(
+        measured.scores,
+        measured.prices,
+        menu,
+        geometry,
+        ModelIdentity.of(model),
+        calibration.describe(),
+        settings,
+        measured.unavailable,
+        dict(observer.skipped),
+    )
+
+
+def _is_text(data: object) -> bool:
+    return not isinstance(data, (Tensor, Mapping))
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"no tokenizer was found at {name!r}: pass tokenizer=...") from error
+
+
+def _check_vocabulary(model: nn.Module, largest: int) -> None:
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int) and largest >= size:
+        raise CalibrationError(
+            f"the calibration text has token id {largest}, the model knows {size}: pass its own tokenizer"
+        )
+
+
+def _check_format(spec: QuantSpec, head_dim: int) -> None:
+    """Raise HeadSizeError or FormatError, as making a plan of it would."""
+    LayerPlan(spec, spec).formats(head_dim)
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int, wanted: bool) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    hidden = not (wanted and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
+        task = bar.add_task(description, total=total)
+        bar.refresh()
+        yield lambda: bar.update(task, advance=1, refresh=True)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("kvmix-fx")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+__all__ = ["DEFAULT_SIGNALS", "profile"]
