@@ -131,8 +131,8 @@ def rank_quota(
     if not fitting:
         raise BudgetError(
             f"a budget of {problem.budget} allows no plan with {counts[0]} layers at K{high_key_bits}"
-            f"V{high_value_bits} and the others at {low_bits} bits: raise the budget, lower the share, or offer "
-            "larger groups"
+            f"V{high_value_bits} and the others at {low_bits} bits: raise the budget, lower the share, "
+            "or offer larger groups"
         )
     return min(fitting, key=lambda choice: (problem.total_loss(choice), problem.total_cost(choice)))
 
