@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvmix_fx.cli import demo, env, explain, generate, plan
+from kvmix_fx.cli import compare, demo, env, explain, generate, plan, profile, solve
 
 app = typer.Typer(
     name="kvmix",
@@ -22,6 +22,9 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
+app.command("profile")(profile.profile)
+plan.app.command("solve")(solve.solve)
+plan.app.command("compare")(compare.compare)
 app.add_typer(plan.app, name="plan")
 app.command("env")(env.env)
 

@@ -173,7 +173,7 @@ def new(
         plan.save(out)
     except OSError as error:
         raise CommandError(f"{out} cannot be written ({error.strerror or error})") from error
-    return Answer({"path": str(out), **_described(plan)}, f"{_view(plan)}\nwritten to {out}")
+    return Answer({"path": str(out), **described(plan)}, f"{view(plan)}\nwritten to {out}")
 
 
 @app.command("show")
@@ -181,7 +181,7 @@ def new(
 def show(file: Annotated[str, typer.Argument(metavar="FILE", show_default=False)]) -> Answer:
     """Show what a plan keeps in how many bits."""
     plan = read_plan(file)
-    return Answer(_described(plan), _view(plan))
+    return Answer(described(plan), view(plan))
 
 
 @app.command("estimate")
@@ -249,7 +249,8 @@ def _target(model: str | None, layers: int | None, kv_heads: int | None, head_di
     return ModelGeometry(layers, kv_heads, head_dim)
 
 
-def _described(plan: KVPlan) -> dict[str, Any]:
+def described(plan: KVPlan) -> dict[str, Any]:
+    """A whole plan, for --json."""
     try:
         bits_per_element = plan.bits_per_element()
     except PlanError:  # groups of one head, whose size the plan does not say
@@ -257,7 +258,8 @@ def _described(plan: KVPlan) -> dict[str, Any]:
     return {"nominal_bits": plan.nominal_bits(), "bits_per_element": bits_per_element, "plan": plan.to_dict()}
 
 
-def _view(plan: KVPlan) -> str:
+def view(plan: KVPlan) -> str:
+    """A whole plan, for people."""
     lines = [plan.describe(), f"digest {plan.digest}"]
     if plan.base_model is not None:
         lines.append(f"made for {plan.base_model}")

@@ -159,9 +159,10 @@ class _Hearing:
         self._tell("projection", self.kind, layer, role, h, g)
 
     def _tell(self, hears: str, kind: Labels, layer: int, role: str, x: Tensor, g: Tensor | None) -> None:
+        seen = Observation(layer, role, x, g, self._length)
         for one in self._signals:
             if one.hears == hears and one.labels == kind:
-                one.observe(Observation(layer, role, x, g, self._length))
+                one.observe(seen)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -212,13 +212,23 @@ class Observer:
             raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")
         for table in (self._taps, self._shapes, self._segment_of):
             table.clear()
+        # all walks before any change, for keys and values may share a projection
+        projections = {
+            (site.layer, role): find_projection(root)
+            for site in usable
+            for role, root in zip(ROLES, (site.key_root, site.value_root), strict=True)
+            if root is not None and site.layer is not None
+        }
         starts = []
-        for number, site in enumerate(usable):
-            starts.append(self._tap_attention(copied, site))
+        for number, site in enumerate(usable, 1):
             assert site.layer is not None
-            self._segment_of[site.layer] = number + 1
-        for site in usable:
-            self._tap_projections(copied, site)
+            self._segment_of[site.layer] = number
+            starts.append(self._tap_attention(copied, site))
+        taps: dict[fx.Node, _ProjectionTap] = {}
+        for place, found in projections.items():
+            self._taps[place] = (
+                found if isinstance(found, str) else self._tap_projection(copied, found, taps, place)
+            )
         copied.graph.lint()
         copied.recompile()
         program = SegmentedGraph(copied, starts)
@@ -249,32 +259,25 @@ class Observer:
         gm.graph.erase_node(call.node)
         return node
 
-    def _tap_projections(self, gm: fx.GraphModule, site: Site) -> None:
-        assert site.layer is not None
-        for role, root in zip(ROLES, (site.key_root, site.value_root), strict=True):
-            assert root is not None
-            found = find_projection(root)
-            place = (site.layer, role)
-            if isinstance(found, str):
-                self._taps[place] = found
-                continue
-            tap = self._tap_of(gm, found)
-            tap.owners[role] = (site.layer, found)
-            self._taps[place] = tap
-
-    def _tap_of(self, gm: fx.GraphModule, found: Projection) -> _ProjectionTap:
-        """One tap per linear layer: keys and values may share it."""
-        for user in found.node.users:
-            module = gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-            if isinstance(module, _ProjectionTap):
-                return module
-        tap = _ProjectionTap(self)
-        name = f"kvmix_projection_{found.node.name}"
-        gm.add_submodule(name, tap)
-        with gm.graph.inserting_after(found.node):
-            node = gm.graph.call_module(name, (found.node, found.input, found.weight))
-        node.meta = dict(found.node.meta)
-        found.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    def _tap_projection(
+        self,
+        gm: fx.GraphModule,
+        found: Projection,
+        taps: dict[fx.Node, _ProjectionTap],
+        place: tuple[int, str],
+    ) -> _ProjectionTap:
+        """One tap per linear layer."""
+        tap = taps.get(found.node)
+        if tap is None:
+            tap = taps[found.node] = _ProjectionTap(self)
+            name = f"kvmix_projection_{found.node.name}"
+            gm.add_submodule(name, tap)
+            with gm.graph.inserting_after(found.node):
+                node = gm.graph.call_module(name, (found.node, found.input, found.weight))
+            node.meta = dict(found.node.meta)
+            found.node.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+        layer, role = place
+        tap.owners[role] = (layer, found)
         return tap
 
 

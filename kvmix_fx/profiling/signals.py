@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeVar
 
 import torch
@@ -46,6 +46,7 @@ class Observation:
     x: Tensor
     g: Tensor | None
     length: int
+    _errors: dict[tuple[QuantSpec, ...], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def gradient(self) -> Tensor:
@@ -54,12 +55,14 @@ class Observation:
         return self.g.float()
 
     def errors(self, formats: tuple[QuantSpec, ...]) -> list[Tensor]:
-        """Rounding errors [1, Hkv, L, D] of every format, float32."""
-        valid = None
-        if self.length < self.x.shape[2]:
-            valid = (torch.arange(self.x.shape[2], device=self.x.device) < self.length)[None]
-        wide = self.x.float()
-        return [round_trip(self.x, spec, valid).float() - wide for spec in formats]
+        """Rounding errors [1, Hkv, L, D] of every format, float32; computed once for all signals."""
+        if formats not in self._errors:
+            valid = None
+            if self.length < self.x.shape[2]:
+                valid = (torch.arange(self.x.shape[2], device=self.x.device) < self.length)[None]
+            wide = self.x.float()
+            self._errors[formats] = [round_trip(self.x, spec, valid).float() - wide for spec in formats]
+        return self._errors[formats]
 
 
 class SignalUnavailable(SignalError):  # noqa: N818 - says what it is, like StopIteration

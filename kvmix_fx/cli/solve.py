@@ -1,0 +1,47 @@
+"""`kvmix plan solve`: from a profile and a budget to a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvmix_fx.cli.common import Answer, answers
+from kvmix_fx.cli.plan import described, view
+from kvmix_fx.cli.profile import check_target
+
+
+@answers
+def solve(
+    file: Annotated[Path, typer.Argument(metavar="PROFILE", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where the plan goes.", show_default=False)],
+    bits: Annotated[
+        float | None, typer.Option(help="Effective bits per element, scales and offsets included.")
+    ] = None,
+    bytes_per_token: Annotated[float | None, typer.Option(help="Instead: of one row, all layers.")] = None,
+    total_bytes: Annotated[int | None, typer.Option(help="Instead: with --batch and --length.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows, for --total-bytes.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens, for --total-bytes.")] = None,
+    signal: Annotated[
+        str | None, typer.Option(help="What to go by; the best that was measured.", show_default=False)
+    ] = None,
+    allocator: Annotated[str, typer.Option(help="How to spend the budget.")] = "exact",
+    force: Annotated[bool, typer.Option("--force", help="Replace the plan if it exists.")] = False,
+) -> Answer:
+    """Make a plan from a profile under a budget; needs no model."""
+    from kvmix_fx.profiling.report import Profile
+
+    check_target(out, force)
+    found = Profile.load(file)
+    plan = found.plan(
+        bits=bits,
+        bytes_per_token=bytes_per_token,
+        total_bytes=total_bytes,
+        batch=batch,
+        length=length,
+        signal=signal,
+        allocator=allocator,
+    )
+    plan.save(out)
+    return Answer({"path": str(out), **described(plan)}, f"{view(plan)}\nwritten to {out}")

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from running import PROMPT, Kvmix
+
+from kvmix_fx.plan import KVPlan
+from kvmix_fx.profiling import Profile
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(PROMPT * 3)
+    return path
+
+
+def test_a_profile_is_measured_once_and_solved_for_any_budget(
+    kvmix: Kvmix, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "profile.safetensors"
+    options = ("--data", text, "--length", 160, "--device", "cpu")
+    measured = kvmix("profile", tiny, "--out", out, *options, "--json")
+    assert measured.code == 0, measured.stderr
+    assert measured.answer["data"]["source"] == "text.txt"
+    assert len(measured.answer["signals"]["fisher"]["keys"]) == 2
+    profile = Profile.load(out)
+    assert list(profile.per_layer("fisher")[1]) == measured.answer["signals"]["fisher"]["values"]
+
+    for bits in (3.0, 5.0):
+        plan = tmp_path / f"plan{bits}.json"
+        solved = kvmix("plan", "solve", out, "--bits", bits, "--out", plan, "--json")
+        assert solved.code == 0, solved.stderr
+        assert KVPlan.load(plan) == profile.plan(bits=bits)
+        assert solved.answer["bits_per_element"] <= bits
+    other = tmp_path / "other.json"
+    choice = ("--signal", "weight_gradient", "--allocator", "greedy")
+    solved = kvmix("plan", "solve", out, "--bytes-per-token", 100, "--out", other, *choice)
+    assert solved.code == 0, solved.stderr
+    assert KVPlan.load(other).provenance["signal"] == "weight_gradient"
+    assert KVPlan.load(other).bytes_per_token <= 100
+
+
+def test_what_cannot_be_done_is_said_before_the_work(kvmix: Kvmix, tiny: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"")
+    outcome = kvmix("profile", tiny, "--out", taken)
+    assert outcome.code == 1
+    assert "--force" in outcome.stderr
+    outcome = kvmix("profile", tiny, "--out", tmp_path / "none" / "profile.safetensors")
+    assert outcome.code == 1
+    assert "no folder" in outcome.stderr
+    outcome = kvmix("profile", tiny, "--out", tmp_path / "p", "--signal", "guess", "--device", "cpu", "--json")
+    assert outcome.answer["error"]["type"] == "SignalError"
+    outcome = kvmix("plan", "solve", taken, "--bits", 3, "--out", tmp_path / "plan.json", "--json")
+    assert outcome.answer["error"]["type"] == "ProfileFileError"
