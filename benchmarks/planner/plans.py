@@ -22,6 +22,9 @@ BUDGETS = (2.5, 2.8, 3.0, 3.5, 4.0)
 ALLOCATORS = ("exact", "greedy", "water_filling", "thresholds", "rank_quota")
 SEEDS = range(5)
 
+DEFAULT = ("fisher", "exact")
+"""What `Profile.plan` does unless told."""
+
 WINDOW = 32
 TILE = 128
 

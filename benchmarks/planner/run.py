@@ -14,17 +14,26 @@ Rows are saved as they come, and what is there already is not measured again.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import torch
 
+import kvmix_fx
 from benchmarks.planner import plans
 from benchmarks.planner.evaluate import Evaluator, Loss
 from benchmarks.rows import load, machine_name, make_row, percentiles, save
-from kvmix_fx.plan import KVPlan, ModelGeometry
+from kvmix_fx.plan import KVPlan, ModelGeometry, QuantSpec
+from kvmix_fx.plan.prices import Menu, Prices, Scores
+from kvmix_fx.profiling import Profile
+from kvmix_fx.profiling.signals import SIGNALS
 from kvmix_fx.testing import texts
-from kvmix_fx.testing.smollm2 import load_smollm2
+from kvmix_fx.testing.smollm2 import cache_folder, load_smollm2
+
+PARTS = ("uniform", "controls", "grid")
 
 PROMPT, JUDGED, STEP, CHUNKS = 416, 32, 16, 12
 TEXTS = {"prose": texts.prose, "code": texts.code}
@@ -104,19 +113,85 @@ def measure_controls(bench: Bench) -> None:
             bench.measure(f"smollm2 {{}} {bits} bits", provider, plan)
 
 
+def profile_of(bench: Bench, path: Path) -> dict[str, Scores | Prices]:
+    """All quick signals, from the calibration text that comes with the package; kept in a file."""
+    if path.exists():
+        profile = Profile.load(path)
+    else:
+        print(f"profiling into {path}", flush=True)
+        profile = kvmix_fx.profile(bench.model, tokenizer=bench.tokenizer, signals=tuple(SIGNALS))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.save(path)
+    return {name: profile.signal(name) for name in profile.signals}
+
+
+def kl_prices(bench: Bench, path: Path) -> Prices:
+    """KL of one tensor in one format at a time, by the evaluator, on the calibration parts of the texts.
+
+    The reference that cheap signals stand for; 20 minutes of one core. Kept in a file as it comes.
+    """
+    offered = Menu.default(bench.geometry, bits=(2, 3, 4))
+    length = PROMPT + JUDGED
+    ids = [
+        texts.chunks(bench.tokenizer, text(), length, 1, skip=20 * n, part="calibration")
+        for text in TEXTS.values()
+        for n in range(4)
+    ]
+    known = json.loads(path.read_text()) if path.exists() else {}
+    raw = KVPlan.uniform(bench.geometry, 16, window=plans.WINDOW)
+    evaluate = None
+    for role, specs in (("key", offered.keys), ("value", offered.values)):
+        for spec, layer in product(specs, range(bench.geometry.num_layers)):
+            name = f"{role} {layer} {spec.bits} {spec.group_size}"
+            if name not in known:
+                evaluate = evaluate or Evaluator(bench.model, torch.cat(ids), PROMPT, STEP)
+                known[name] = evaluate(raw.with_layers(layer, **{role: spec}, tile=plans.TILE)).mean_kl
+                path.write_text(json.dumps(known))
+
+    def table(role: str, specs: tuple[QuantSpec, ...]) -> tuple[tuple[float, ...], ...]:
+        return tuple(
+            tuple(max(0.0, known[f"{role} {layer} {spec.bits} {spec.group_size}"]) for spec in specs)
+            for layer in range(bench.geometry.num_layers)
+        )
+
+    return Prices("kl", offered, table("key", offered.keys), table("value", offered.values))
+
+
+def measure_grid(bench: Bench, signals: dict[str, Scores | Prices]) -> None:
+    """Every signal with every allocator; the default and KVmix's own rule under their names."""
+    for allocator, bits in product(plans.ALLOCATORS, (3.0, 3.5, 2.5, 4.0, 2.8)):
+        case = f"smollm2 {{}} {bits} bits"
+        for name, signal in signals.items():
+            plan = plans.of_signal(signal, allocator, bits, bench.geometry)
+            bench.measure(case, f"{name} {allocator}", plan)
+            if (name, allocator) == plans.DEFAULT:
+                bench.measure(case, "kvmix default", plan)
+        if allocator == "exact":
+            rule = plans.paper_rule(signals["weight_gradient"], bits, bench.geometry)
+            if rule is not None:
+                bench.measure(case, "kvmix paper rule", rule)
+
+
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {"uniform": measure_uniform, "controls": measure_controls}
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--signals", nargs="+", help="of the grid; all unless given")
+    parser.add_argument("--kept", type=Path, default=cache_folder() / "planner", help="folder of profiles")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench()
-    for part in options.only:
-        parts[part](bench)
+    if "uniform" in options.only:
+        measure_uniform(bench)
+    if "controls" in options.only:
+        measure_controls(bench)
+    if "grid" in options.only:
+        signals = profile_of(bench, options.kept / "profile.safetensors")
+        signals["kl"] = kl_prices(bench, options.kept / "kl.json")
+        measure_grid(bench, {name: signals[name] for name in options.signals or signals})
 
 
 if __name__ == "__main__":
