@@ -15,6 +15,19 @@ from pathlib import Path
 from benchmarks.rows import Row, load
 
 HERE = Path(__file__).resolve().parent
+QUALITY = ("kl", "perplexity", "perplexity change", "top-1 agreement")
+"""Metrics of the token-by-token runs; those of the planner have names of their own."""
+
+LEADING = ("kvmix default", "best uniform", "mean of 5 random", "kvmix paper rule", "kivi")
+    "kvmix default",
+    "best uniform",
+    "mean of 5 random",
+    "kvmix paper rule",
+    "kivi",
+    "kv-adaquant k4v2",
+)
+"""Named first in the planner's table."""
+
 READMES = (HERE / "README.md", HERE.parent / "README.md")
 
 
@@ -41,7 +54,8 @@ def number(value: float | None, form: str) -> str:
 def quality() -> str:
     """Perplexity, KL and agreement per plan; p20 and p80 over the chunks for KL."""
     parts = []
-    for (case, machine), providers in grouped(load("quality")).items():
+    rows = (row for row in load("quality") if row.metric in QUALITY)
+    for (case, machine), providers in grouped(rows).items():
         if " one layer " in case:
             parts.append(f"{case}, {machine}\n\n{_layers(providers)}")
             continue
@@ -86,6 +100,36 @@ def _layers(providers: dict[str, dict[str, Row]]) -> str:
             layers = ", ".join(f"{layer} ({1000 * kl:.2f})" for kl, layer in part)
             body.append([f"{tensor}s that cost {label}", layers])
     return markdown(["one tensor at 2 bits", "layer (KL in thousandths of a nat)"], body)
+
+
+def planner() -> str:
+    """KL by budget: the default, the controls, then every signal and allocator."""
+    rows = [row for row in load("quality") if row.metric == "kl_nats"]
+    parts = []
+    for text in ("prose", "code"):
+        found: dict[str, dict[float, float]] = {}
+        for row in rows:
+            match = re.fullmatch(rf"smollm2 {text} ([\d.]+) bits", row.case)
+            if match is not None:
+                found.setdefault(row.provider, {})[float(match[1])] = row.value
+        random = [found.pop(provider) for provider in list(found) if provider.startswith("random ")]
+        if random:
+            found["mean of 5 random"] = {
+                bits: sum(by[bits] for by in random) / len(random)
+                for bits in set.intersection(*(set(by) for by in random))
+            }
+        budgets = sorted({bits for by in found.values() for bits in by})
+        best = found.get("best uniform", {})
+        body = []
+        for provider, by in sorted(found.items(), key=lambda entry: (entry[0] not in LEADING, entry[0])):
+            cells = (
+                f"{by[bits]:.4f} ({by[bits] / best[bits]:.2f})" if bits in by and bits in best else "-"
+                for bits in budgets
+            )
+            body.append([provider, *cells])
+        head = ["provider", *(f"{bits} bits" for bits in budgets)]
+        parts.append(f"{text}: KL in nats/token (over the best uniform)\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
 
 
 def memory() -> str:
@@ -159,6 +203,7 @@ def summary() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
+    "planner": planner,
     "memory": memory,
     "generate": generate,
     "summary": summary,

@@ -25,13 +25,13 @@ import torch
 import kvmix_fx
 from benchmarks.planner import plans
 from benchmarks.planner.evaluate import Evaluator, Loss
-from benchmarks.rows import load, machine_name, make_row, percentiles, save
+from benchmarks.rows import RESULTS, load, machine_name, make_row, percentiles, save
 from kvmix_fx.plan import KVPlan, ModelGeometry, QuantSpec
 from kvmix_fx.plan.prices import Menu, Prices, Scores
 from kvmix_fx.profiling import Profile
 from kvmix_fx.profiling.signals import SIGNALS
 from kvmix_fx.testing import texts
-from kvmix_fx.testing.smollm2 import cache_folder, load_smollm2
+from kvmix_fx.testing.smollm2 import load_smollm2
 
 PARTS = ("uniform", "controls", "grid")
 
@@ -120,7 +120,6 @@ def profile_of(bench: Bench, path: Path) -> dict[str, Scores | Prices]:
     else:
         print(f"profiling into {path}", flush=True)
         profile = kvmix_fx.profile(bench.model, tokenizer=bench.tokenizer, signals=tuple(SIGNALS))
-        path.parent.mkdir(parents=True, exist_ok=True)
         profile.save(path)
     return {name: profile.signal(name) for name in profile.signals}
 
@@ -179,7 +178,12 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--signals", nargs="+", help="of the grid; all unless given")
-    parser.add_argument("--kept", type=Path, default=cache_folder() / "planner", help="folder of profiles")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        default=RESULTS / "planner",
+        help="folder that keeps profiles",
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -189,6 +193,7 @@ def main() -> None:
     if "controls" in options.only:
         measure_controls(bench)
     if "grid" in options.only:
+        options.kept.mkdir(parents=True, exist_ok=True)
         signals = profile_of(bench, options.kept / "profile.safetensors")
         signals["kl"] = kl_prices(bench, options.kept / "kl.json")
         measure_grid(bench, {name: signals[name] for name in options.signals or signals})
