@@ -19,13 +19,6 @@ QUALITY = ("kl", "perplexity", "perplexity change", "top-1 agreement")
 """Metrics of the token-by-token runs; those of the planner have names of their own."""
 
 LEADING = ("kvmix default", "best uniform", "mean of 5 random", "kvmix paper rule", "kivi")
-    "kvmix default",
-    "best uniform",
-    "mean of 5 random",
-    "kvmix paper rule",
-    "kivi",
-    "kv-adaquant k4v2",
-)
 """Named first in the planner's table."""
 
 READMES = (HERE / "README.md", HERE.parent / "README.md")

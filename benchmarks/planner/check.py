@@ -2,7 +2,7 @@
 
 For three plans, 4 chunks of prose: the logits of the evaluator against those of the same model compiled with
 `kvmix_fx.compile`, read in the same steps; and the KL of reading token by token instead. Writes rows. Ends
-with exit status 1 unless the logits agree to 1e-3, and KL differs by less than 15 % and ranks the plans alike.
+with exit status 1 unless the logits agree to 1e-3, KL differs by less than 15 %, and ranks the plans alike.
 
     python -m benchmarks.planner.check      # 6 minutes of one core
 """
