@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
 _ATTRIBUTE = "_kvmix"
+_MISSING = object()
 
 RECOMPILE_LIMIT = 64
-"""Graphs one model may be traced into: two per kind of cache, gradient mode and way of calling it, and one
-per capacity of a fixed cache. PyTorch's 8 are soon used up, and then `fullgraph` makes it an error."""
+"""Graphs one model may be traced into: two per kind of cache, gradient mode and way of calling it, each for
+one row and for more. PyTorch's 8 are soon used up, and then `fullgraph` makes it an error."""
 
 
 def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
@@ -45,12 +47,14 @@ class Compiled:
     Reach it with `kvmix_fx.compiled(model)`.
     """
 
-    def __init__(self, model: nn.Module, plan: KVPlan, backend: KVMixBackend, on_nothing: str) -> None:
-        """Remember what is replaced."""
+    def __init__(
+        self, model: nn.Module, plan: KVPlan, backend: KVMixBackend, on_nothing: str, names: Iterable[str]
+    ) -> None:
+        """Remember the attributes `names` of the model, which are about to be replaced."""
         self.plan = plan
         self.backend = backend
         self.on_nothing = on_nothing
-        self.replaced = {n: vars(model)[n] for n in ("forward", "get_compiled_call") if n in vars(model)}
+        self.replaced = {name: vars(model).get(name, _MISSING) for name in names}
 
     @property
     def report(self) -> CompileReport:
@@ -80,14 +84,15 @@ def compile(
             on accelerators and eager on CPU.
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
-            `fullgraph` defaults to True.
+            `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA
+            graphs in every mode, unless options={"cuda_graphs": False}.
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.
         BackendOptionError: an option is unknown.
         TrainingError: the model is in training mode.
     """
-    from kvmix_fx.integrations import prepare_for
+    from kvmix_fx.integrations import hooks_for
 
     if on_nothing not in ("raise", "ignore"):
         raise ValueError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
@@ -104,10 +109,10 @@ def compile(
     limit: dict[str, int] = {} if by_argument else {"recompile_limit": RECOMPILE_LIMIT}
 
     restore(model)
-    state = Compiled(model, plan, backend, on_nothing)
     original = model.forward
     compiled = torch.compile(original, backend=backend, **torch_compile_options)
-    prepare = prepare_for(model, plan)
+    prepare, attributes = hooks_for(model, plan)
+    state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
 
     # generate() inspects the signature to decide what to pass
     @functools.wraps(original)
@@ -122,16 +127,12 @@ def compile(
             result = _unwrapped(compiled, args, kwargs)
         if len(backend.report.graphs) != graphs:
             _check_rewritten(state, result)
+            # tracing leaves reference cycles that would keep the cache's memory
+            gc.collect()
         finish()
         return result
 
-    vars(model)["forward"] = forward
-    if hasattr(model, "get_compiled_call"):
-        # on accelerators generate() would compile a second time, around this and with another backend
-        def already_compiled(_config: Any = None) -> Callable[..., Any]:
-            return model.__call__
-
-        vars(model)["get_compiled_call"] = already_compiled
+    vars(model).update(attributes, forward=forward)
     vars(model)[_ATTRIBUTE] = state
     return model
 
@@ -153,9 +154,11 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: the model runs unquantized again. No effect on other models."""
     state = vars(model).pop(_ATTRIBUTE, None)
     if state is not None:
-        for name in ("forward", "get_compiled_call"):
-            vars(model).pop(name, None)
-        vars(model).update(state.replaced)
+        for name, value in state.replaced.items():
+            if value is _MISSING:
+                vars(model).pop(name, None)
+            else:
+                vars(model)[name] = value
     return model
 
 

@@ -2,7 +2,8 @@
 
 `torch.compile(f, backend="kvmix", options={"plan": plan})` finds it by entry point. Options besides
 the plan: "inner" (the compiler that gets the rewritten graph: a Dynamo backend name or callable),
-"mode" and any Inductor setting (both for inner="inductor"), "report" (a CompileReport to fill).
+"mode" and any Inductor setting (both for inner="inductor"), "cuda_graphs" (False: launch every kernel
+of every step), "report" (a CompileReport to fill).
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import torch
 from torch import fx
 
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.passes import dynamo, manager
+from kvmix_fx.passes import dynamo, manager, replay
 from kvmix_fx.passes.boundary import Boundary
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
 log = logging.getLogger(__name__)
 
-_OWN = {"plan", "inner", "mode", "report", "model"}
+MAX_REPLAYED_TOKENS = 16
+"""Query length of steps that are worth recording; longer ones keep the GPU busy anyway."""
+
+_OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs"}
 Inner = str | Callable[..., Any] | None
 
 
@@ -40,6 +44,7 @@ class KVMixBackend:
         mode: str | None = None,
         report: CompileReport | None = None,
         model: torch.nn.Module | None = None,
+        cuda_graphs: bool = True,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -51,6 +56,8 @@ class KVMixBackend:
             mode: a torch.compile mode, for Inductor.
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
+            cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. The
+                report says which graphs are.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -68,7 +75,10 @@ class KVMixBackend:
             raise BackendOptionError(
                 f'mode and {sorted(inductor_options)} are settings of Inductor, but "inner" is {inner!r}'
             )
+        if not isinstance(cuda_graphs, bool):
+            raise BackendOptionError(f'"cuda_graphs" must be True or False, got {cuda_graphs!r}')
         self.patches = _inductor_patches(mode, inductor_options)
+        self.cuda_graphs = cuda_graphs and mode != "max-autotune-no-cudagraphs"
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -87,8 +97,28 @@ class KVMixBackend:
                 "torch.inference_mode() (generate() does)"
             )
         module = result.rewritten.module
-        compiled = self._compile(module, dynamo.example_inputs(module))
-        return Boundary(result.rewritten, compiled, self.model)
+        inputs = dynamo.example_inputs(module)
+        result.report.replay = self._no_replay(result, inputs)
+        compiled = self._compile(module, inputs)
+        record = None if result.report.replay else replay.record_cuda
+        return Boundary(result.rewritten, compiled, self.model, record)
+
+    def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
+        """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""
+        rewritten = result.rewritten
+        assert rewritten is not None
+        # a CPU tensor would be read once, while recording
+        devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+        if not self.cuda_graphs:
+            return "switched off"
+        if len(devices) != 1 or devices.pop().type not in replay.REPLAY_DEVICES:
+            return "not on one CUDA device"
+        if not rewritten.packed or len(rewritten.fixed) != len(rewritten.packed):
+            return "the cache grows: use a fixed one"
+        lengths = {site.query_length for site in result.report.sites}
+        if not all(length.isdigit() and int(length) <= MAX_REPLAYED_TOKENS for length in lengths):
+            return f"more than {MAX_REPLAYED_TOKENS} tokens a step"
+        return ""
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         inner: Any = self.inner
@@ -118,6 +148,8 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
         if mode not in known:
             raise BackendOptionError(f"mode must be one of {sorted(known)}, got {mode!r}")
         patches.update(known[mode])
+        # Inductor's own CUDA graphs would copy the cache into their pool; ours leave it in place
+        patches["triton.cudagraphs"] = False
     settings = config.get_config_copy()
     for name, value in options.items():
         if name.replace("-", "_") not in settings:

@@ -28,7 +28,8 @@ from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
 from kvmix_kernels.reference.storage import Buffers
 
-# dims that grow: marked so that a compiler treats them as symbols from the first trace on
+# dims that grow, or differ between caches: marked so that a compiler treats them as symbols from the
+# first trace on
 _GROWING_DIM = {2}
 
 
@@ -89,9 +90,11 @@ class QuantizedKVTensor(torch.Tensor):
     def become(self, buffers: Buffers, store: Store | None = None) -> None:
         """Hold these buffers from now on; without a store nobody else does."""
         self.qdata, self.scale, self.zero_point, self.residual = buffers
-        if self.live is None and not is_fake(self.residual):
+        if is_fake(self.residual):
+            return
+        _mark_lengths(self)
+        if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
-            _mark_growing(self)
 
     @property
     def buffers(self) -> Buffers:
@@ -292,7 +295,7 @@ def _rebuild(state: dict[str, Any]) -> QuantizedKVTensor:
     return QuantizedKVTensor.from_state(state)
 
 
-def _mark_growing(t: QuantizedKVTensor) -> None:
+def _mark_lengths(t: QuantizedKVTensor) -> None:
     # what torch._dynamo.maybe_mark_dynamic does, without its per-call cost
     t._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
     if t.format.is_raw:

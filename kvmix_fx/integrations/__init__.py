@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,14 +16,30 @@ Prepare = Callable[
 ]
 
 
-def prepare_for(model: nn.Module, plan: KVPlan) -> Prepare:
-    """The function to run before every call of a compiled `model`."""
+class Hooks(NamedTuple):
+    """What a library needs on a compiled model.
+
+    prepare: runs before every call. attributes: set on the model itself while it is compiled.
+    """
+
+    prepare: Prepare
+    attributes: dict[str, Any]
+
+
+def hooks_for(model: nn.Module, plan: KVPlan) -> Hooks:
+    """The hooks of a `model` about to be compiled."""
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from kvmix_fx.integrations.transformers import TransformersCalls
+        from kvmix_fx.integrations.transformers import transformers_hooks
 
-        return TransformersCalls(model, plan).prepare
-    return lambda args, kwargs: (args, kwargs, _nothing)
+        return transformers_hooks(model, plan)
+    return Hooks(_as_they_are, {})
+
+
+def _as_they_are(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[], None]]:
+    return args, kwargs, _nothing
 
 
 def _nothing() -> None:

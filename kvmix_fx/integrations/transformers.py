@@ -3,20 +3,27 @@
 A DynamicCache needs nothing: its plain layers are packed by the graph on their first step, and
 every cache method then works on packed tensors. A StaticCache would allocate 16-bit buffers, so
 its full-attention layers are exchanged for packed ones before they do.
+
+On CUDA, generate() gets a packed cache of fixed capacity unless it is told otherwise: only such a cache
+lets decode steps be replayed as CUDA graphs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.generation.configuration_utils import GenerationMode
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
+from kvmix_fx.integrations import Hooks
+from kvmix_fx.passes import replay
 from kvmix_fx.plan import KVPlan, LayerPlan
 
 
@@ -94,7 +101,8 @@ class PromptFirstStaticLayer(StaticLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the attention mask."""
-        return (self.max_cache_len if self.has_tokens else query_length), 0
+        # not max_cache_len: compilers take an attribute for a constant, and a size for a size
+        return (self.keys.shape[2] if self.has_tokens else query_length), 0
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
@@ -113,13 +121,19 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         super().__init__(max_cache_len)
         self.layer_plan = layer_plan
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D]."""
+    def lazy_initialization(
+        self, key_states: Tensor, value_states: Tensor, live: Tensor | None = None
+    ) -> None:
+        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D].
+
+        `live`: the counter of the other layers of the cache, to be shared.
+        """
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         key_format, value_format = self.layer_plan.formats(self.k_head_dim)
-        live = torch.zeros((), dtype=torch.int64, device=self.device)
+        if live is None:
+            live = torch.zeros((), dtype=torch.int64, device=self.device)
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
         self.keys = QuantizedKVTensor.empty_fixed(
             *shape, self.k_head_dim, key_format, self.dtype, self.device, live
@@ -128,8 +142,6 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
             *shape, self.v_head_dim, value_format, self.dtype, self.device, live
         )
         self.cumulative_length = self.cumulative_length.to(self.device)
-        for tensor in (*self.keys.buffers, *self.values.buffers, self.cumulative_length):
-            torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -214,10 +226,14 @@ class TransformersCalls:
         batch, n = tokens.shape[:2]
         if batch == 0 or n == 0:
             raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
-        # else the first prompt's length would be compiled in, and the second would recompile
-        for name in ("attention_mask", "position_ids"):
-            _mark_length(kwargs.get(name))
+        # else the first prompt's length would be compiled in, and the second would recompile; likewise a
+        # cache's capacity, by way of masks [B, 1, n, capacity]
         _mark_length(tokens)
+        _mark_length(kwargs.get("position_ids"))
+        masks = kwargs.get("attention_mask")
+        for mask in masks.values() if isinstance(masks, dict) else (masks,):
+            _mark_length(mask)
+            _mark_length(mask, -1)
         cache = kwargs.get("past_key_values")
         if isinstance(cache, Cache):
             finish = self._prepare_cache(cache, batch, n)
@@ -245,6 +261,7 @@ class TransformersCalls:
         if isinstance(cache, StaticCache) and self.plan.geometry is not None:
             pack_static_layers(cache, self.plan)
         fixed = [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+        live: Tensor | None = None
         for layer in fixed:
             if layer.host_length + n > layer.max_cache_len:
                 raise CapacityError.exceeded(n, layer.host_length, layer.max_cache_len)
@@ -256,7 +273,12 @@ class TransformersCalls:
                     dtype=self.model.dtype,
                     device=self.model.device,
                 )
-                layer.lazy_initialization(empty, empty)
+                if isinstance(layer, KVMixStaticLayer):
+                    # one counter for all layers: a step then updates one number
+                    layer.lazy_initialization(empty, empty, live)
+                    live = layer.keys.live
+                else:
+                    layer.lazy_initialization(empty, empty)
         self._check_packed(cache, batch)
 
         def finish() -> None:
@@ -287,13 +309,88 @@ class TransformersCalls:
                     )
 
 
+class GenerationCaches:
+    """Packed caches of fixed capacity for generate(), used again when their user has dropped them."""
+
+    def __init__(self, model: PreTrainedModel, plan: KVPlan) -> None:
+        """Start without caches."""
+        self._model, self._plan = model, plan
+        self._free: dict[int, tuple[int, list[Any]]] = {}
+
+    def new(self, batch: int, capacity: int) -> KVMixStaticCache:
+        """An empty cache of `capacity` tokens at least.
+
+        The layers of a dropped cache of the same batch size are emptied and used again if they are large
+        enough; their addresses are the same, so a recorded step is still good. Else they make room.
+        """
+        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        cache = KVMixStaticCache(self._plan, self._model.config, capacity)
+        dropped = self._free.pop(batch, None)
+        if dropped is not None and dropped[0] >= capacity:
+            capacity, cache.layers = dropped
+            cache.reset()
+        # runs when nobody holds the cache any more; until then its tokens are its user's
+        weakref.finalize(cache, self._free.__setitem__, batch, (capacity, cache.layers))
+        return cache
+
+
+CAPACITY_STEP = 256
+"""Capacities are multiples of this many tokens: prompts of similar length then share a cache."""
+
+
+def transformers_hooks(model: PreTrainedModel, plan: KVPlan) -> Hooks:
+    """The hooks of a transformers model."""
+    attributes: dict[str, Any] = {}
+    if hasattr(model, "get_compiled_call"):
+        # on accelerators generate() would compile a second time, around this and with another backend
+        def already_compiled(_config: Any = None) -> Callable[..., Any]:
+            return model.__call__
+
+        attributes["get_compiled_call"] = already_compiled
+    if isinstance(model, GenerationMixin):
+        attributes["_prepare_cache_for_generation"] = _fixed_caches(model, plan)
+    return Hooks(TransformersCalls(model, plan).prepare, attributes)
+
+
+def _fixed_caches(model: PreTrainedModel, plan: KVPlan) -> Callable[..., Any]:
+    """`model._prepare_cache_for_generation`, with a packed cache of fixed capacity where one serves."""
+    caches = GenerationCaches(model, plan)
+    original: Any = model._prepare_cache_for_generation
+
+    def prepare(
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        serves = (
+            model.device.type in replay.REPLAY_DEVICES
+            and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+            and plan.geometry is not None
+            and getattr(model, "_can_compile_fullgraph", False)
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.cache_implementation is None
+            and generation_config.use_cache is not False
+            and model_kwargs.get("past_key_values") is None
+            and not generation_config.is_assistant
+        )
+        if serves:
+            rows = batch_size * max(1, generation_config.num_return_sequences)
+            model_kwargs["past_key_values"] = caches.new(rows, max_cache_length)
+            return None
+        return original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+
+    return prepare
+
+
 def _nothing() -> None:
     return None
 
 
 def _mark_length(x: Any, dim: int = 1) -> None:
-    if isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] > 1:
-        torch._dynamo.maybe_mark_dynamic(x, dim)
+    if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
 
 
 def _first_columns(mask: Any, n: int) -> Any:

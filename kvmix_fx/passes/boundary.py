@@ -7,7 +7,7 @@ freeze the first value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.growth import prepare_append
 from kvmix_fx.passes import dynamo
+from kvmix_fx.passes.replay import Record, Replayed
 from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
 from kvmix_kernels.reference.storage import Buffers
 
@@ -25,11 +26,19 @@ class Boundary:
     """Runs a rewritten graph under the original signature."""
 
     def __init__(
-        self, rewritten: Rewritten, inner: Callable[..., Any], model: torch.nn.Module | None = None
+        self,
+        rewritten: Rewritten,
+        inner: Callable[..., Any],
+        model: torch.nn.Module | None = None,
+        record: Record | None = None,
     ) -> None:
-        """`inner` takes the rewritten module's inputs and returns its flat outputs.
+        """Work out what does not depend on the arguments.
 
-        `model`: whose plain buffers may be exchanged for packed ones.
+        Args:
+            rewritten: the graph's rewriting.
+            inner: takes the rewritten module's inputs and returns its flat outputs.
+            model: whose plain buffers may be exchanged for packed ones.
+            record: how steps are recorded to be replayed; None runs every step as it is.
         """
         self._inner = inner
         self._model = model
@@ -39,6 +48,11 @@ class Boundary:
         values = rewritten.values
         self._packed = {i: size_evaluator(extra, values) for i, extra in rewritten.packed.items()}
         self._order = sorted(self._packed)
+        self._width = len(values) + sum(len(Buffers._fields) - 1 for _ in self._order)
+        self._step: Callable[..., Any] = self._run
+        if record is not None:
+            buffers = set(_buffer_places(self._order))
+            self._step = Replayed(self._run, lambda i: i in buffers or i >= self._width, record)
         self._outputs = [
             (recipe, size_evaluator(recipe.length, values) if isinstance(recipe, Adopted) else None)
             for recipe in rewritten.outputs
@@ -63,10 +77,20 @@ class Boundary:
                 prepared[i] = (buffers, store, length)
             flat.extend(buffers)
         flat.extend(args[position:])
-        results = self._inner(*flat)
         if self._live_output is not None:
-            self._count(args, results[self._live_output])
+            # the tensors of one cache usually share their counter
+            flat.extend({id(args[i].live): args[i].live for i in self._fixed}.values())
+        results = self._step(*flat)
+        if self._plain and self._model is not None and self._live_output is not None:
+            self._pack_plain(self._model, args, results[self._live_output])
         return [self._repack(recipe, length, args, results, prepared) for recipe, length in self._outputs]
+
+    def _run(self, *flat: Any) -> Any:
+        """The graph on `flat`'s first inputs; the counters behind them get the new number of tokens."""
+        results = self._inner(*flat[: self._width])
+        for live in flat[self._width :]:
+            live.copy_(results[self._live_output])
+        return results
 
     def _repack(
         self,
@@ -85,14 +109,6 @@ class Boundary:
             return QuantizedKVTensor(buffers, length(args), recipe.format)
         return results[recipe.index]
 
-    def _count(self, args: Arguments, end: torch.Tensor) -> None:
-        if self._plain and self._model is not None:
-            self._pack_plain(self._model, args, end)
-        # the tensors of one cache usually share their counter
-        counters = {id(args[i].live): args[i].live for i in self._fixed}
-        for live in counters.values():
-            live.copy_(end)
-
     def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
         """Exchange plain buffers of the model for packed ones; afterwards they are packed inputs."""
         plain = list(self._plain)
@@ -109,6 +125,13 @@ class Boundary:
                 packed.write_(torch.arange(stored, device=x.device), x[:, :, :stored])
                 module, name = holders[id(x)]
                 module._buffers[name] = packed
+
+
+def _buffer_places(order: Sequence[int]) -> Iterator[int]:
+    """Places of cache buffers among the flat inputs, for packed inputs at the sorted places `order`."""
+    more = len(Buffers._fields) - 1
+    for number, i in enumerate(order):
+        yield from range(i + number * more, i + (number + 1) * more + 1)
 
 
 def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:

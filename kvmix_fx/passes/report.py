@@ -37,9 +37,13 @@ class SiteReport:
 
 @dataclass
 class GraphReport:
-    """The sites of one traced graph."""
+    """The sites of one traced graph.
+
+    replay: why its steps are not replayed as CUDA graphs; empty if they are.
+    """
 
     sites: list[SiteReport]
+    replay: str = "nothing was rewritten"
 
     @property
     def changed(self) -> bool:
@@ -73,12 +77,16 @@ class CompileReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"graphs": [[asdict(site) for site in graph.sites] for graph in self.graphs]}
+        return {
+            "graphs": [[asdict(site) for site in graph.sites] for graph in self.graphs],
+            "replay": [graph.replay for graph in self.graphs],
+        }
 
     def __str__(self) -> str:
         lines = []
         for number, graph in enumerate(self.graphs):
-            lines.append(f"graph {number}: {len(graph.sites)} attention sites")
+            launched = f"no CUDA graph ({graph.replay})" if graph.replay else "replayed as a CUDA graph"
+            lines.append(f"graph {number}: {len(graph.sites)} attention sites, {launched}")
             lines.extend(_lines(graph.sites))
         return "\n".join(lines) or "nothing has been traced yet"
 

@@ -123,8 +123,8 @@ def test_no_recompiles_while_the_sequence_grows_or_prompts_change():
     assert len(report.graphs) == 4
     for length in (40, 90):
         generate(model, prompt(2, length), cache_implementation="static", max_new_tokens=170 - length)
-    # another capacity is another shape: one more decode graph at most
-    assert len(report.graphs) <= 5
+    generate(model, prompt(), cache_implementation="static", max_new_tokens=300)
+    assert len(report.graphs) == 4
 
 
 def test_streaming_and_continuing_a_conversation():

@@ -1,0 +1,157 @@
+"""Decode steps as CUDA graphs.
+
+A decode step launches hundreds of small kernels, and launching them takes the host longer than running
+them takes the GPU. A fixed cache lives at the same addresses in every step and counts its tokens on the
+device, so the work of a step can be recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Run = Callable[..., Sequence[Any]]
+
+REPLAY_DEVICES = ("cuda",)
+"""Types of devices on which steps can be recorded."""
+
+MAX_ENTRIES = 4
+"""Caches (batch sizes, say) whose recordings one graph keeps."""
+
+
+class Recording(NamedTuple):
+    """Recorded work: running `replay` does it again, on the recorded inputs, into `outputs`."""
+
+    outputs: Sequence[Any]
+    replay: Callable[[], None]
+
+
+Record = Callable[[Run, Sequence[Any]], Recording]
+
+
+def record_cuda(run: Run, inputs: Sequence[Any]) -> Recording:
+    """Capture `run(*inputs)` without executing it."""
+    graph = torch.cuda.CUDAGraph()
+    device = next(x.device for x in inputs if isinstance(x, Tensor) and x.is_cuda)
+    # other threads (tokenizers, streamers) may use the GPU meanwhile
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = run(*inputs)
+    return Recording(outputs, graph.replay)
+
+
+class Replayed:
+    """Calls `run`, or replays a recording of it where that does the same work.
+
+    Two calls in a row on the same cache lead to a recording. Inputs that were the same objects in both
+    (weights, cache buffers) are used where they lie; the others are copied into inputs that the recording
+    owns. A recording serves only calls whose inputs are those very objects at those very addresses, with
+    all others of equal shape; any other call runs as usual. Outputs are copies: they outlive the next step.
+    """
+
+    def __init__(self, run: Run, pinned: Callable[[int], bool], record: Record = record_cuda) -> None:
+        """Start without recordings.
+
+        Args:
+            run: a step; does its work on the current stream without waiting for the device.
+            pinned: whether an input index belongs to the cache, which is never copied.
+            record: how to record; tests on machines without a GPU give their own.
+        """
+        self._run = run
+        self._pinned = pinned
+        self._record = record
+        self._entries: list[_Entry] = []
+        self._last: Sequence[Any] | None = None
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """One step."""
+        for entry in self._entries:
+            if entry.matches(inputs):
+                return entry.replay(inputs)
+        last, self._last = self._last, None
+        if last is None or not self._repeats(last, inputs):
+            # kept alive until the next call, or a new tensor could get the identity of a freed one; a
+            # cache is not, so that dropping it frees its memory
+            self._last = [weakref.ref(x) if self._pinned(i) else x for i, x in enumerate(inputs)]
+            return self._run(*inputs)
+        fixed = [
+            isinstance(b, Tensor) and (self._pinned(i) or a is b)
+            for i, (a, b) in enumerate(zip(last, inputs, strict=True))
+        ]
+        own = [
+            x.clone() if isinstance(x, Tensor) and not same else x
+            for same, x in zip(fixed, inputs, strict=True)
+        ]
+        results = self._run(*inputs)
+        written = [
+            i
+            for i, (mine, theirs) in enumerate(zip(own, inputs, strict=True))
+            if mine is not theirs and isinstance(mine, Tensor) and not torch.equal(mine, theirs)
+        ]
+        recording = self._record(self._run, own)
+        self._entries = [entry for entry in self._entries if entry.alive()][: MAX_ENTRIES - 1]
+        self._entries.insert(0, _Entry(recording, own, fixed, written))
+        return results
+
+    def _repeats(self, last: Sequence[Any], inputs: Sequence[Any]) -> bool:
+        """Whether both calls used the same cache in the same way."""
+        return len(last) == len(inputs) and all(
+            a() is b if self._pinned(i) else _alike(a, b)
+            for i, (a, b) in enumerate(zip(last, inputs, strict=True))
+        )
+
+
+class _Entry:
+    """One recording, and which inputs it serves."""
+
+    def __init__(
+        self, recording: Recording, own: Sequence[Any], fixed: Sequence[bool], written: Sequence[int]
+    ) -> None:
+        self._recording = recording
+        # weak: a recording must not keep a cache alive that its user has dropped
+        places = list(enumerate(zip(own, fixed, strict=True)))
+        self._fixed = [(i, weakref.ref(x), x.data_ptr()) for i, (x, same) in places if same]
+        self._moving = [(i, x) for i, (x, same) in places if isinstance(x, Tensor) and not same]
+        self._constants = [(i, x) for i, x in enumerate(own) if not isinstance(x, Tensor)]
+        self._written = [(i, own[i]) for i in written]
+        self._count = len(own)
+        inputs = {id(x): i for i, x in enumerate(own) if isinstance(x, Tensor)}
+        # an output that is an input must be the caller's own
+        self._outputs = [(out, inputs.get(id(out))) for out in recording.outputs]
+
+    def alive(self) -> bool:
+        """Whether all tensors it works on still exist."""
+        return all(ref() is not None for _, ref, _ in self._fixed)
+
+    def matches(self, inputs: Sequence[Any]) -> bool:
+        """Whether a replay would do what a call with `inputs` does."""
+        if len(inputs) != self._count:
+            return False
+        for i, ref, address in self._fixed:
+            x = inputs[i]
+            if ref() is not x or x.data_ptr() != address:
+                return False
+        return all(inputs[i] == value for i, value in self._constants) and all(
+            _alike(inputs[i], mine) for i, mine in self._moving
+        )
+
+    def replay(self, inputs: Sequence[Any]) -> list[Any]:
+        """Do the recorded step for `inputs`."""
+        for i, mine in self._moving:
+            mine.copy_(inputs[i])
+        self._recording.replay()
+        for i, mine in self._written:
+            inputs[i].copy_(mine)
+        return [
+            inputs[place] if place is not None else out.clone() if isinstance(out, Tensor) else out
+            for out, place in self._outputs
+        ]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

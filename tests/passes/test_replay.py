@@ -1,0 +1,205 @@
+"""Recording and replaying decode steps. The recorder here runs a step anew, on the recorded inputs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import kvmix_fx
+from kvmix_fx.integrations import transformers as integration
+from kvmix_fx.passes import replay
+from kvmix_fx.passes.replay import Recording, Replayed
+from kvmix_fx.testing.models import tiny_llama
+
+
+class Recorder:
+    """What a CUDA graph does: nothing while recording; a replay reads and writes the recorded tensors."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run, inputs):
+        self.recorded += 1
+        saved = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        outputs = list(run(*inputs))
+        for x, before in zip(inputs, saved, strict=True):
+            if isinstance(x, torch.Tensor):
+                x.copy_(before)
+
+        def again():
+            self.replayed += 1
+            for old, new in zip(outputs, run(*inputs), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new:
+                    old.copy_(new)
+
+        return Recording(outputs, again)
+
+
+def step(weight, cache, x, factor):
+    """A step that uses a weight, writes its cache and gives back a result and its cache."""
+    cache.add_(x)
+    return [weight * cache * factor, cache]
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+def replayed(recorder):
+    return Replayed(step, lambda i: i == 1, recorder)
+
+
+def test_replays_do_what_calls_do(recorder):
+    run = replayed(recorder)
+    weight, cache, expected = torch.tensor([2.0, 3.0]), torch.zeros(2), torch.zeros(2)
+    kept = []
+    for n in range(6):
+        x = torch.full((2,), float(n))
+        expected = expected + x
+        result, same = run(weight, cache, x, 10)
+        assert same is cache
+        torch.testing.assert_close(cache, expected)
+        torch.testing.assert_close(result, weight * expected * 10)
+        kept.append((result, result.clone()))
+    assert (recorder.recorded, recorder.replayed) == (1, 4)
+    # a result outlives the steps that follow
+    assert all(torch.equal(result, copy) for result, copy in kept)
+
+
+def test_another_cache_shape_or_number_is_another_recording(recorder):
+    run = replayed(recorder)
+    weight, caches = torch.ones(2), [torch.zeros(2), torch.zeros(2)]
+    for cache in (caches[0],) * 3 + (caches[1],) * 3 + (caches[0],) * 2:
+        run(weight, cache, torch.ones(2), 1)
+    assert (recorder.recorded, recorder.replayed) == (2, 4)
+    torch.testing.assert_close(caches[0], torch.full((2,), 5.0))
+    result, _ = run(weight, caches[0], torch.ones(2), 7)
+    torch.testing.assert_close(result, torch.full((2,), 42.0))
+    run(weight, caches[0], torch.ones(1), 1)
+    assert recorder.replayed == 4
+
+
+def test_a_weight_that_moved_is_not_read_at_its_old_place(recorder):
+    run = replayed(recorder)
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for _ in range(3):
+        run(weight, cache, torch.ones(2), 1)
+    weight.data = torch.full((2,), 5.0)
+    result, _ = run(weight, cache, torch.ones(2), 1)
+    torch.testing.assert_close(result, torch.full((2,), 20.0))
+    assert recorder.replayed == 1
+
+
+def test_written_inputs_that_are_not_the_cache_are_written_back(recorder):
+    def write(cache, x):
+        x.add_(cache)
+        return [x]
+
+    run = Replayed(write, lambda i: i == 0, recorder)
+    cache = torch.ones(2)
+    for n in range(4):
+        x = torch.full((2,), float(n))
+        (out,) = run(cache, x)
+        assert out is x
+        torch.testing.assert_close(x, torch.full((2,), n + 1.0))
+    assert recorder.replayed == 2
+
+
+def test_a_changing_cache_is_never_recorded_and_a_dropped_one_is_freed(recorder):
+    run = replayed(recorder)
+    for _ in range(5):
+        run(torch.ones(2), torch.zeros(2), torch.ones(2), 1)
+    assert recorder.recorded == 0
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for _ in range(3):
+        run(weight, cache, torch.ones(2), 1)
+    place = cache.data_ptr()
+    alive = torch.utils.weak.WeakIdRef(cache)
+    assert recorder.recorded == 1
+    assert place
+    del cache
+    recorder.__dict__.clear()
+    run._entries.clear()
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.fixture
+def on_cpu(monkeypatch, recorder):
+    """Let machines without a GPU do what CUDA does."""
+    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(replay, "record_cuda", recorder)
+    return recorder
+
+
+def generate(model, ids, **kwargs):
+    out = model.generate(
+        ids, do_sample=False, max_new_tokens=12, output_logits=True, return_dict_in_generate=True, **kwargs
+    )
+    return torch.stack(out.logits), out
+
+
+def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu):
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
+    ids = torch.randint(1, 60, (2, 50))
+    plain, _ = generate(model, ids)
+    kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
+    want, _ = generate(model, ids)
+    assert on_cpu.recorded == 0
+    kvmix_fx.compile(model, plan)
+    for _ in range(2):
+        got, out = generate(model, ids)
+        assert isinstance(out.past_key_values, integration.KVMixStaticCache)
+        torch.testing.assert_close(got, want)
+        cache = out.past_key_values.layers[0].keys.qdata.data_ptr()
+        del out
+    assert not torch.allclose(got, plain)
+    # the second call took over the first one's cache, and with it the recording
+    assert on_cpu.recorded == 1
+    assert on_cpu.replayed == 9 + 11
+    report = kvmix_fx.compiled(model).report
+    assert [graph.replay == "" for graph in report.graphs] == [False, True]
+    assert "replayed as a CUDA graph" in str(report)
+    assert cache
+
+
+def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
+    model = tiny_llama()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
+    ids = torch.randint(1, 60, (1, 40))
+    _, first = generate(model, ids)
+    kept = first.past_key_values.layers[0].keys.dequantize()
+    _, second = generate(model, ids.flip(1))
+    assert first.past_key_values.layers[0].keys is not second.past_key_values.layers[0].keys
+    assert torch.equal(first.past_key_values.layers[0].keys.dequantize(), kept)
+    graphs = len(kvmix_fx.compiled(model).report.graphs)
+    del first, second
+    # longer than any cache so far, then shorter: room is made once
+    _, long = generate(model, torch.randint(1, 60, (1, 300)))
+    assert long.past_key_values.layers[0].max_cache_len == 512
+    del long
+    _, short = generate(model, ids)
+    assert short.past_key_values.layers[0].max_cache_len == 512
+    assert len(kvmix_fx.compiled(model).report.graphs) == graphs
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
+def test_other_ways_of_generating_keep_their_own_cache(on_cpu, kwargs):
+    model = tiny_llama()
+    ids = torch.randint(1, 60, (1, 40))
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
+    out = model.generate(ids, do_sample=False, max_new_tokens=6, return_dict_in_generate=True, **kwargs)
+    assert not isinstance(out.past_key_values, integration.KVMixStaticCache)
+
+
+def test_restore_gives_generate_its_own_cache_back(on_cpu):
+    model = tiny_llama()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
+    kvmix_fx.restore(model)
+    assert "_prepare_cache_for_generation" not in vars(model)
+    _, out = generate(model, torch.randint(1, 60, (1, 8)))
+    assert not isinstance(out.past_key_values, integration.KVMixStaticCache)
