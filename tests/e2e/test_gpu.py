@@ -7,7 +7,7 @@ import torch
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.testing.models import sharpen
+from kvmix_fx.testing.models import sharpen, tiny_llama
 from kvmix_fx.testing.smollm2 import random_smollm2
 
 from .oracle import OracleCache, steps, worst
@@ -34,6 +34,37 @@ def test_smollm2_architecture(inner):
     assert all(isinstance(layer.keys, QuantizedKVTensor) for layer in past.layers)
     assert kvmix_fx.compiled(model).report.rewritten_layers() == list(range(30))
     assert divergence(want, got) < divergence(want, plain) / 4
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_replayed_steps_equal_launched_ones(inner):
+    model = tiny_llama().to("cuda", torch.bfloat16)
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
+    settings = {
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "eos_token_id": -1,
+    }
+
+    def logits(rows, length, pad=0, new=40):
+        ids = tokens(rows, length) % 120 + 1
+        mask = torch.ones_like(ids)
+        mask[0, :pad] = 0
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=new, **settings)
+        return torch.stack(out.logits).float()
+
+    calls = [(1, 50), (3, 50), (3, 50, 20), (1, 70), (3, 300), (1, 50)]
+    plain = [logits(*call) for call in calls]
+    kvmix_fx.compile(model, plan, inner=inner, options={"cuda_graphs": False})
+    launched = [logits(*call) for call in calls]
+    kvmix_fx.compile(model, plan, inner=inner)
+    replayed = [logits(*call) for call in calls]
+    graphs = kvmix_fx.compiled(model).report.graphs
+    assert [graph.replay == "" for graph in graphs].count(True) == 2  # decode, for one row and for several
+    for want, got, without in zip(launched, replayed, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+        assert (got - without).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
