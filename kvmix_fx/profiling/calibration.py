@@ -27,6 +27,10 @@ DATASET_ROWS = 2000
 """Rows of a data set that are read at most."""
 
 
+LONGEST_PATH = 250
+"""Characters of a string that may be a path."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Prompts to read while signals are measured.
@@ -59,6 +63,7 @@ class Calibration:
         }
 
 
+@torch.inference_mode(False)  # tensors made in inference mode cannot take part in a backward
 def load_calibration(
     data: object,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -105,7 +110,7 @@ def _from_ids(given: Any, mask: Any, shortest: int) -> Calibration:
     if not isinstance(given, Tensor) or given.dim() not in (1, 2) or given.dtype.is_floating_point:
         what = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         raise CalibrationError(f"calibration ids must be an integer tensor [N, L], got {what}")
-    ids = given.detach().cpu().long().reshape(-1, given.shape[-1])
+    ids = given.detach().clone().cpu().long().reshape(-1, given.shape[-1])
     rows = list(ids) if mask is None else [r[m.bool()] for r, m in zip(ids, mask.cpu(), strict=True)]
     lengths = tuple(len(row) for row in rows)
     if not lengths or min(lengths) < shortest:
@@ -151,14 +156,12 @@ def _text(data: object) -> tuple[str, str]:
         return file.read_text(encoding="utf-8"), "kvmix_fx calibration.txt"
     if isinstance(data, str) and data.startswith("datasets:"):
         return _dataset(data.removeprefix("datasets:")), data
-    is_path = isinstance(data, Path) or (isinstance(data, str) and len(data) < 1024 and "\n" not in data)
-    if is_path:
+    if isinstance(data, Path) or _names_a_file(data):
         path = Path(str(data))
         try:
             return path.read_text(encoding="utf-8"), path.name
         except (OSError, UnicodeDecodeError) as error:
-            if isinstance(data, Path) or not any(c.isspace() for c in str(data)):
-                raise CalibrationError(f"calibration file {str(data)!r} cannot be read: {error}") from error
+            raise CalibrationError(f"calibration file {str(path)!r} cannot be read: {error}") from error
     if isinstance(data, str):
         return data, "text"
     if isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
@@ -166,6 +169,13 @@ def _text(data: object) -> tuple[str, str]:
     raise CalibrationError(
         f"calibration data must be token ids, text, a path or 'datasets:ID', got {type(data).__name__}"
     )
+
+
+def _names_a_file(data: object) -> bool:
+    """Whether a string is a path rather than a text: one that exists, or a single short word."""
+    if not isinstance(data, str) or not data or len(data) > LONGEST_PATH or "\n" in data:
+        return False
+    return Path(data).is_file() or len(data.split()) == 1
 
 
 def _dataset(name: str) -> str:

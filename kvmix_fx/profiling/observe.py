@@ -183,7 +183,7 @@ class Observer:
             self._program.checkpointing = self.checkpointing and self.listeners.differentiate
         self._recording = True
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 output = self._forward(input_ids=ids, use_cache=True)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, KVMixError):
@@ -407,22 +407,24 @@ def _packed(length: int, schedule: layout.TensorFormat, device: torch.device) ->
 def _plain_forward(model: nn.Module) -> Callable[..., Any]:
     """The model's own forward, also if it has been compiled with `kvmix_fx.compile`."""
     state = vars(model).get("_kvmix")
-    forward: Callable[..., Any] = model.forward
-    if state is not None:
-        forward = state.replaced.get("forward") or type(model).forward.__get__(model)
+    if state is None:
+        return model.forward
+    replaced = state.replaced.get("forward")
+    forward: Callable[..., Any] = replaced if callable(replaced) else type(model).forward.__get__(model)
     return forward
 
 
 @contextlib.contextmanager
 def observing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen parameters while the block runs; both are restored, also on errors."""
+    """Evaluation mode, frozen parameters and gradients on while the block runs; restored also on errors."""
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if p.requires_grad]
     try:
         model.eval()
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for module, was in training.items():
             module.training = was
