@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cpu import attention as cpu_attention
 from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import attention, storage
@@ -139,6 +140,40 @@ def _attend(
     )
 
 
+def _attend_cpu(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    k_qdata: Tensor,
+    k_scale: Tensor,
+    k_zero_point: Tensor,
+    k_residual: Tensor,
+    v_qdata: Tensor,
+    v_scale: Tensor,
+    v_zero_point: Tensor,
+    v_residual: Tensor,
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: list[int],
+    value_format: list[int],
+) -> Tensor:
+    """`_attend` for CPU tensors; see `cpu.attention`."""
+    return cpu_attention.attend(
+        query,
+        new_keys,
+        new_values,
+        Buffers(k_qdata, k_scale, k_zero_point, k_residual),
+        Buffers(v_qdata, v_scale, v_zero_point, v_residual),
+        mask,
+        _live(start, length),
+        scale,
+        TensorFormat(*key_format),
+        TensorFormat(*value_format),
+    )
+
+
 def _dequantize(
     qdata: Tensor,
     scale: Tensor,
@@ -210,6 +245,8 @@ for _name, _reference, _fake in (
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+_library.impl("attend", _attend_cpu, "CPU")
 
 
 def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., object]:

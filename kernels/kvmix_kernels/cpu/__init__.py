@@ -1,0 +1,1 @@
+"""Faster plain PyTorch for ops on CPU tensors; equal to `kvmix_kernels.reference` up to rounding."""

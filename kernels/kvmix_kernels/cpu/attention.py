@@ -1,0 +1,212 @@
+"""Decode attention for CPUs, in few and long vectorised ops.
+
+The reference unpacks tokens into rows of D channels. Its fields are then slices of D * bits / 16
+channels, 8 for 64 channels at 2 bits, and an op over such short rows spends its time between rows.
+Here the packed words are transposed first, while they are small: as [words, B * Hkv, n] every field
+is one long run, one `bitwise_and` with a mask per field takes all of them apart, in the order of the
+channels, and the products over tokens read contiguous memory.
+
+Fields are not shifted down: field f of a plane of w bits comes out 2^(f w) too large, and these powers
+of two go into the query, or out of the result, exactly. Keys are multiplied by their scales, values
+pass theirs on to the weights, and zero points are small products of their own: q . zero_point for
+keys, the sum of the weights over a group for values.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.reference import attention as reference
+from kvmix_kernels.reference.storage import Buffers, runs
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of K (or V) that are unpacked at a time, over batch and heads.
+
+Six bytes of scratch each. Smaller chunks would stay in a core's own cache, but the fixed cost of the
+ops, about 2 us each, outweighs that.
+"""
+
+MAX_ROWS = 32
+"""Query rows per KV head (grouped heads x query length). The reference takes more: it keeps no scores."""
+
+
+def attend(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Buffers,
+    values: Buffers,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: TensorFormat,
+    value_format: TensorFormat,
+) -> Tensor:
+    """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
+
+    Scratch: CHUNK_ELEMENTS elements, and the scores of all tokens, float32 [B, Hq, Lq, length + Ln]. The
+    history never exists in 16 bits.
+    """
+    B, Hq, Lq, D = query.shape
+    Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
+    rows = Hq // Hkv * Lq
+    if rows > MAX_ROWS or query.dtype == torch.float64:
+        return reference.attend(
+            query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format
+        )
+    # grouped heads share their keys: fold the group into the rows of one product
+    q = (query.float() * scale).reshape(B * Hkv, rows, D)
+    scores = _scores(q, keys, new_keys, length, key_format)
+    if mask is not None and mask.dtype == torch.bool and mask.all():
+        mask = None
+    if mask is not None:
+        by_head = scores.view(B, Hq, Lq, -1)
+        part = mask[..., : by_head.shape[3]]
+        if part.dtype == torch.bool:
+            by_head.masked_fill_(~part, -torch.inf)
+        else:
+            by_head.add_(part)
+    weights = torch.softmax(scores, -1)
+    if mask is not None:
+        # a query that may attend to nothing gets zeros
+        weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0)
+    out = _weighted_sum(weights, values, new_values, length, value_format)
+    return out.view(B, Hq, Lq, Dv).to(query.dtype)
+
+
+def _scores(q: Tensor, buffers: Buffers, new: Tensor | None, length: int, fmt: TensorFormat) -> Tensor:
+    """Products of q [B * H, R, D] with all keys, [B * H, R, length + Ln], in the order of positions."""
+    parts = [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, 0, min(length, fmt.sink), fmt)]
+    for first, last in _chunks(buffers, length, fmt):
+        zero_point = _rows(buffers.zero_point, first, last, fmt).float()
+        scale = _rows(buffers.scale, first, last, fmt).permute(2, 0, 1)
+        if fmt.axis == AXIS_CHANNEL:
+            total = torch.bmm(q, zero_point.mT).repeat_interleave(fmt.group_size, 2)
+        else:
+            total = torch.bmm(q.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
+        for codes, power in _fields(buffers, first, last, fmt):
+            if fmt.axis == AXIS_CHANNEL:
+                codes.unflatten(2, (-1, fmt.group_size)).mul_(scale.unsqueeze(3))
+            else:
+                codes.unflatten(0, (scale.shape[0], -1)).mul_(scale.float().contiguous().unsqueeze(1))
+            total.baddbmm_(q * power, codes.transpose(0, 1))
+        parts.append(total)
+    parts += [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, fmt.packed_end(length), length, fmt)]
+    if new is not None:
+        parts.append(torch.bmm(q, new.float().flatten(0, 1).mT))
+    return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:2], 0)
+
+
+def _weighted_sum(
+    weights: Tensor, buffers: Buffers, new: Tensor | None, length: int, fmt: TensorFormat
+) -> Tensor:
+    """Sum of all values by weights [B * H, R, length + Ln]; [B * H, R, D]."""
+    out = weights.new_zeros(*weights.shape[:2], buffers.residual.shape[3])
+    for begin, end in ((0, min(length, fmt.sink)), (fmt.packed_end(length), length)):
+        for first, last, tokens in _raw(buffers, begin, end, fmt):
+            out.baddbmm_(weights[:, :, first:last], tokens)
+    if new is not None:
+        out.baddbmm_(weights[:, :, length:], new.float().flatten(0, 1))
+    for first, last in _chunks(buffers, length, fmt):
+        p = weights[:, :, fmt.sink + first : fmt.sink + last]
+        zero_point = _rows(buffers.zero_point, first, last, fmt).float()
+        scale = _rows(buffers.scale, first, last, fmt)
+        if fmt.axis == AXIS_CHANNEL:
+            out.baddbmm_(p.unflatten(2, (-1, fmt.group_size)).sum(3), zero_point)
+            for codes, power in _fields(buffers, first, last, fmt):
+                codes.unflatten(2, (-1, fmt.group_size)).mul_(scale.permute(2, 0, 1).unsqueeze(3))
+                out.addcmul_(torch.bmm(p, codes.permute(1, 2, 0)), power)
+        else:
+            groups = scale.shape[2]
+            out.unflatten(2, (groups, -1)).add_(torch.bmm(p, zero_point).unsqueeze(3))
+            scaled = [p * scale[:, :, group].unsqueeze(1) for group in range(groups)]
+            for codes, power in _fields(buffers, first, last, fmt):
+                by_group = codes.permute(1, 2, 0).chunk(groups, 2)
+                sums = [torch.bmm(w, c) for w, c in zip(scaled, by_group, strict=True)]
+                out.addcmul_(torch.cat(sums, 2), power)
+    return out
+
+
+def _chunks(buffers: Buffers, length: int, fmt: TensorFormat) -> Iterator[tuple[int, int]]:
+    """Packed tokens in bounded parts: first row of qdata, last row + 1."""
+    B, H, _, D = buffers.residual.shape
+    step = max(1, CHUNK_ELEMENTS // (B * H * D * fmt.tile)) * fmt.tile
+    packed = fmt.packed_tiles(length) * fmt.tile
+    for first in range(0, packed, step):
+        yield first, min(packed, first + step)
+
+
+def _raw(buffers: Buffers, begin: int, end: int, fmt: TensorFormat) -> Iterator[tuple[int, int, Tensor]]:
+    """Raw tokens in bounded parts: first position, last position + 1, float32 [B * H, n, D]."""
+    B, H, _, D = buffers.residual.shape
+    step = max(1, CHUNK_ELEMENTS // (B * H * D))
+    for start, stop, slot in runs(begin, end, fmt):
+        for first in range(start, stop, step):
+            last = min(stop, first + step)
+            tokens = buffers.residual[:, :, slot + first - start : slot + last - start]
+            yield first, last, tokens.float().flatten(0, 1)
+
+
+def _rows(grid: Tensor, first: int, last: int, fmt: TensorFormat) -> Tensor:
+    """Scales or zero points of the rows first..last-1 of qdata, [B * H, groups, D] or [B * H, n, groups]."""
+    if fmt.axis == AXIS_CHANNEL:
+        first, last = first // fmt.group_size, last // fmt.group_size
+    return grid[:, :, first:last].flatten(0, 1)
+
+
+def _fields(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows first..last-1 of qdata, plane by plane, masked but not shifted down.
+
+    Yields:
+        (fields, float32 [D, B * H, n], to be overwritten at will; factor of each channel, float32 [D]).
+        Fields times factors, summed over the planes, are the codes.
+    """
+    D = buffers.residual.shape[3]
+    for (_, start, count, _), (masks, power) in zip(
+        layout.planes(fmt.bits, D), _field_constants(fmt.bits, D), strict=True
+    ):
+        words = buffers.qdata[:, :, first:last, start : start + count].permute(3, 0, 1, 2).flatten(1, 2)
+        shape = (len(masks), *words.shape)  # fields, words, B * H, n: channels in order
+        masked, unpacked = _scratch.take(math.prod(shape))
+        torch.bitwise_and(words.contiguous(), masks, out=masked.view(shape))
+        # unsigned: a set top bit is no sign
+        yield unpacked.copy_(masked.view(torch.uint16)).view(D, *shape[2:]), power
+
+
+class _Scratch(threading.local):
+    """Memory that is kept for the next call: to get it anew from the system costs more than to fill it."""
+
+    def __init__(self) -> None:
+        self._masked = torch.empty(0, dtype=torch.int16)
+        self._unpacked = torch.empty(0)
+
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """`count` elements of int16 and of float32, with the contents of their last use."""
+        if count > len(self._masked):
+            with torch.inference_mode(False):  # or they could not be written outside of it
+                self._masked = torch.empty(count, dtype=torch.int16)
+                self._unpacked = torch.empty(count)
+        return self._masked[:count], self._unpacked[:count]
+
+
+_scratch = _Scratch()
+
+
+@cache
+def _field_constants(bits: int, head_dim: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Per plane: masks of its fields, int16 [fields, 1, 1, 1], and 2^(shift - f w) of each channel, [D]."""
+    found = []
+    for width, _, count, shift in layout.planes(bits, head_dim):
+        shifts = torch.arange(0, layout.WORD_BITS, width, dtype=torch.int32)
+        masks = ((2**width - 1) << shifts).to(torch.uint16).view(torch.int16)
+        power = torch.exp2((shift - shifts).float()).repeat_interleave(count)
+        found.append((masks.view(-1, 1, 1, 1), power))
+    return tuple(found)

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
+from kvmix_kernels import layout, ops
+from kvmix_kernels.cpu import attention as cpu
+from kvmix_kernels.reference import attention as reference
+from kvmix_kernels.reference import quantize, storage
+from kvmix_kernels.reference.storage import Buffers
+
+PACKED = (1, 2, 3, 4, 8)
+
+
+@st.composite
+def cases(draw):
+    """Arguments of `attend`, with buffers that hold NaN wherever no live token lies."""
+    D = draw(st.sampled_from((16, 64, 80, 128)))
+    B, H, group = draw(st.sampled_from(((1, 1, 4), (2, 2, 3), (1, 3, 1))))
+    length, new, Lq = draw(st.integers(0, 200)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    if length + new == 0:
+        length = 1
+    dtype = draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
+    family, seed = draw(st.sampled_from(FAMILIES)), draw(st.integers(0, 1000))
+    query = values("normal", (B, H * group, Lq, D), seed, dtype)
+
+    def stored(fmt, of, seed):
+        x = values(of, (B, H, length + new, D), seed, dtype)
+        tiles, slots = layout.growing_tiles(fmt, length), layout.growing_slots(fmt, length)
+        buffers = poison(storage.allocate(B, H, D, tiles, slots, fmt, dtype, x.device))
+        storage.append(buffers, x[:, :, :length], None, 0, fmt)
+        return buffers, x[:, :, length:] if new else None
+
+    key_format, value_format = draw(formats(D)), draw(formats(D))
+    (keys, new_keys), (stored_values, new_values) = (
+        stored(key_format, family, seed + 1),
+        stored(value_format, draw(st.sampled_from(FAMILIES)), seed + 2),
+    )
+    # a mask may be longer than the tokens there are
+    S = length + new + draw(st.sampled_from((0, 5)))
+    generator = torch.Generator().manual_seed(seed)
+    mask = None
+    match draw(
+        st.sampled_from(("none", "all", "padding", "random", "hidden", "additive", "two-dimensional"))
+    ):
+        case "all":
+            mask = torch.ones(B, 1, Lq, S, dtype=torch.bool)
+        case "padding":
+            mask = (torch.arange(S) >= (length + new) // 2).expand(B, 1, Lq, S)
+        case "random":
+            mask = torch.rand(B, H * group, Lq, S, generator=generator) < 0.5
+        case "hidden":
+            mask = torch.zeros(B, 1, 1, S, dtype=torch.bool)
+        case "additive":
+            mask = torch.randn(1, H * group, Lq, S, generator=generator).to(dtype)
+            mask[..., :1] = -torch.inf
+        case "two-dimensional":
+            mask = torch.rand(Lq, S, generator=generator) < 0.5
+    return (
+        query,
+        new_keys,
+        new_values,
+        keys,
+        stored_values,
+        mask,
+        length,
+        D**-0.5,
+        key_format,
+        value_format,
+    )
+
+
+def in_float64(case):
+    """The same arguments, so that the reference computes in float64."""
+    query, new_keys, new_values, keys, stored, *rest = case
+
+    def wide(buffers):
+        return Buffers(*buffers[:3], buffers.residual.double())
+
+    more = [None if t is None else t.double() for t in (new_keys, new_values)]
+    return (query.double(), *more, wide(keys), wide(stored), *rest)
+
+
+@given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))
+def test_equals_the_reference(case, chunk):
+    with mock.patch.object(cpu, "CHUNK_ELEMENTS", chunk):
+        got = cpu.attend(*case)
+    low, exact = reference.attend(*case), reference.attend(*in_float64(case))
+    assert got.dtype == low.dtype
+    assert got.shape == low.shape
+    assert torch.equal(got.isnan(), low.isnan())
+    assert (got.double() - exact).abs().max().item() <= error_budget(low, exact, 4.0)
+
+
+@given(st.sampled_from(PACKED), st.sampled_from((16, 64, 80, 256)), st.integers(0, 1000))
+def test_fields_times_factors_are_the_codes(bits, head_dim, seed):
+    """Exactly, for every word there is, also those with the top bit set."""
+    fmt = layout.make_format(bits, "channel", 32, 32)
+    words = layout.words_per_token(bits, head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    qdata = torch.randint(-(1 << 15), 1 << 15, (2, 3, 64, words), generator=generator).to(torch.int16)
+    grid = torch.zeros(2, 3, 2, head_dim, dtype=torch.float16)
+    buffers = Buffers(qdata, grid, grid, torch.zeros(2, 3, 64, head_dim))
+    total = torch.zeros(head_dim, 6, 32)
+    for fields, power in cpu._fields(buffers, 32, 64, fmt):
+        total += fields * power[:, None, None]
+    expected = quantize.unpack(qdata[:, :, 32:], bits, head_dim)
+    assert torch.equal(total, expected.flatten(0, 1).permute(2, 0, 1).float())
+
+
+def filled(length, key_format, value_format, B=1, H=2, D=64):
+    x = torch.randn(2, B, H, length, D, generator=torch.Generator().manual_seed(length))
+    return [
+        Buffers(*ops.quantize_pack(t, None, f)) for t, f in zip(x, (key_format, value_format), strict=True)
+    ]
+
+
+def test_the_op_takes_this_path_on_cpu_tensors():
+    fmt = layout.make_format(2)
+    k, v = filled(100, fmt, fmt)
+    query = torch.randn(1, 4, 1, 64)
+    with mock.patch.object(cpu, "attend", wraps=cpu.attend) as called:
+        ops.attend(query, None, None, *k, *v, None, None, 100, 0.1, fmt, fmt)
+    assert called.call_count == 1
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_live_length_in_a_tensor(axis):
+    """A fixed cache with room to spare gives what a growing one of the same tokens gives."""
+    kf, vf = layout.make_format(4, axis), layout.make_format(2, "token", 32)
+    length, capacity = 150, 300
+    x = torch.randn(1, 2, length, 64)
+    query = torch.randn(1, 6, 1, 64)
+    fixed = []
+    for fmt in (kf, vf):
+        tiles, slots = layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity)
+        buffers = poison(storage.allocate(1, 2, 64, tiles, slots, fmt, x.dtype, x.device))
+        storage.append(buffers, x, None, 0, fmt)
+        fixed.append(buffers)
+    grown = [ops.quantize_pack(x, None, fmt) for fmt in (kf, vf)]
+    live = torch.tensor(length)
+    out = ops.attend(query, x[:, :, :1], x[:, :, :1], *fixed[0], *fixed[1], None, live, capacity, 0.1, kf, vf)
+    expected = ops.attend(
+        query, x[:, :, :1], x[:, :, :1], *grown[0], *grown[1], None, None, length, 0.1, kf, vf
+    )
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(cpu.MAX_ROWS + 1, torch.float32), (1, torch.float64)])
+def test_long_and_double_queries_go_to_the_reference(rows, dtype):
+    fmt = layout.make_format(2)
+    k, v = filled(100, fmt, fmt)
+    query = torch.randn(1, 2, rows, 64, dtype=dtype)
+    with mock.patch.object(cpu, "_scores", side_effect=AssertionError("not this path")):
+        cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
+
+
+def test_scratch_is_bounded_and_kept():
+    fmt = layout.make_format(2)
+    k, v = filled(2000, fmt, fmt)
+    query = torch.randn(1, 2, 1, 64)
+    with (
+        mock.patch.object(cpu, "CHUNK_ELEMENTS", 1 << 14),
+        mock.patch.object(cpu, "_scratch", cpu._Scratch()),
+    ):
+        first = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
+        assert 0 < len(cpu._scratch._unpacked) <= 1 << 14
+        place = cpu._scratch._unpacked.data_ptr()
+        again = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
+        assert cpu._scratch._unpacked.data_ptr() == place
+    assert torch.equal(first, again)
+
+
+def test_scratch_made_in_inference_mode_serves_outside_of_it():
+    fmt = layout.make_format(3)
+    k, v = filled(100, fmt, fmt)
+    query = torch.randn(1, 2, 1, 64)
+    with mock.patch.object(cpu, "_scratch", cpu._Scratch()):
+        with torch.inference_mode():
+            inside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
+        outside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
+    assert torch.equal(inside, outside)
