@@ -1,9 +1,10 @@
 """Which signal and which allocator spend the bits best: SmolLM2, real text, packed caches, equal bits.
 
 Every plan reads 12 chunks of prose and 12 of code from the evaluation parts of the texts: 416 tokens of
-prompt, then 32 tokens in steps of 16, which are judged (`evaluate.py` says how). Signals see calibration text
-only. The best uniform configuration is the best *measured* one on the very text it is judged on, an advantage
-that no other plan has.
+prompt, then 32 tokens in steps of 16, which are judged (`evaluate.py` says how). Signals see the calibration
+parts of the same texts; for comparison, the default also sees only the text that comes with the package. The
+best uniform configuration is the best *measured* one on the very text it is judged on, an advantage that no
+other plan has.
 
 Rows are saved as they come, and what is there already is not measured again.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -113,15 +115,25 @@ def measure_controls(bench: Bench) -> None:
             bench.measure(f"smollm2 {{}} {bits} bits", provider, plan)
 
 
-def profile_of(bench: Bench, path: Path) -> dict[str, Scores | Prices]:
-    """All quick signals, from the calibration text that comes with the package; kept in a file."""
+def calibration_chunks(tokenizer: object) -> torch.Tensor:
+    """Four chunks of each text, spread over its calibration part."""
+    length = PROMPT + JUDGED
+    parts = [
+        texts.chunks(tokenizer, text(), length, 1, skip=20 * n, part="calibration")
+        for text in TEXTS.values()
+        for n in range(4)
+    ]
+    return torch.cat(parts)
+
+
+def profile_of(bench: Bench, path: Path, data: torch.Tensor | None, signals: Iterable[str]) -> Profile:
+    """Quick signals on `data`, None for the text that comes with the package; kept in a file."""
     if path.exists():
-        profile = Profile.load(path)
-    else:
-        print(f"profiling into {path}", flush=True)
-        profile = kvmix_fx.profile(bench.model, tokenizer=bench.tokenizer, signals=tuple(SIGNALS))
-        profile.save(path)
-    return {name: profile.signal(name) for name in profile.signals}
+        return Profile.load(path)
+    print(f"profiling into {path}", flush=True)
+    profile = kvmix_fx.profile(bench.model, data, tokenizer=bench.tokenizer, signals=tuple(signals))
+    profile.save(path)
+    return profile
 
 
 def kl_prices(bench: Bench, path: Path) -> Prices:
@@ -130,12 +142,6 @@ def kl_prices(bench: Bench, path: Path) -> Prices:
     The reference that cheap signals stand for; 20 minutes of one core. Kept in a file as it comes.
     """
     offered = Menu.default(bench.geometry, bits=(2, 3, 4))
-    length = PROMPT + JUDGED
-    ids = [
-        texts.chunks(bench.tokenizer, text(), length, 1, skip=20 * n, part="calibration")
-        for text in TEXTS.values()
-        for n in range(4)
-    ]
     known = json.loads(path.read_text()) if path.exists() else {}
     raw = KVPlan.uniform(bench.geometry, 16, window=plans.WINDOW)
     evaluate = None
@@ -143,7 +149,9 @@ def kl_prices(bench: Bench, path: Path) -> Prices:
         for spec, layer in product(specs, range(bench.geometry.num_layers)):
             name = f"{role} {layer} {spec.bits} {spec.group_size}"
             if name not in known:
-                evaluate = evaluate or Evaluator(bench.model, torch.cat(ids), PROMPT, STEP)
+                evaluate = evaluate or Evaluator(
+                    bench.model, calibration_chunks(bench.tokenizer), PROMPT, STEP
+                )
                 known[name] = evaluate(raw.with_layers(layer, **{role: spec}, tile=plans.TILE)).mean_kl
                 path.write_text(json.dumps(known))
 
@@ -158,7 +166,8 @@ def kl_prices(bench: Bench, path: Path) -> Prices:
 
 def measure_grid(bench: Bench, signals: dict[str, Scores | Prices]) -> None:
     """Every signal with every allocator; the default and KVmix's own rule under their names."""
-    for allocator, bits in product(plans.ALLOCATORS, (3.0, 3.5, 2.5, 4.0, 2.8)):
+    cells = product((3.0, 3.5, 2.5, 4.0, 2.8), plans.ALLOCATORS)
+    for bits, allocator in sorted(cells, key=lambda cell: cell[1] != "exact"):  # the most telling first
         case = f"smollm2 {{}} {bits} bits"
         for name, signal in signals.items():
             plan = plans.of_signal(signal, allocator, bits, bench.geometry)
@@ -169,6 +178,14 @@ def measure_grid(bench: Bench, signals: dict[str, Scores | Prices]) -> None:
             rule = plans.paper_rule(signals["weight_gradient"], bits, bench.geometry)
             if rule is not None:
                 bench.measure(case, "kvmix paper rule", rule)
+
+
+def measure_shipped(bench: Bench, profile: Profile) -> None:
+    """The default again, calibrated on the text that comes with the package."""
+    name, allocator = plans.DEFAULT
+    for bits in plans.BUDGETS:
+        plan = plans.of_signal(profile.signal(name), allocator, bits, bench.geometry)
+        bench.measure(f"smollm2 {{}} {bits} bits", f"{name} {allocator}, shipped text", plan)
 
 
 def main() -> None:
@@ -194,7 +211,11 @@ def main() -> None:
         measure_controls(bench)
     if "grid" in options.only:
         options.kept.mkdir(parents=True, exist_ok=True)
-        signals = profile_of(bench, options.kept / "profile.safetensors")
+        shipped = profile_of(bench, options.kept / "shipped-text.safetensors", None, plans.DEFAULT[:1])
+        measure_shipped(bench, shipped)
+        ids = calibration_chunks(bench.tokenizer)
+        profile = profile_of(bench, options.kept / "profile.safetensors", ids, SIGNALS)
+        signals = {name: profile.signal(name) for name in profile.signals}
         signals["kl"] = kl_prices(bench, options.kept / "kl.json")
         measure_grid(bench, {name: signals[name] for name in options.signals or signals})
 
