@@ -61,7 +61,11 @@ class Observation:
             if self.length < self.x.shape[2]:
                 valid = (torch.arange(self.x.shape[2], device=self.x.device) < self.length)[None]
             wide = self.x.float()
-            self._errors[formats] = [round_trip(self.x, spec, valid).float() - wide for spec in formats]
+            found = [round_trip(self.x, spec, valid).float() - wide for spec in formats]
+            for error in found:
+                # what padding loses by being left out of its group's range is of no interest
+                error[:, :, self.length :] = 0
+            self._errors[formats] = found
         return self._errors[formats]
 
 
@@ -306,28 +310,44 @@ class Fisher(Signal):
         return self._prices(observer, lambda layer, role: (self._sum(layer, role) / self.tokens).tolist())
 
 
+@signal("empirical_fisher")
+class EmpiricalFisher(Fisher):
+    """`fisher` with the text's own next tokens as labels: one backward fewer where others hear it too.
+
+    Where the text surprises the model, its gradients are larger than those of labels drawn from the model.
+    """
+
+    labels = "text"
+
+
 @signal("fitted_distortion")
 class FittedDistortion(Signal):
-    """RateQuant (arXiv 2605.06675): mean squared gradient x distortion, with distortion = alpha * beta^-bits.
+    """RateQuant (arXiv 2605.06675): squared gradient x distortion per head, distortion = alpha * beta^-bits.
 
-    Alpha and beta are fitted for every tensor and group size to the measured squared error of the formats
+    Alpha and beta are fitted for every head and group size to the measured squared error of the formats
     offered; a group size that comes with one width keeps its measured error. Half the sum over elements, per
     prediction: the unit of `fisher`, from which it differs by treating gradient and error as independent.
     """
 
     def observe(self, seen: Observation) -> None:
-        """Squared gradient and squared errors of one tensor."""
-        elements = seen.x[:, :, : seen.length].numel()
-        errors = [e.square().sum() / elements for e in seen.errors(self.formats(seen.role))]
-        self._add(seen, torch.stack([seen.gradient.square().sum(), *errors]))
+        """Squared gradient and mean squared errors of one tensor's heads."""
+        channels = seen.x.shape[3]
+        errors = [
+            error.square().sum((0, 2, 3)) / (seen.length * channels)
+            for error in seen.errors(self.formats(seen.role))
+        ]
+        self._add(seen, torch.stack([seen.gradient.square().sum((0, 2, 3)), *errors]))
 
     def result(self, observer: Observer) -> Prices:
-        """The fit, weighted."""
+        """The fit, weighted, summed over heads."""
 
         def numbers(layer: int, role: str) -> list[float]:
-            gradient, *errors = self._sum(layer, role).tolist()
-            fitted = fit_distortion(self.formats(role), [e / self.prompts for e in errors])
-            return [gradient * error / (2 * self.tokens) for error in fitted]
+            formats = self.formats(role)
+            costs = [0.0] * len(formats)
+            for gradient, *errors in self._sum(layer, role).t().tolist():
+                fitted = fit_distortion(formats, [error / self.prompts for error in errors])
+                costs = [cost + gradient * error for cost, error in zip(costs, fitted, strict=True)]
+            return [cost / (2 * self.tokens) for cost in costs]
 
         return self._prices(observer, numbers)
 
