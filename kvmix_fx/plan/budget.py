@@ -96,12 +96,19 @@ class Budget:
         return cost <= self.amount * (1 + _SLACK)
 
     def layer_cost(self, layer: LayerPlan, geometry: ModelGeometry) -> float:
-        """The share of one such layer in the cost of a plan: over all layers they add up to `layer_limit`."""
+        """What a plan of one such layer costs; `of_layers` takes the sum of these over a plan's layers."""
         return self.cost(KVPlan((layer,), replace(geometry, num_layers=1)))
 
+    def of_layers(self, total: float, geometry: ModelGeometry) -> float:
+        """Cost of a plan from the sum of its layers' costs: bits are a mean over layers, bytes a sum."""
+        return total / self._share(geometry)
+
     def layer_limit(self, geometry: ModelGeometry) -> float:
-        """What the costs of all layers together may come to: bits are a mean over layers, bytes a sum."""
-        return self.amount * (1 + _SLACK) * (geometry.num_layers if self.bits is not None else 1)
+        """The largest sum of layers' costs that the budget allows."""
+        return self.amount * (1 + _SLACK) * self._share(geometry)
+
+    def _share(self, geometry: ModelGeometry) -> int:
+        return geometry.num_layers if self.bits is not None else 1
 
     def check(self, cheapest: float, geometry: ModelGeometry) -> None:
         """Refuse a budget that no plan of the menu meets, or that a plain cache meets.

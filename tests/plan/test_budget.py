@@ -22,6 +22,7 @@ def test_layers_add_up_to_the_plan(plan, batch, length):
         total = sum(budget.layer_cost(layer, plan.geometry) for layer in plan.layers)
         exactly = Budget(**budget.to_dict() | {budget.unit: budget.cost(plan)})
         assert total == pytest.approx(exactly.layer_limit(plan.geometry))
+        assert budget.of_layers(total, plan.geometry) == pytest.approx(budget.cost(plan))
         assert exactly.allows(exactly.cost(plan))
         assert not exactly.allows(exactly.cost(plan) * 1.001)
 

@@ -94,7 +94,7 @@ def allocate(
 
     problem = Problem(prices, budget, geometry, as_window(window), sink_length, tile)
     cheapest = problem.total_cost([problem.cheapest] * problem.num_layers)
-    budget.check(cheapest / problem.limit * budget.amount, geometry)
+    budget.check(budget.of_layers(cheapest, geometry), geometry)
     choice = allocator(problem, **options)
     formats = prices.menu
     provenance = {
