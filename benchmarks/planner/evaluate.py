@@ -73,7 +73,9 @@ class Evaluator:
             self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
             logits = [model(input_ids=part, past_key_values=cache).logits for part in self.continuation]
             self.exact = [part.log_softmax(-1) for part in logits]
-        self.following = ids[:, prompt + 1 :, None].split(step, 1)
+        # one token less in the last step, which has none after its last one
+        starts = range(prompt + 1, ids.shape[1] + 1, step)
+        self.following = [ids[:, start : start + step, None] for start in starts]
 
     def __call__(self, plan: KVPlan) -> Loss:
         """Read all continuations with the cache packed as `plan` says."""
@@ -81,7 +83,6 @@ class Evaluator:
         for logits, exact, following in zip(self.steps(plan), self.exact, self.following, strict=True):
             lost = exact - logits.log_softmax(-1)
             kl.append((exact.exp() * lost).sum(-1))
-            # the last step has no token after its last one
             growth.append(lost[:, : following.shape[1]].gather(2, following)[..., 0])
         return Loss(*(torch.cat(parts, 1).mean(1).tolist() for parts in (kl, growth)))
 
