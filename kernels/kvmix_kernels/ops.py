@@ -99,11 +99,12 @@ def _append_(
     live = _live(start, length)
     if start is not None and live + keys.shape[2] > length:
         raise CapacityError.exceeded(keys.shape[2], live, length)
-    valid = storage.valid_tokens(mask, keys.shape[0])
-    k = Buffers(k_qdata, k_scale, k_zero_point, k_residual)
-    v = Buffers(v_qdata, v_scale, v_zero_point, v_residual)
-    storage.append(k, keys, valid, live, TensorFormat(*key_format))
-    storage.append(v, values, valid, live, TensorFormat(*value_format))
+    formats = TensorFormat(*key_format), TensorFormat(*value_format)
+    # only a flush asks which tokens are padding
+    flushes = any(f.packed_tiles(live + keys.shape[2]) > f.packed_tiles(live) for f in formats)
+    valid = storage.valid_tokens(mask, keys.shape[0]) if flushes else None
+    storage.append(Buffers(k_qdata, k_scale, k_zero_point, k_residual), keys, valid, live, formats[0])
+    storage.append(Buffers(v_qdata, v_scale, v_zero_point, v_residual), values, valid, live, formats[1])
 
 
 def _attend(

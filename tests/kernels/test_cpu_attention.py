@@ -169,10 +169,10 @@ def test_scratch_is_bounded_and_kept():
         mock.patch.object(cpu, "_scratch", cpu._Scratch()),
     ):
         first = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
-        assert 0 < len(cpu._scratch._unpacked) <= 1 << 14
-        place = cpu._scratch._unpacked.data_ptr()
+        assert 0 < len(cpu._scratch._floats) <= 1 << 14
+        place = cpu._scratch._floats.data_ptr()
         again = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
-        assert cpu._scratch._unpacked.data_ptr() == place
+        assert cpu._scratch._floats.data_ptr() == place
     assert torch.equal(first, again)
 
 

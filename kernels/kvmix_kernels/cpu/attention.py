@@ -86,18 +86,17 @@ def _scores(q: Tensor, buffers: Buffers, new: Tensor | None, length: int, fmt: T
     """Products of q [B * H, R, D] with all keys, [B * H, R, length + Ln], in the order of positions."""
     parts = [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, 0, min(length, fmt.sink), fmt)]
     for first, last in _chunks(buffers, length, fmt):
-        zero_point = _rows(buffers.zero_point, first, last, fmt).float()
-        scale = _rows(buffers.scale, first, last, fmt).permute(2, 0, 1)
+        total: Tensor | None = None
+        for fields, power in _fields(buffers, first, last, fmt):
+            product = torch.bmm(q * power, _scaled(fields, buffers, first, last, fmt).transpose(0, 1))
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        zero_point = _groups(buffers.zero_point, first, last, fmt).float().flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
-            total = torch.bmm(q, zero_point.mT).repeat_interleave(fmt.group_size, 2)
+            offset = torch.bmm(q, zero_point.mT)
+            total.view(*offset.shape, fmt.group_size).add_(offset.unsqueeze(3))
         else:
-            total = torch.bmm(q.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
-        for codes, power in _fields(buffers, first, last, fmt):
-            if fmt.axis == AXIS_CHANNEL:
-                codes.unflatten(2, (-1, fmt.group_size)).mul_(scale.unsqueeze(3))
-            else:
-                codes.unflatten(0, (scale.shape[0], -1)).mul_(scale.float().contiguous().unsqueeze(1))
-            total.baddbmm_(q * power, codes.transpose(0, 1))
+            total.baddbmm_(q.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
         parts.append(total)
     parts += [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, fmt.packed_end(length), length, fmt)]
     if new is not None:
@@ -117,21 +116,22 @@ def _weighted_sum(
         out.baddbmm_(weights[:, :, length:], new.float().flatten(0, 1))
     for first, last in _chunks(buffers, length, fmt):
         p = weights[:, :, fmt.sink + first : fmt.sink + last]
-        zero_point = _rows(buffers.zero_point, first, last, fmt).float()
-        scale = _rows(buffers.scale, first, last, fmt)
+        zero_point = _groups(buffers.zero_point, first, last, fmt).float().flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
             out.baddbmm_(p.unflatten(2, (-1, fmt.group_size)).sum(3), zero_point)
-            for codes, power in _fields(buffers, first, last, fmt):
-                codes.unflatten(2, (-1, fmt.group_size)).mul_(scale.permute(2, 0, 1).unsqueeze(3))
-                out.addcmul_(torch.bmm(p, codes.permute(1, 2, 0)), power)
+            for fields, power in _fields(buffers, first, last, fmt):
+                scaled = _scaled(fields, buffers, first, last, fmt)
+                out.addcmul_(torch.bmm(p, scaled.permute(1, 2, 0)), power)
         else:
-            groups = scale.shape[2]
-            out.unflatten(2, (groups, -1)).add_(torch.bmm(p, zero_point).unsqueeze(3))
-            scaled = [p * scale[:, :, group].unsqueeze(1) for group in range(groups)]
-            for codes, power in _fields(buffers, first, last, fmt):
-                by_group = codes.permute(1, 2, 0).chunk(groups, 2)
-                sums = [torch.bmm(w, c) for w, c in zip(scaled, by_group, strict=True)]
-                out.addcmul_(torch.cat(sums, 2), power)
+            groups = zero_point.shape[2]
+            scale = _groups(buffers.scale, first, last, fmt).permute(3, 0, 1, 2)
+            scale = scale.float(memory_format=torch.contiguous_format).flatten(1, 2).unsqueeze(2)
+            by_group = (p * scale).unbind()
+            for fields, power in _fields(buffers, first, last, fmt):
+                channels = fields.permute(1, 2, 0).chunk(groups, 2)
+                sums = [torch.bmm(w, c) for w, c in zip(by_group, channels, strict=True)]
+                out.addcmul_(torch.cat(sums, 2) if groups > 1 else sums[0], power)
+            out.view(*out.shape[:2], groups, -1).add_(torch.bmm(p, zero_point).unsqueeze(3))
     return out
 
 
@@ -151,34 +151,46 @@ def _raw(buffers: Buffers, begin: int, end: int, fmt: TensorFormat) -> Iterator[
     for start, stop, slot in runs(begin, end, fmt):
         for first in range(start, stop, step):
             last = min(stop, first + step)
-            tokens = buffers.residual[:, :, slot + first - start : slot + last - start]
+            tokens = buffers.residual.narrow(2, slot + first - start, last - first)
             yield first, last, tokens.float().flatten(0, 1)
 
 
-def _rows(grid: Tensor, first: int, last: int, fmt: TensorFormat) -> Tensor:
-    """Scales or zero points of the rows first..last-1 of qdata, [B * H, groups, D] or [B * H, n, groups]."""
+def _groups(grid: Tensor, first: int, last: int, fmt: TensorFormat) -> Tensor:
+    """Scales or zero points of the rows first..last-1 of qdata, [B, H, groups, D] or [B, H, n, groups]."""
     if fmt.axis == AXIS_CHANNEL:
         first, last = first // fmt.group_size, last // fmt.group_size
-    return grid[:, :, first:last].flatten(0, 1)
+    return grid.narrow(2, first, last - first)
+
+
+def _scaled(fields: Tensor, buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Tensor:
+    """Fields [D, B * H, n] of rows first..last-1, multiplied in place by the scales of their groups."""
+    scale = _groups(buffers.scale, first, last, fmt).permute(3, 0, 1, 2)
+    columns, B, H, _ = scale.shape
+    if fmt.axis == AXIS_CHANNEL:
+        fields.view(columns, B, H, -1, fmt.group_size).mul_(scale.unsqueeze(4))
+    else:
+        fields.view(columns, -1, B, H, last - first).mul_(scale.contiguous().unsqueeze(1))
+    return fields
 
 
 def _fields(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows first..last-1 of qdata, plane by plane, masked but not shifted down.
 
     Yields:
-        (fields, float32 [D, B * H, n], to be overwritten at will; factor of each channel, float32 [D]).
-        Fields times factors, summed over the planes, are the codes.
+        (fields, float32 [D, B * H, n], free to be overwritten until the next are asked for; factor of
+        each channel, float32 [D]). Fields times factors, summed over the planes, are the codes.
     """
     D = buffers.residual.shape[3]
+    rows = buffers.qdata.narrow(2, first, last - first)
     for (_, start, count, _), (masks, power) in zip(
         layout.planes(fmt.bits, D), _field_constants(fmt.bits, D), strict=True
     ):
-        words = buffers.qdata[:, :, first:last, start : start + count].permute(3, 0, 1, 2).flatten(1, 2)
-        shape = (len(masks), *words.shape)  # fields, words, B * H, n: channels in order
-        masked, unpacked = _scratch.take(math.prod(shape))
-        torch.bitwise_and(words.contiguous(), masks, out=masked.view(shape))
-        # unsigned: a set top bit is no sign
-        yield unpacked.copy_(masked.view(torch.uint16)).view(D, *shape[2:]), power
+        plane = rows if count == rows.shape[3] else rows.narrow(3, start, count)
+        words = plane.permute(3, 0, 1, 2).contiguous()
+        masked, unsigned, floats, fields = _scratch.take((len(masks), *words.shape))
+        torch.bitwise_and(words, masks, out=masked)
+        floats.copy_(unsigned)
+        yield fields, power
 
 
 class _Scratch(threading.local):
@@ -186,15 +198,36 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._masked = torch.empty(0, dtype=torch.int16)
-        self._unpacked = torch.empty(0)
+        self._floats = torch.empty(0)
+        self._views: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
-    def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` elements of int16 and of float32, with the contents of their last use."""
-        if count > len(self._masked):
+    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Views with the contents of their last use, kept too, as a step asks for few shapes many times.
+
+        Args:
+            shape: (fields, words, B, H, n).
+
+        Returns:
+            int16, the same memory as uint16 (a set top bit is no sign), float32; and the float32 as
+            [fields * words, B * H, n]: fields and words in this order are the channels.
+        """
+        if shape not in self._views:
+            count = math.prod(shape)
+            if count > len(self._masked) or len(self._views) > 8:
+                self._views.clear()
             with torch.inference_mode(False):  # or they could not be written outside of it
-                self._masked = torch.empty(count, dtype=torch.int16)
-                self._unpacked = torch.empty(count)
-        return self._masked[:count], self._unpacked[:count]
+                if count > len(self._masked):
+                    self._masked = torch.empty(count, dtype=torch.int16)
+                    self._floats = torch.empty(count)
+                masked, floats = self._masked[:count].view(shape), self._floats[:count].view(shape)
+                fields, words, B, H, n = shape
+                self._views[shape] = (
+                    masked,
+                    masked.view(torch.uint16),
+                    floats,
+                    floats.view(fields * words, B * H, n),
+                )
+        return self._views[shape]
 
 
 _scratch = _Scratch()
@@ -202,11 +235,11 @@ _scratch = _Scratch()
 
 @cache
 def _field_constants(bits: int, head_dim: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Per plane: masks of its fields, int16 [fields, 1, 1, 1], and 2^(shift - f w) of each channel, [D]."""
+    """Per plane: masks of its fields, int16 [fields, 1, 1, 1, 1]; 2^(shift - f w) of each channel, [D]."""
     found = []
     for width, _, count, shift in layout.planes(bits, head_dim):
         shifts = torch.arange(0, layout.WORD_BITS, width, dtype=torch.int32)
         masks = ((2**width - 1) << shifts).to(torch.uint16).view(torch.int16)
         power = torch.exp2((shift - shifts).float()).repeat_interleave(count)
-        found.append((masks.view(-1, 1, 1, 1), power))
+        found.append((masks.view(-1, 1, 1, 1, 1), power))
     return tuple(found)
