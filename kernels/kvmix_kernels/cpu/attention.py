@@ -125,7 +125,7 @@ def _weighted_sum(
         else:
             groups = zero_point.shape[2]
             scale = _groups(buffers.scale, first, last, fmt).permute(3, 0, 1, 2)
-            scale = scale.float(memory_format=torch.contiguous_format).flatten(1, 2).unsqueeze(2)
+            scale = scale.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2).unsqueeze(2)
             by_group = (p * scale).unbind()
             for fields, power in _fields(buffers, first, last, fmt):
                 channels = fields.permute(1, 2, 0).chunk(groups, 2)
