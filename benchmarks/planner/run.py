@@ -3,8 +3,8 @@
 Every plan reads 12 chunks of prose and 12 of code from the evaluation parts of the texts: 416 tokens of
 prompt, then 32 tokens in steps of 16, which are judged (`evaluate.py` says how). With tiles of 128 no tile is
 full before the end, so reading token by token would give the same. Signals see the calibration parts of the
-same texts; for comparison, the default also sees only the text that comes with the package. The best uniform
-configuration is the best *measured* one on the very text it is judged on, an advantage that no other plan has.
+same texts; for comparison, the default also sees only the text that comes with the package. The best
+uniform configuration is the best *measured* one on the very text it is judged on, which no other plan is.
 
 Rows are saved as they come, and what is there already is not measured again.
 
