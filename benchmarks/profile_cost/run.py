@@ -3,7 +3,8 @@
 KVmix (arXiv 2506.08018) profiles a prompt with L forwards and 2 L backwards, one per projection weight; here
 one forward and one backward serve all layers, whatever the number of signals that share their labels. Each
 provider runs in a process of its own, so that its peak is its own: resident memory on a CPU, allocated memory
-on CUDA, beyond what a plain forward took before.
+on CUDA, beyond what a plain forward took before. Time and memory of tracing, the same for any number of
+prompts, are printed apart.
 
     python -m benchmarks.profile_cost.run
     python -m benchmarks.profile_cost.run --shape llama-3.1-8b --device cuda
@@ -97,17 +98,19 @@ def ours(
 
     part = Calibration(calibration.ids[:prompts], calibration.lengths[:prompts], calibration.source)
     observer = Observer(model, checkpointing=checkpointing)
+    device = next(model.parameters()).device
     with observing(model):
-        started = time.perf_counter()
-        observer.look(part.ids[:1].to(next(model.parameters()).device))
-        trace = time.perf_counter() - started
+        started, untraced = time.perf_counter(), _peak(device)
+        observer.look(part.ids[:1].to(device))
+        trace, traced = time.perf_counter() - started, _peak(device)
         found = measure(observer, part, signals, Menu.default(observer.geometry))
     check = sum(sum(s.keys) + sum(s.values) for name, s in found.scores.items() if name == "weight_gradient")
     return {
         "forwards": found.forwards / prompts,
         "backwards": found.backwards / prompts,
         "check": check * prompts,
-        "trace": trace,
+        "trace_seconds": trace,
+        "trace_peak": traced - untraced,
     }
 
 
@@ -139,12 +142,9 @@ def run_one(provider: str, options: argparse.Namespace) -> dict[str, float]:
         taken = ours(model, calibration, options.prompts, *PROVIDERS[provider])
         prompts = options.prompts
     _finish(device)
-    seconds = time.perf_counter() - started - taken.pop("trace", 0.0)
-    return taken | {
-        "seconds": seconds / prompts,
-        "peak": _peak(device) - before,
-        "check": taken["check"] / prompts,
-    }
+    seconds = time.perf_counter() - started - taken.get("trace_seconds", 0.0)
+    more = _peak(device) - before - taken.get("trace_peak", 0)
+    return taken | {"seconds": seconds / prompts, "peak": more, "check": taken["check"] / prompts}
 
 
 def _finish(device: torch.device) -> None:
@@ -173,11 +173,14 @@ def compare(options: argparse.Namespace) -> None:
         results[provider] = json.loads(done.stdout.splitlines()[-1])
     rows = []
     base = results[BASELINE]
-    print(f"{'provider':42}{'forwards':>9}{'backwards':>10}{'s/prompt':>10}{'MiB more':>10}")
+    print(f"{'provider':42}{'forwards':>9}{'backwards':>10}{'s/prompt':>10}{'MiB more':>10}  tracing")
     for provider, found in results.items():
+        trace = ""
+        if "trace_peak" in found:
+            trace = f"{found['trace_seconds']:.1f} s, {found['trace_peak'] / 2**20:.0f} MiB"
         print(
             f"{provider:42}{found['forwards']:9.0f}{found['backwards']:10.0f}{found['seconds']:10.2f}"
-            f"{found['peak'] / 2**20:10.0f}"
+            f"{found['peak'] / 2**20:10.0f}  {trace}"
         )
         passes = found["forwards"] + found["backwards"]
         ratios = {

@@ -1,12 +1,13 @@
-"""The direct signal: put one tensor into one format, and see how far the predictions move."""
+"""The direct signals: put tensors into a format, and see how far the predictions move."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu, Prices
 from kvmix_fx.profiling.calibration import Calibration
 from kvmix_fx.profiling.observe import ROLES, Listeners, Observer
@@ -43,13 +44,13 @@ def measure_kl(
         valid = (torch.arange(ids.shape[1], device=device) < length)[None]
         try:
             for (layer, role), x in cached.items():
-                formats = menu.keys if role == "key" else menu.values
+                formats = _formats(menu, role)
                 costs = torch.zeros(len(formats), dtype=torch.float64)
                 for n, spec in enumerate(formats):
                     if not spec.is_raw:
                         observer.replacements = {(layer, role): round_trip(x, spec, valid)}
                         moved = _log_probabilities(observer.read_from(layer, ids), first, length)
-                        costs[n] = float((reference.exp() * (reference - moved)).sum(dtype=torch.float64))
+                        costs[n] = _divergence(reference, moved)
                     step()
                 found[layer, role] = found.get((layer, role), 0) + costs
         finally:
@@ -58,7 +59,7 @@ def measure_kl(
     total = sum(length - first for length in calibration.lengths)
     tables = {}
     for role in ROLES:
-        nothing = [0.0] * len(menu.keys if role == "key" else menu.values)
+        nothing = [0.0] * len(_formats(menu, role))
         tables[role] = tuple(
             # the mean of a divergence is not negative; its floating-point sum may be, by a rounding error
             tuple((found[layer, role] / total).clamp(min=0).tolist())
@@ -67,6 +68,78 @@ def measure_kl(
             for layer in range(observer.geometry.num_layers)
         )
     return Prices("kl", menu, tables["key"], tables["value"])
+
+
+def scale_prices(
+    observer: Observer, calibration: Calibration, prices: Prices, step: Callable[[], None] = lambda: None
+) -> Prices:
+    """Prices made to agree with the divergence of every format in all layers at once.
+
+    Second-order prices tell layers apart but fall short where errors are large: at 2 bits the divergence of
+    keys grows faster than the square. So each format is put into the keys (or values) of all layers, which
+    takes one forward, and its prices are scaled so that their sum over layers is the measured divergence.
+
+    Args:
+        observer: of the model.
+        calibration: what is read.
+        prices: in nats per prediction.
+        step: called after every forward.
+    """
+    device = next(observer.model.parameters()).device
+    first = observer.first_packed_query
+    sums = {role: torch.zeros(len(_formats(prices.menu, role)), dtype=torch.float64) for role in ROLES}
+    with torch.no_grad():
+        for row, length in zip(calibration.ids, calibration.lengths, strict=True):
+            ids = row[None].to(device)
+            reference = _log_probabilities(observer.read(ids), first, length)
+            step()
+            for role in ROLES:
+                for n, spec in enumerate(_formats(prices.menu, role)):
+                    moved = read_in_formats(
+                        observer, ids, length, {(layer, role): spec for layer in observer.layers}
+                    )
+                    sums[role][n] += _divergence(reference, _log_probabilities(moved, first, length))
+                    step()
+    total = sum(length - first for length in calibration.lengths)
+    tables = []
+    for role, table in zip(ROLES, (prices.keys, prices.values), strict=True):
+        predicted = torch.tensor(table, dtype=torch.float64).sum(0)
+        measured = (sums[role] / total).clamp(min=0)
+        factors = torch.where(predicted > 0, measured / predicted, 1.0).tolist()
+        tables.append(tuple(tuple(p * f for p, f in zip(row, factors, strict=True)) for row in table))
+    return Prices(f"{prices.signal}_scaled", prices.menu, *tables)
+
+
+@torch.no_grad()
+def read_in_formats(
+    observer: Observer, ids: Tensor, length: int, formats: Mapping[tuple[int, str], QuantSpec]
+) -> Tensor:
+    """Logits [1, L, vocabulary] as decoding with these formats gives them, by layer and role; others exact.
+
+    One forward: what is rounded is what the layers compute from each other's rounded caches.
+
+    Args:
+        observer: of the model.
+        ids: [1, L].
+        length: tokens that are no padding.
+        formats: how tensors are kept.
+    """
+    valid = (torch.arange(ids.shape[1], device=ids.device) < length)[None]
+    observer.replacements = {
+        place: lambda x, spec=spec: round_trip(x, spec, valid) for place, spec in formats.items()
+    }
+    try:
+        return observer.read(ids)
+    finally:
+        observer.replacements = {}
+
+
+def _formats(menu: Menu, role: str) -> tuple[QuantSpec, ...]:
+    return menu.keys if role == "key" else menu.values
+
+
+def _divergence(reference: Tensor, moved: Tensor) -> float:
+    return float((reference.exp() * (reference - moved)).sum(dtype=torch.float64))
 
 
 def _log_probabilities(logits: Tensor, first: int, length: int) -> Tensor:

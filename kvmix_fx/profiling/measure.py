@@ -13,12 +13,15 @@ from torch.nn.functional import cross_entropy
 from kvmix_fx.errors import CalibrationError, SignalError
 from kvmix_fx.plan.prices import Menu, Prices, Scores
 from kvmix_fx.profiling.calibration import Calibration
-from kvmix_fx.profiling.kl import measure_kl
+from kvmix_fx.profiling.kl import measure_kl, scale_prices
 from kvmix_fx.profiling.observe import Listeners, Observer
-from kvmix_fx.profiling.signals import SIGNALS, Labels, Observation, Signal, SignalUnavailable
+from kvmix_fx.profiling.signals import SIGNALS, Fisher, Labels, Observation, Signal, SignalUnavailable
 
 KL = "kl"
-"""Name of the direct signal, which reads the prompts many times."""
+"""Name of the direct signal, which reads the prompts once for every tensor and format."""
+
+SCALED = "fisher_scaled"
+"""Name of `fisher` scaled by direct measurements, which reads the prompts once for every format."""
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Measured:
 
 def known_signals() -> tuple[str, ...]:
     """Names of all signals."""
-    return (*SIGNALS, KL)
+    return (*SIGNALS, SCALED, KL)
 
 
 def check_signals(names: Sequence[str]) -> None:
@@ -73,8 +76,11 @@ def measure(
     """
     check_signals(names)
     measured = Measured()
-    listening = [SIGNALS[name](menu) for name in names if name in SIGNALS]
-    if listening or KL not in names:
+    passing = [name for name in names if name in SIGNALS]
+    if SCALED in names and Fisher.name not in names:
+        passing.append(Fisher.name)
+    listening = [SIGNALS[name](menu) for name in passing]
+    if listening:
         _read(observer, calibration, listening, measured, seed, step)
     for one in listening:
         try:
@@ -83,6 +89,11 @@ def measure(
             measured.unavailable[one.name] = str(why)
             continue
         (measured.prices if isinstance(result, Prices) else measured.scores)[one.name] = result  # type: ignore[index]
+    if SCALED in names:
+        measured.prices[SCALED] = scale_prices(observer, calibration, measured.prices[Fisher.name], step)
+        measured.forwards += len(calibration.lengths) * (1 + len(menu.keys) + len(menu.values))
+        if Fisher.name not in names:
+            del measured.prices[Fisher.name]
     if KL in names:
         measured.prices[KL] = measure_kl(observer, calibration, menu, step)
     return measured

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +35,8 @@ from kvmix_fx.profiling.segments import SegmentedGraph
 from kvmix_kernels import layout
 
 ROLES = ("key", "value")
+
+Replacement: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
 
 class _Seen(Exception):  # noqa: N818 - no error: it ends a call once the graph is known
@@ -82,7 +84,7 @@ class Observer:
         window: recent tokens that a query sees exactly, at least; a tile of 32 more wait to be packed.
         checkpointing: keep only what enters a layer for the backward, and compute the rest again.
         listeners: who is told.
-        replacements: far copies to use instead, by layer and role.
+        replacements: far copies to use instead, by layer and role, or what makes them from the exact ones.
         skipped: layers that the pass would leave at 16 bits, with the reason.
         geometry: of the observed layers.
     """
@@ -91,7 +93,7 @@ class Observer:
     window: int = 32
     checkpointing: bool = False
     listeners: Listeners = field(default_factory=Listeners)
-    replacements: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    replacements: dict[tuple[int, str], Replacement] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -323,7 +325,7 @@ class _TappedAttention(nn.Module):
             listeners.cached(layer, role, x.detach())
         replaced = observer.replacements.get((layer, role))
         if replaced is not None:
-            return replaced.to(x.dtype)
+            return (replaced if isinstance(replaced, Tensor) else replaced(x)).to(x.dtype)
         if listeners.gradient is None:
             return None
         far = x.view_as(x)

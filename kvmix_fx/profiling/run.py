@@ -13,7 +13,7 @@ from kvmix_fx.errors import CalibrationError
 from kvmix_fx.plan import LayerPlan, QuantSpec
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.profiling.calibration import load_calibration
-from kvmix_fx.profiling.measure import KL, check_signals, measure
+from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
 from kvmix_fx.profiling.observe import Observer, observing
 from kvmix_fx.profiling.report import ModelIdentity, Profile
 
@@ -89,10 +89,10 @@ def profile(
         menu = Menu.default(geometry) if menu is None else menu
         for spec in (*menu.keys, *menu.values):
             _check_format(spec, geometry.head_dim)
-        total = len(calibration.lengths)
-        if KL in names:
-            per_prompt = len(observer.layers) * (len(menu.keys) + len(menu.values))
-            total = total * (len(names) > 1) + total * (1 + per_prompt)
+        formats = len(menu.keys) + len(menu.values)
+        steps = int(names != [KL])
+        steps += (1 + formats) * (SCALED in names) + (1 + len(observer.layers) * formats) * (KL in names)
+        total = len(calibration.lengths) * steps
         with _bar("profiling", total, progress) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}

@@ -22,8 +22,9 @@ from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.profiling import Profile
 from kvmix_fx.profiling.calibration import load_calibration
+from kvmix_fx.profiling.measure import known_signals
 from kvmix_fx.profiling.segments import SegmentedGraph
-from kvmix_fx.profiling.signals import SIGNALS, fit_distortion
+from kvmix_fx.profiling.signals import fit_distortion
 from kvmix_fx.testing.models import tiny_llama
 from tests.e2e.test_architectures import PACKED, build
 
@@ -31,7 +32,7 @@ MENU = Menu(
     tuple(QuantSpec(bits, "channel", 32) for bits in (2, 3, 4, 8)),
     tuple(QuantSpec(bits, "token", "head") for bits in (2, 3, 4, 8)),
 )
-ALL = [*SIGNALS, "kl"]
+ALL = known_signals()
 
 
 def tokens(rows: int = 2, length: int = 160) -> torch.Tensor:
@@ -62,6 +63,16 @@ def test_fisher_predicts_the_divergence(measured: Profile) -> None:
                 for bits in range(1, 3):
                     ratio = getattr(found, role)[layer][bits] / getattr(exact, role)[layer][bits]
                     assert 1 / factor < ratio < factor, (name, layer, role, bits, ratio)
+
+
+def test_scaled_prices_share_what_all_layers_cost_as_fisher_does(measured: Profile) -> None:
+    """Per format one factor; the sums are near those of the tensors one by one, since losses add up."""
+    exact, plain, scaled = (measured.prices[name] for name in ("kl", "fisher", "fisher_scaled"))
+    for role in ("keys", "values"):
+        for n in range(3):
+            one, two, truth = ([row[n] for row in getattr(prices, role)] for prices in (plain, scaled, exact))
+            assert two[0] / one[0] == pytest.approx(two[1] / one[1])
+            assert sum(two) == pytest.approx(sum(truth), rel=0.25)
 
 
 def test_prices_fall_with_the_bits(measured: Profile) -> None:
