@@ -185,3 +185,23 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it():
             inside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
         outside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
     assert torch.equal(inside, outside)
+
+
+def test_padding_is_left_out_by_the_step_that_flushes_it():
+    """Token by token, with a mask that only matters when a tile is packed, equals all at once."""
+    fmt = layout.make_format(2, window=4)
+    length, pad = 80, 10
+    x = torch.randn(2, 2, length, 64)
+    x[1, :, :pad] = 1e4
+    mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
+    mask[1, ..., :pad] = False
+    whole = ops.quantize_pack(x, mask, fmt)
+    tiles, slots = layout.growing_tiles(fmt, length), layout.growing_slots(fmt, length)
+    k, v = (storage.allocate(2, 2, 64, tiles, slots, fmt, x.dtype, x.device) for _ in range(2))
+    for p in range(length):
+        token = x[:, :, p : p + 1]
+        ops.append_(*k, *v, token, token, mask[..., : p + 1], None, p, fmt, fmt)
+    unmasked = ops.quantize_pack(x, None, fmt)
+    assert torch.equal(k.scale, whole[1])
+    assert torch.equal(v.qdata, whole[0])
+    assert not torch.equal(k.scale, unmasked[1])  # the padding would have been seen

@@ -1,1 +1,1 @@
-"""The ops in plain PyTorch: the specification, the oracle of every kernel, and the CPU path."""
+"""The ops in plain PyTorch: the specification, the oracle of every kernel, and what has no kernel."""
