@@ -174,7 +174,7 @@ def measure_grid(bench: Bench, signals: dict[str, Scores | Prices]) -> None:
             bench.measure(case, f"{name} {allocator}", plan)
             if (name, allocator) == plans.DEFAULT:
                 bench.measure(case, "kvmix default", plan)
-        if allocator == "exact":
+        if allocator == "exact" and "weight_gradient" in signals:
             rule = plans.paper_rule(signals["weight_gradient"], bits, bench.geometry)
             if rule is not None:
                 bench.measure(case, "kvmix paper rule", rule)
