@@ -96,7 +96,7 @@ def ours(
     from kvmix_fx.plan.prices import Menu
     from kvmix_fx.profiling.measure import measure
 
-    part = Calibration(calibration.ids[:prompts], calibration.lengths[:prompts], calibration.source)
+    part = calibration.first(prompts)
     observer = Observer(model, checkpointing=checkpointing)
     device = next(model.parameters()).device
     with observing(model):

@@ -51,6 +51,10 @@ class Calibration:
         """Tokens that count, of all prompts."""
         return sum(self.lengths)
 
+    def first(self, count: int) -> Calibration:
+        """The first prompts of these."""
+        return Calibration(self.ids[:count], self.lengths[:count], self.source)
+
     def describe(self) -> dict[str, Any]:
         """JSON values for provenance: source, size, and a digest of the token ids."""
         rows = [row[:length].tolist() for row, length in zip(self.ids, self.lengths, strict=True)]

@@ -307,8 +307,8 @@ class Profile:
         }
 
 
-PREFERENCE = ("fisher", "kl", "fitted_distortion", "weight_gradient")
-"""Signals from the best down, as `benchmarks/profile_cost` found them."""
+PREFERENCE = ("kl", "fisher_scaled", "fisher", "empirical_fisher", "weight_gradient")
+"""Signals from the best plans down, as `benchmarks/planner` and `benchmarks/profile_cost` found them."""
 
 
 def _menu_roles(menu: Menu) -> tuple[tuple[str, tuple[QuantSpec, ...]], ...]:
