@@ -81,7 +81,7 @@ def compile(
             values; transformers models work with generate().
         plan: bits per layer; checked against the model's config if it has one.
         inner: compiler of the rewritten graph, a Dynamo backend name or callable. None is Inductor
-            on accelerators and eager on CPU.
+            for decode steps on accelerators, else eager.
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
             `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA

@@ -18,13 +18,14 @@ from torch import fx
 from kvmix_fx.errors import BackendOptionError, TrainingError
 from kvmix_fx.passes import dynamo, manager, replay
 from kvmix_fx.passes.boundary import Boundary
+from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 
 log = logging.getLogger(__name__)
 
-MAX_REPLAYED_TOKENS = 16
-"""Query length of steps that are worth recording; longer ones keep the GPU busy anyway."""
+SHORT_STEP = 16
+"""Tokens of a decode step at most. Longer steps keep the GPU busy without being compiled or recorded."""
 
 _OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs"}
 Inner = str | Callable[..., Any] | None
@@ -51,8 +52,9 @@ class KVMixBackend:
 
         Args:
             plan: bits per layer.
-            inner: compiler of the rewritten graph; None means "inductor" on accelerators and
-                "eager" on CPU, where compiling a decode step takes longer than most generations.
+            inner: compiler of the rewritten graph; None means "inductor" for decode steps on accelerators
+                and "eager" for prefill, which gains little, and on CPU, where compiling a decode step
+                takes longer than most generations.
             mode: a torch.compile mode, for Inductor.
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
@@ -90,18 +92,19 @@ class KVMixBackend:
         result = manager.run(gm, self.plan, own_buffers=self.model is not None)
         self.report.graphs.append(result.report)
         if result.rewritten is None:
-            return self._compile(gm, example_inputs)
+            return _compile(gm, example_inputs, *self._choose(example_inputs, False))
         if torch.is_grad_enabled() and any(_requires_grad(v) for v in result.rewritten.values):
             raise TrainingError(
                 "gradients cannot flow through a packed KV cache: run the model under torch.no_grad() or "
                 "torch.inference_mode() (generate() does)"
             )
         module = result.rewritten.module
-        inputs = dynamo.example_inputs(module)
-        result.report.replay = self._no_replay(result, inputs)
-        compiled = self._compile(module, inputs)
+        result.report.replay = self._no_replay(result, dynamo.example_inputs(module))
+        inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
+        wrap = defer_appends(module) if inner == "inductor" and _is_short(result) else None
+        compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
         record = None if result.report.replay else replay.record_cuda
-        return Boundary(result.rewritten, compiled, self.model, record)
+        return Boundary(result.rewritten, wrap(compiled) if wrap else compiled, self.model, record)
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
         """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""
@@ -115,25 +118,34 @@ class KVMixBackend:
             return "not on one CUDA device"
         if not rewritten.packed or len(rewritten.fixed) != len(rewritten.packed):
             return "the cache grows: use a fixed one"
-        lengths = {site.query_length for site in result.report.sites}
-        if not all(length.isdigit() and int(length) <= MAX_REPLAYED_TOKENS for length in lengths):
-            return f"more than {MAX_REPLAYED_TOKENS} tokens a step"
-        return ""
+        return "" if _is_short(result) else f"more than {SHORT_STEP} tokens a step"
 
-    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        inner: Any = self.inner
-        if inner is None:
-            inner = "inductor" if self.patches or _on_accelerator(example_inputs) else "eager"
-        if inner == "eager":
-            forward: Any = gm.forward
-            return forward  # type: ignore[no-any-return]
-        if inner == "inductor":
-            from torch._inductor.compile_fx import compile_fx
+    def _choose(self, example_inputs: list[Any], short: bool) -> tuple[Any, dict[str, Any]]:
+        """The inner compiler of a graph, and settings of Inductor."""
+        if self.inner is not None:
+            return self.inner, self.patches
+        if self.patches:
+            return "inductor", self.patches
+        if not short or not _on_accelerator(example_inputs):
+            return "eager", {}
+        # products of a matrix and one vector become reductions, which read weights faster than the BLAS
+        # library's kernels
+        return "inductor", {"coordinate_descent_tuning": True} if _one_token(example_inputs) else {}
 
-            compiled: Any = compile_fx(gm, example_inputs, config_patches=self.patches or None)
-            return compiled
-        compiler: Any = torch._dynamo.lookup_backend(inner)
-        return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: list[Any], inner: Any, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    if inner == "eager":
+        forward: Any = gm.forward
+        return forward  # type: ignore[no-any-return]
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+        return compiled
+    compiler: Any = torch._dynamo.lookup_backend(inner)
+    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
 
 
 def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +175,20 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
 
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_short(result: manager.PassResult) -> bool:
+    """Whether a graph is a decode step: every site has a small fixed number of queries."""
+    lengths = {site.query_length for site in result.report.sites}
+    return bool(lengths) and all(length.isdigit() and int(length) <= SHORT_STEP for length in lengths)
+
+
+def _one_token(example_inputs: list[Any]) -> bool:
+    """Whether the token ids among the inputs are a single one."""
+    ids = [
+        x for x in example_inputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64 and x.dim() == 2
+    ]
+    return bool(ids) and all(tuple(x.shape) == (1, 1) for x in ids)
 
 
 def _on_accelerator(example_inputs: list[Any]) -> bool:

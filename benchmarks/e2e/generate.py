@@ -2,10 +2,10 @@
 
     python -m benchmarks.e2e.generate --shape llama-3.1-8b --case "b16 n8192" --case "b1 n4096"
 
-Every provider reads the same prompt with transformers' own `generate()`. The first call of a provider
-compiles and warms up; its time is a row of its own. In the second, tokens are timed one by one:
+Every provider reads the same prompt with transformers' own `generate()`. Its first call compiles and warms
+up; the time of that is a row of its own. In the next, tokens are timed one by one:
 `tokens_per_second` counts generated tokens alone, from the sixth on (by then steps are recorded),
-`prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the second call, weights
+`prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
 included; `cache_bytes` what the cache's tensors take.
 """
 
@@ -14,21 +14,32 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import kvmix_fx
 from benchmarks.e2e.models import build
-from benchmarks.rows import RESULTS, Row, make_row, save
+from benchmarks.rows import RESULTS, Row, make_row, percentiles, save
 from kvmix_fx import KVPlan, QuantSpec
 
 WARM_TOKENS = 6
+PROFILED_STEPS = 8
+KINDS = {
+    "attention": r"attend_kernel|combine_kernel|flash|fmha|sdpa",
+    "append": r"append_kernel",
+    "copies": r"Memcpy|Memset|copy",
+    "products": r"gemm|gemv|cutlass|nvjet|cublas|splitK|mm|mul_sum|dot",
+}
+"""Kinds of kernels by name, the first that matches."""
 HIGH_LAYERS = (0, 1, 2, 13, 14, 31)
 
 
@@ -107,51 +118,93 @@ def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any])
     return clock, torch.cuda.max_memory_allocated(), size
 
 
-def measure(model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int) -> list[Row]:
-    """Rows of one provider; what it raises is printed and gives none."""
+def measure(
+    model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int, bits: float | None, cold: bool
+) -> list[Row]:
+    """Rows of one case. `cold`: nothing is compiled yet, so a first call comes before."""
     settings = TRANSFORMERS.get(provider, {})
-    bits: float | None = 16.0 if provider in ("transformers dynamic", "transformers static") else None
-    if provider in KVMIX:
-        plan = KVMIX[provider](model)
-        kvmix_fx.compile(model, plan)
-        bits = plan.bits_per_element(ids.shape[1])
-    try:
+    rows: list[Row] = []
+    if cold:
         first, _, _ = run(model, ids, new, settings)
         print(f"{case:32} {provider:28} first call: {_spread(first)}", flush=True)
-        clock, peak, size = run(model, ids, new, settings)
-    except (RuntimeError, ImportError, ValueError) as problem:
-        print(f"{case:32} {provider:28} {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-        return []
-    finally:
-        if provider in KVMIX:
-            print("\n".join(str(kvmix_fx.compiled(model).report).splitlines()[:2]), flush=True)
-            kvmix_fx.restore(model)
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-    steps = sorted(
-        b - a for a, b in zip(clock.times[WARM_TOKENS:], clock.times[WARM_TOKENS + 1 :], strict=False)
-    )
-    median, p20, p80 = (steps[len(steps) * share // 100] for share in (50, 20, 80))
+        seconds = first.times[-1] - first.times[0]
+        rows.append(make_row("generate", case, provider, "first_call", seconds, "s"))
+    clock, peak, size = run(model, ids, new, settings)
+    steps = [b - a for a, b in zip(clock.times[WARM_TOKENS:], clock.times[WARM_TOKENS + 1 :], strict=False)]
+    p20, median, p80 = percentiles(steps)
     batch = ids.shape[0]
     facts = {"effective_bits": bits, "bytes": size or None}
-    rows = [
+    rows += [
         make_row(
             "generate", case, provider, "tokens_per_second", batch / median, "tokens/s",
             p20=batch / p80, p80=batch / p20, **facts,
         ),
         make_row("generate", case, provider, "prefill", clock.times[1] - clock.times[0], "s", **facts),
-        make_row("generate", case, provider, "first_call", first.times[-1] - first.times[0], "s", **facts),
         make_row("generate", case, provider, "peak_bytes", peak, "bytes", **facts),
     ]  # fmt: skip
     if size:
         rows.append(make_row("generate", case, provider, "cache_bytes", size, "bytes", **facts))
     print(
         f"{case:32} {provider:28} {batch / median:8.1f} tok/s ({1000 * median:.2f} ms a step), prefill "
-        f"{rows[1].value:.2f} s, peak {peak / 2**30:.2f} GiB, cache {size / 2**20:.0f} MiB",
+        f"{clock.times[1] - clock.times[0]:.2f} s, peak {peak / 2**30:.2f} GiB, cache {size / 2**20:.0f} MiB",
         flush=True,
     )
     return rows
+
+
+def profile_step(model: nn.Module, case: str, provider: str, ids: torch.Tensor) -> list[Row]:
+    """GPU time of one decode step by kind of kernel; "host" is what is left of its wall time."""
+    window = Window(24)
+    generate: Any = model.generate
+    settings = TRANSFORMERS.get(provider, {})
+    generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+        stopping_criteria=[window], **settings,
+    )  # fmt: skip
+    times: dict[str, float] = defaultdict(float)
+    kernels: list[tuple[float, int, str]] = []
+    for event in window.profiler.key_averages():
+        spent = event.self_device_time_total / PROFILED_STEPS
+        if spent:
+            times[next((k for k, pattern in KINDS.items() if re.search(pattern, event.key)), "other")] += (
+                spent
+            )
+            kernels.append((spent, event.count // PROFILED_STEPS, event.key))
+    wall = 1e6 * window.wall / PROFILED_STEPS
+    times["host"] = wall - sum(times.values())
+    print(
+        f"{case} {provider}: step {wall:.0f} us, of which",
+        {k: round(t) for k, t in times.items()},
+        flush=True,
+    )
+    for spent, count, name in sorted(kernels, reverse=True)[:16]:
+        print(f"  {spent:9.1f} us {count:5d}x {name[:120]}", flush=True)
+    times["step"] = wall
+    return [
+        make_row("generate", case, provider, f"{kind} time", spent, "us") for kind, spent in times.items()
+    ]
+
+
+class Window:
+    """A stopping criterion that never stops and profiles the last steps."""
+
+    def __init__(self, tokens: int) -> None:
+        """`tokens`: how many will be generated."""
+        self.first, self.count, self.wall = tokens - PROFILED_STEPS, 0, 0.0
+        self.profiler = profile(activities=[ProfilerActivity.CUDA])
+
+    def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        """Called once a token."""
+        self.count += 1
+        if self.count == self.first:
+            torch.cuda.synchronize()
+            self.profiler.__enter__()
+            self.wall = time.perf_counter()
+        elif self.count == self.first + PROFILED_STEPS:
+            torch.cuda.synchronize()
+            self.wall = time.perf_counter() - self.wall
+            self.profiler.__exit__(None, None, None)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def _spread(clock: Clock) -> str:
@@ -169,15 +222,35 @@ def main() -> None:
     parser.add_argument("--provider", action="append", help="repeatable; default: all")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     options = parser.parse_args()
     faulthandler.dump_traceback_later(100, repeat=True, file=sys.stderr)
     model = build(options.shape)
-    for text in options.case:
-        batch, context = (int(part[1:]) for part in text.split())
-        ids = torch.randint(1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)).cuda()
-        case = f"{options.shape} {text} +{options.new}"
-        for provider in options.provider or [*TRANSFORMERS, *KVMIX]:
-            save(measure(model, case, provider, ids, options.new), options.output)
+    for provider in options.provider or [*TRANSFORMERS, *KVMIX]:
+        plan = KVMIX[provider](model) if provider in KVMIX else None
+        if plan is not None:
+            kvmix_fx.compile(model, plan)
+        for number, text in enumerate(options.case):
+            batch, context = (int(part[1:]) for part in text.split())
+            ids = torch.randint(1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)).cuda()
+            case = f"{options.shape} {text} +{options.new}"
+            bits = plan.bits_per_element(context) if plan is not None else None
+            cold = number == 0 or provider == "transformers static"
+            try:
+                rows = measure(model, case, provider, ids, options.new, bits, cold)
+                if options.profile:
+                    rows += profile_step(model, case, provider, ids)
+            except (RuntimeError, ImportError, ValueError) as problem:
+                print(f"{case:32} {provider:28} {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+                continue
+            save(rows, options.output)
+        if plan is not None:
+            replays = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
+            print(f"{provider}: graphs {replays}", flush=True)
+            kvmix_fx.restore(model)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_streaming_and_continuing_a_conversation():
 def test_one_prompt_token():
     model = tiny_llama()
     plan = plan_for(model)
-    ids = prompt(2, 1)
+    ids = prompt(1, 1)
     want = generate(model, ids, past_key_values=OracleCache(plan), max_new_tokens=80)
     kvmix_fx.compile(model, plan, inner="eager")
     got = generate(model, ids, max_new_tokens=80)

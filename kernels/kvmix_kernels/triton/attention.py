@@ -125,6 +125,13 @@ def attend(
     else:
         rest_dtype, rest_precision = model_dtype(torch.float32), "tf32" if half else "ieee"
 
+    # the tuned parameters are those of half-precision tiles of raw tokens with heads of up to 128 channels
+    DP, DVP = (max(16, fields.next_power_of_2(n)) for n in (D, Dv))
+    rest_tokens, rest_stages = config.rest_tokens, config.rest_stages
+    if rest_dtype is model_dtype(torch.float32):
+        rest_tokens, rest_stages = min(rest_tokens, 32), 1
+    rest_tokens = max(16, min(rest_tokens, 64 * 128 // max(DP, DVP)))
+
     mask_kind, mask_strides, shared = 0, (0, 0, 0, 0), True
     additive = False
     if mask is not None:
@@ -154,18 +161,18 @@ def attend(
             k.tile, k.sink, k.window, k.ring, v.tile, v.sink, v.window, v.ring,
             bulk_splits, splits, column_blocks, units,
             BULK=bulk, ON_DEVICE=start is not None, NEW=has_new, MASK=mask_kind, MASK_SHARED=shared,
-            K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, DP=max(16, fields.next_power_of_2(D)),
-            V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, DVP=max(16, fields.next_power_of_2(Dv)),
+            K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, DP=DP,
+            V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, DVP=DVP,
             REST_PACKED=rest_packed, N=N,
             BULK_TOKENS=min(k_group, config.tokens) if bulk else 16, BULK_STAGES=config.stages,
             MAX_GROUPS=max_groups, V_ALIGNED=(k.sink - v.sink) % 16 == 0, BULK_PRECISION="tf32" if exact_half else "tf32x3",
-            REST_TOKENS=config.rest_tokens, REST_STAGES=config.rest_stages,
+            REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
             REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query),
             num_warps=config.warps,
         )  # fmt: skip
         combine_kernel[(B * Hkv * rows,)](
             partial, stats, out, splits, column_blocks, rows,
-            MASK=mask_kind, N=N, DV=Dv, DVP=fields.next_power_of_2(Dv),
+            MASK=mask_kind, N=N, DV=Dv, DVP=DVP,
             MAX_SPLITS=fields.next_power_of_2(splits), CHUNK=min(32, fields.next_power_of_2(splits)),
             num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,75 @@
+"""Take the appends of a step out of its graph, to run when the graph is done.
+
+A graph that only reads the cache is functional: AOTAutograd and Inductor need no bookkeeping for eight
+written buffers per layer, which would take longer than compiling the rest of a decode step. Nothing in a
+step reads what it appends, so the order does not matter. The step's keys and values of all layers live
+until its end, so this is for short steps only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from kvmix_kernels import ops
+
+
+@dataclass(frozen=True)
+class _Input:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Output:
+    index: int
+
+
+def defer_appends(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Edit a rewritten module so that it returns what its appends would store.
+
+    Returns:
+        A function that wraps what the module was compiled to: the result takes the same inputs, returns the
+        same outputs as before the edit, and appends.
+    """
+    graph = gm.graph
+    inputs = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    flat: list[Any] = list(output.args[0])
+    count = len(flat)
+    appends: list[tuple[Any, ...]] = []
+    for node in [n for n in graph.nodes if n.target is ops.append_]:
+        arguments: list[Any] = []
+        for argument in node.args:
+            if not isinstance(argument, fx.Node):
+                arguments.append(argument)
+            elif argument in inputs:
+                arguments.append(_Input(inputs[argument]))
+            else:
+                if argument not in flat[count:]:
+                    flat.append(argument)
+                arguments.append(_Output(flat.index(argument, count)))
+        appends.append(tuple(arguments))
+        graph.erase_node(node)
+    output.args = (tuple(flat),)
+    graph.lint()
+    gm.recompile()
+
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Sequence[Any]:
+            results = inner(*args)
+            for arguments in appends:
+                ops.append_(*(_value(argument, args, results) for argument in arguments))
+            return results[:count]
+
+        return run
+
+    return wrap
+
+
+def _value(argument: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    if isinstance(argument, _Input):
+        return inputs[argument.index]
+    return outputs[argument.index] if isinstance(argument, _Output) else argument
