@@ -26,6 +26,7 @@ from kvmix_fx.testing import texts
 from kvmix_fx.testing.smollm2 import load_smollm2
 
 CASE = "smollm2 signal rank correlation"
+COMMAND = "python -m benchmarks.profile_cost.rank"
 JUDGE = Menu((QuantSpec(2, "channel", 32),), (QuantSpec(2, "token", 32),))
 
 
@@ -109,9 +110,14 @@ def main() -> None:
         )
         if name not in SIGNALS:
             continue
-        save([make_row("quality", CASE, name, metric, value, "rho") for metric, value in figures.items()])
+        units = dict.fromkeys(figures, "rho")
         if ratio:
-            save([make_row("quality", CASE, name, "predicted_over_measured", ratio, "x")])
+            figures["predicted_over_measured"], units["predicted_over_measured"] = ratio, "x"
+        # the command without files that spare repeating a part
+        save(
+            make_row("quality", CASE, name, metric, value, units[metric], command=COMMAND)
+            for metric, value in figures.items()
+        )
 
 
 if __name__ == "__main__":

@@ -114,34 +114,53 @@ def _read(
     kinds: list[Labels] = [
         kind for kind in ("text", "sampled") if any(one.labels == kind for one in listening)
     ]
-    first = observer.first_packed_query
     total = 0.0
     for number, (row, length) in enumerate(zip(calibration.ids, calibration.lengths, strict=True)):
-        ids = row[None].to(device)
         hearing = _Hearing(listening, length)
         observer.listeners = hearing.listeners()
         try:
-            logits = observer.read(ids)[0, :length]
-            measured.forwards += 1
-            loss = _loss(logits[:-1], ids[0, 1:length])
-            total += float(loss.detach())
-            if not math.isfinite(total):
-                raise CalibrationError(
-                    f"the loss on calibration prompt {number} is {float(loss.detach())}: check that the "
-                    "model gives finite logits (float16 often overflows; load it in bfloat16 or float32)"
-                )
-            for kind in kinds:
-                hearing.kind = kind
-                if kind == "sampled":
-                    loss = _loss(logits[first:], _draw(logits[first:], generator))
-                loss.backward(retain_graph=kind != kinds[-1])  # type: ignore[no-untyped-call]
-                measured.backwards += 1
+            loss = _read_prompt(observer, row[:length].to(device), len(row), kinds, hearing, generator)
         finally:
             observer.listeners = Listeners()
+        if not math.isfinite(loss):
+            raise CalibrationError(
+                f"the loss on calibration prompt {number} is {loss}: check that the model gives finite "
+                "logits (float16 often overflows; load it in bfloat16 or float32)"
+            )
+        total += loss
+        measured.forwards += 1
+        measured.backwards += len(kinds)
         for one in listening:
-            one.end_prompt(length - first - (one.labels == "text"))
+            one.end_prompt(length - observer.first_packed_query - (one.labels == "text"))
         step()
     measured.loss = total / sum(length - 1 for length in calibration.lengths)
+
+
+def _read_prompt(
+    observer: Observer,
+    ids: Tensor,
+    padded: int,
+    kinds: Sequence[Labels],
+    hearing: _Hearing,
+    generator: torch.Generator,
+) -> float:
+    """Read ids [L], padded to one length for all prompts; returns the loss summed over the text's tokens.
+
+    A function of its own, so that nothing of one prompt is alive while the next is read.
+    """
+    length, first = len(ids), observer.first_packed_query
+    logits = observer.read(torch.nn.functional.pad(ids, (0, padded - length))[None])[0, :length]
+    with torch.no_grad():
+        text = float(_loss(logits[:-1], ids[1:]))
+    if math.isfinite(text):
+        for kind in kinds:
+            hearing.kind = kind
+            if kind == "text":
+                loss = _loss(logits[:-1], ids[1:])
+            else:
+                loss = _loss(logits[first:], _draw(logits[first:], generator))
+            loss.backward(retain_graph=kind != kinds[-1])  # type: ignore[no-untyped-call]
+    return text
 
 
 class _Hearing:
