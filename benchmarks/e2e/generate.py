@@ -12,10 +12,8 @@ included; `cache_bytes` what the cache's tensors take.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
 import re
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -224,7 +222,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     options = parser.parse_args()
-    faulthandler.dump_traceback_later(100, repeat=True, file=sys.stderr)
     model = build(options.shape)
     for provider in options.provider or [*TRANSFORMERS, *KVMIX]:
         plan = KVMIX[provider](model) if provider in KVMIX else None

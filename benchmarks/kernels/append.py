@@ -1,6 +1,6 @@
 """What the cache update costs: `append_` of one token, and its share of a decode step.
 
-    python benchmarks/kernels/append.py
+    python -m benchmarks.kernels.append
 
 The share is that of append's mean time (a tile is flushed every 128th step) in the time of
 append and attention together, at 8k tokens. The gate is `tests/kernels/test_triton_storage.py`;
@@ -9,12 +9,14 @@ here the buffers after a flush are compared with the reference once more.
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 import torch
-from decode_attention import formats
-from rows import Rows
 
+from benchmarks.kernels.decode_attention import formats
+from benchmarks.kernels.rows import Rows
 from kvmix_kernels import ops
 from kvmix_kernels.triton import attention, storage
 from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time
@@ -43,7 +45,10 @@ def agrees(case: Case, provider: str) -> bool:
 
 def main() -> int:
     """Run all cases; 1 if any provider was wrong."""
-    rows = Rows("append")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="folder of the rows")
+    folder = parser.parse_args().output
+    rows = Rows("append", folder)
     wrong = 0
     for name in CASES:
         case = Case.parse(name)
@@ -62,7 +67,7 @@ def main() -> int:
             share = mean.median / (mean.median + attend.median)
             rows.add(name, f"kvmix {provider} no flush", times["plain"])
             rows.add(name, f"kvmix {provider} flush", times["flush"])
-            rows.add(name, f"kvmix {provider} mean", mean, step_share=round(share, 4))
+            rows.add(name, f"kvmix {provider} mean", mean, step_share=share)
             print(
                 f"{'':24} share of append + attend: {share:.1%} (attend {attend.median:.1f} us)", flush=True
             )

@@ -1,6 +1,6 @@
 """One decode step of attention over a packed cache against the fastest 16-bit attention.
 
-    python benchmarks/kernels/decode_attention.py [--case ...] [--provider k2v2,g128 ...]
+    python -m benchmarks.kernels.decode_attention [--case ...] [--provider k2v2,g128 ...]
 
 Every provider is timed in one run on one GPU by CUDA-graph replay (median), on random inputs that
 take turns where they would fit into the L2 cache. First the result is compared with the reference
@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rows import Rows, copy_bandwidth
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.triton import attention, configs
@@ -145,7 +145,7 @@ def main() -> int:
     )
     parser.add_argument("--case", action="append")
     parser.add_argument("--provider", action="append", help='such as "k2v2 g128"; repeatable')
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="folder of the rows")
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
@@ -159,8 +159,8 @@ def main() -> int:
         full = 4 * case.batch * case.heads * case.tokens * case.head_dim
         for provider, timing in times.items():
             rows.add(
-                name, provider, timing, effective_bits=16.0, bytes=full,
-                copy_share=round(full / timing.median / bandwidth, 3),
+                name, provider, timing, effective_bits=16.0, nbytes=full,
+                copy_share=full / timing.median / bandwidth,
             )  # fmt: skip
         for provider in options.provider or PROVIDERS:
             if int(provider.split()[1][1:]) > case.tokens:
@@ -173,8 +173,8 @@ def main() -> int:
                 continue
             timing, bits, size = result
             rows.add(
-                name, f"kvmix {provider}", timing, (best, times[best].median), effective_bits=round(bits, 3),
-                bytes=size, copy_share=round(size / timing.median / bandwidth, 3),
+                name, f"kvmix {provider}", timing, (best, times[best].median), effective_bits=bits,
+                nbytes=size, copy_share=size / timing.median / bandwidth,
             )  # fmt: skip
     return wrong
 

@@ -1,18 +1,20 @@
 """Quantize and pack a prefilled cache: share of the copy bandwidth, bytes read plus written.
 
-    python benchmarks/kernels/pack.py
+    python -m benchmarks.kernels.pack
 
 The buffers are compared with the reference on the same tokens first.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 import torch
-from decode_attention import formats
-from rows import Rows, copy_bandwidth
 
+from benchmarks.kernels.decode_attention import formats
+from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import ops
 from kvmix_kernels.triton import storage
 from kvmix_kernels.triton.timing import graph_time
@@ -23,10 +25,13 @@ PROVIDERS = ("k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32")
 
 def main() -> int:
     """Run all cases; 1 if any provider was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="folder of the rows")
+    folder = parser.parse_args().output
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
-    rows = Rows("pack")
+    rows = Rows("pack", folder)
     wrong = 0
     for B, H, L, D in SHAPES:
         name = f"b{B} h{H} n{L} d{D}"
@@ -46,7 +51,7 @@ def main() -> int:
                 del out
                 timing = graph_time([lambda x=x, fmt=fmt: storage.quantize_pack(x, None, list(fmt))])
                 share = moved / timing.median / bandwidth
-                rows.add(name, label, timing, bytes=moved, copy_share=round(share, 3))
+                rows.add(name, label, timing, nbytes=moved, copy_share=share)
         torch.cuda.empty_cache()
     return wrong
 

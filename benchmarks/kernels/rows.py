@@ -1,44 +1,13 @@
-"""Benchmark rows: one JSON object a line in benchmarks/results/<suite>-<machine>.jsonl."""
+"""Rows of kernel timings."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.rows import RESULTS, make_row, save
 from kvmix_kernels.triton.timing import Timing, graph_time
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def version(package: str) -> str | None:
-    """Installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def commit() -> str | None:
-    """Commit of the working tree, with a mark if it differs."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
-
-
-def machine() -> str:
-    """Short name of the GPU: "h100"."""
-    words = torch.cuda.get_device_name().lower().split()
-    return next((word for word in words if any(c.isdigit() for c in word)), words[-1])
 
 
 def copy_bandwidth() -> float:
@@ -49,17 +18,10 @@ def copy_bandwidth() -> float:
 
 
 class Rows:
-    """Appends rows of one suite and prints each in short."""
+    """Saves rows of one suite as they come and prints each in short."""
 
-    def __init__(self, suite: str, output: Path | None = None) -> None:
-        self.suite = suite
-        self.path = output or RESULTS / f"{suite}-{machine()}.jsonl"
-        self.common = {
-            "machine": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton"),
-            "transformers": version("transformers"), "commit": commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-        }  # fmt: skip
+    def __init__(self, suite: str, folder: Path | None = None) -> None:
+        self.suite, self.folder = suite, folder or RESULTS
 
     def add(
         self,
@@ -67,21 +29,36 @@ class Rows:
         provider: str,
         timing: Timing,
         baseline: tuple[str, float] | None = None,
-        **extra: Any,
+        *,
+        copy_share: float | None = None,
+        step_share: float | None = None,
+        effective_bits: float | None = None,
+        nbytes: int | None = None,
     ) -> None:
-        """Record a time in microseconds; `baseline` is (provider, its median)."""
-        row = {
-            "suite": self.suite, "case": case, "provider": provider, "metric": "time",
-            "value": round(timing.median, 3), "unit": "us",
-            "p20": round(timing.p20, 3), "p80": round(timing.p80, 3),
-            "baseline": baseline[0] if baseline else None,
-            "ratio": round(baseline[1] / timing.median, 3) if baseline else None,
-            "effective_bits": None, "bytes": None,
-        }  # fmt: skip
-        row |= extra | self.common
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        ratio = f"{row['ratio']:.2f}x" if baseline else ""
-        share = f"{extra['copy_share']:.0%} of copy" if "copy_share" in extra else ""
+        """Record a time in microseconds, and shares of other figures as rows of their own.
+
+        Args:
+            case: name of the case.
+            provider: what was timed.
+            timing: its time.
+            baseline: (provider compared with, its median).
+            copy_share: of the bandwidth of `copy_bandwidth`.
+            step_share: of the time of a decode step's append and attention.
+            effective_bits: per cached element.
+            nbytes: bytes moved.
+        """
+        facts = {"effective_bits": effective_bits, "bytes": nbytes}
+        name, median = baseline or (None, None)
+        rows = [
+            make_row(
+                self.suite, case, provider, "time", timing.median, "us", p20=timing.p20, p80=timing.p80,
+                baseline=name, ratio=median and median / timing.median, **facts,
+            )
+        ]  # fmt: skip
+        for metric, share in (("copy_share", copy_share), ("step_share", step_share)):
+            if share is not None:
+                rows.append(make_row(self.suite, case, provider, metric, share, "of 1", **facts))
+        save(rows, self.folder)
+        ratio = f"{rows[0].ratio:.2f}x" if rows[0].ratio else ""
+        share = f"{copy_share:.0%} of copy" if copy_share else ""
         print(f"{case:24} {provider:28} {timing.median:9.1f} us {ratio:7} {share}", flush=True)

@@ -28,8 +28,8 @@ from kvmix_kernels.reference.storage import Buffers
 
 NAMESPACE = "kvmix"
 
-_USE_TRITON = os.environ.get("KVMIX_KERNELS") == "triton"
-"""CUDA tensors take the Triton kernels only on request, until their tests have passed on a GPU."""
+_USE_TRITON = os.environ.get("KVMIX_KERNELS", "triton") != "reference"
+"""CUDA tensors take the Triton kernels unless the environment says KVMIX_KERNELS=reference."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _K = "Tensor{0} k_qdata, Tensor{1} k_scale, Tensor{2} k_zero_point, Tensor{3} k_residual"
