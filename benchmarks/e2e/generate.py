@@ -220,13 +220,14 @@ def main() -> None:
     parser.add_argument("--provider", action="append", help="repeatable; default: all")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--inner", help="inner compiler of kvmix; default: its own choice")
     parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
     options = parser.parse_args()
     model = build(options.shape)
     for provider in options.provider or [*TRANSFORMERS, *KVMIX]:
         plan = KVMIX[provider](model) if provider in KVMIX else None
         if plan is not None:
-            kvmix_fx.compile(model, plan)
+            kvmix_fx.compile(model, plan, inner=options.inner)
         for number, text in enumerate(options.case):
             batch, context = (int(part[1:]) for part in text.split())
             ids = torch.randint(1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)).cuda()
