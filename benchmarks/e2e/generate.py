@@ -34,7 +34,7 @@ PROFILED_STEPS = 8
 KINDS = {
     "attention": r"attend_kernel|combine_kernel|flash|fmha|sdpa",
     "append": r"append_kernel",
-    "copies": r"Memcpy|Memset|copy",
+    "copies": r"Memcpy|Memset",
     "products": r"gemm|gemv|cutlass|nvjet|cublas|splitK|mm|mul_sum|dot",
 }
 """Kinds of kernels by name, the first that matches."""

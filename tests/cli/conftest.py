@@ -23,6 +23,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sizes and the same arithmetic on every machine."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+
+
 @pytest.fixture
 def kvmix() -> Kvmix:
     """Run a command line; an exception that is no message fails the test."""

@@ -54,10 +54,11 @@ def _environment() -> dict[str, str]:
 
 def test_env_tells_versions_and_device(kvmix: Kvmix) -> None:
     answer = kvmix("env", "--json").answer
-    assert answer["versions"]["torch"] == torch.__version__
-    assert answer["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    version = torch.__version__.split("+")[0]
+    assert answer["versions"]["torch"].startswith(version)
+    assert answer["device"] == "cpu"  # `_on_the_cpu`
     assert len(answer["gpus"]) == torch.cuda.device_count()
-    assert torch.__version__ in kvmix("env").stdout
+    assert version in kvmix("env").stdout
 
 
 def test_env_knows_the_extras_of_the_package(kvmix: Kvmix) -> None:

@@ -51,7 +51,8 @@ def test_what_cannot_be_done_is_said_before_the_work(kvmix: Kvmix, tiny: Path, t
     outcome = kvmix("profile", tiny, "--out", tmp_path / "none" / "profile.safetensors")
     assert outcome.code == 1
     assert "no folder" in outcome.stderr
-    outcome = kvmix("profile", tiny, "--out", tmp_path / "p", "--signal", "guess", "--device", "cpu", "--json")
+    arguments = ("profile", tiny, "--out", tmp_path / "p", "--signal", "guess", "--device", "cpu", "--json")
+    outcome = kvmix(*arguments)
     assert outcome.answer["error"]["type"] == "SignalError"
     outcome = kvmix("plan", "solve", taken, "--bits", 3, "--out", tmp_path / "plan.json", "--json")
     assert outcome.answer["error"]["type"] == "ProfileFileError"
