@@ -20,6 +20,7 @@ from kvmix_fx.passes import dynamo, manager, replay
 from kvmix_fx.passes.boundary import Boundary
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
+from kvmix_fx.passes.shortcut import Noted
 from kvmix_fx.plan import KVPlan
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class KVMixBackend:
         self.model = model
         self.inner = inner
         self.report = report if report is not None else CompileReport()
+        self.noted: list[Noted] = []
         self.__name__ = "kvmix"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -104,7 +106,8 @@ class KVMixBackend:
         wrap = defer_appends(module) if inner == "inductor" and _is_short(result) else None
         compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
         record = None if result.report.replay else replay.record_cuda
-        return Boundary(result.rewritten, wrap(compiled) if wrap else compiled, self.model, record)
+        note = self.noted.append if record is not None else None
+        return Boundary(result.rewritten, wrap(compiled) if wrap else compiled, self.model, record, note)
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
         """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from kvmix_fx.passes.shortcut import Shortcut
 from kvmix_fx.plan import KVPlan
 
 # before each call: (args, kwargs) -> (args, kwargs, what to do after the call succeeded)
@@ -19,21 +20,26 @@ Prepare = Callable[
 class Hooks(NamedTuple):
     """What a library needs on a compiled model.
 
-    prepare: runs before every call. attributes: set on the model itself while it is compiled.
+    prepare: runs before every call. attributes: set on the model itself while it is compiled. generating:
+    whether a call is a step of the library's own loop, in which nothing but the arguments changes.
     """
 
     prepare: Prepare
     attributes: dict[str, Any]
+    generating: Callable[[], bool]
 
 
-def hooks_for(model: nn.Module, plan: KVPlan) -> Hooks:
-    """The hooks of a `model` about to be compiled."""
+def hooks_for(model: nn.Module, plan: KVPlan, shortcut: Shortcut) -> Hooks:
+    """The hooks of a `model` about to be compiled.
+
+    `shortcut` is taken while `generating`; what it knows is to be forgotten when that ends.
+    """
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         from kvmix_fx.integrations.transformers import transformers_hooks
 
-        return transformers_hooks(model, plan)
-    return Hooks(_as_they_are, {})
+        return transformers_hooks(model, plan, shortcut)
+    return Hooks(_as_they_are, {}, lambda: False)
 
 
 def _as_they_are(

@@ -10,6 +10,8 @@ lets decode steps be replayed as CUDA graphs.
 
 from __future__ import annotations
 
+import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
 from kvmix_fx.integrations import Hooks
 from kvmix_fx.passes import replay
+from kvmix_fx.passes.shortcut import Shortcut
 from kvmix_fx.plan import KVPlan, LayerPlan
 
 
@@ -338,7 +341,7 @@ CAPACITY_STEP = 256
 """Capacities are multiples of this many tokens: prompts of similar length then share a cache."""
 
 
-def transformers_hooks(model: PreTrainedModel, plan: KVPlan) -> Hooks:
+def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut) -> Hooks:
     """The hooks of a transformers model."""
     attributes: dict[str, Any] = {}
     if hasattr(model, "get_compiled_call"):
@@ -347,9 +350,22 @@ def transformers_hooks(model: PreTrainedModel, plan: KVPlan) -> Hooks:
             return model.__call__
 
         attributes["get_compiled_call"] = already_compiled
+    inside = threading.local()
     if isinstance(model, GenerationMixin):
         attributes["_prepare_cache_for_generation"] = _fixed_caches(model, plan)
-    return Hooks(TransformersCalls(model, plan).prepare, attributes)
+        generate: Any = model.generate
+
+        @functools.wraps(generate)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            inside.calls = getattr(inside, "calls", 0) + 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                inside.calls -= 1
+                shortcut.forget()
+
+        attributes["generate"] = counted
+    return Hooks(TransformersCalls(model, plan).prepare, attributes, lambda: getattr(inside, "calls", 0) > 0)
 
 
 def _fixed_caches(model: PreTrainedModel, plan: KVPlan) -> Callable[..., Any]:

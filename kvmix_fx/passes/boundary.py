@@ -17,6 +17,7 @@ from kvmix_fx.cache.growth import prepare_append
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.replay import Record, Replayed
 from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
+from kvmix_fx.passes.shortcut import Noted
 from kvmix_kernels.reference.storage import Buffers
 
 Arguments = Sequence[Any]
@@ -31,6 +32,7 @@ class Boundary:
         inner: Callable[..., Any],
         model: torch.nn.Module | None = None,
         record: Record | None = None,
+        note: Callable[[Noted], None] | None = None,
     ) -> None:
         """Work out what does not depend on the arguments.
 
@@ -39,7 +41,9 @@ class Boundary:
             inner: takes the rewritten module's inputs and returns its flat outputs.
             model: whose plain buffers may be exchanged for packed ones.
             record: how steps are recorded to be replayed; None runs every step as it is.
+            note: told of every call.
         """
+        self._note = note
         self._inner = inner
         self._model = model
         self._plain = list(rewritten.plain)
@@ -83,7 +87,10 @@ class Boundary:
         results = self._step(*flat)
         if self._plain and self._model is not None and self._live_output is not None:
             self._pack_plain(self._model, args, results[self._live_output])
-        return [self._repack(recipe, length, args, results, prepared) for recipe, length in self._outputs]
+        outputs = [self._repack(recipe, length, args, results, prepared) for recipe, length in self._outputs]
+        if self._note is not None:
+            self._note(Noted(self, args, outputs))
+        return outputs
 
     def _run(self, *flat: Any) -> Any:
         """The graph on `flat`'s first inputs; the counters behind them get the new number of tokens."""

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import kvmix_fx
+from kvmix_fx import api
+from kvmix_fx.api import _unwrapped as unwrapped
 from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.passes import replay
 from kvmix_fx.passes.replay import Recording, Replayed
@@ -142,7 +144,9 @@ def generate(model, ids, **kwargs):
     return torch.stack(out.logits), out
 
 
-def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu):
+def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
+    guarded = []
+    monkeypatch.setattr(api, "_unwrapped", lambda *call: guarded.append(call) or unwrapped(*call))
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))
@@ -150,6 +154,7 @@ def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu):
     kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
     want, _ = generate(model, ids)
     assert on_cpu.recorded == 0
+    guarded.clear()
     kvmix_fx.compile(model, plan)
     for _ in range(2):
         got, out = generate(model, ids)
@@ -158,6 +163,7 @@ def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu):
         cache = out.past_key_values.layers[0].keys.qdata.data_ptr()
         del out
     assert not torch.allclose(got, plain)
+    assert len(guarded) == 2 * (1 + 2)  # prefill, and two decode steps to learn from
     # the second call took over the first one's cache, and with it the recording
     assert on_cpu.recorded == 1
     assert on_cpu.replayed == 9 + 11
@@ -203,3 +209,46 @@ def test_restore_gives_generate_its_own_cache_back(on_cpu):
     assert "_prepare_cache_for_generation" not in vars(model)
     _, out = generate(model, torch.randint(1, 60, (1, 8)))
     assert not isinstance(out.past_key_values, integration.KVMixStaticCache)
+
+
+def test_what_changes_within_generate_is_noticed(on_cpu):
+    """The shortcut past the guards serves only steps that are like the last one."""
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
+    ids = torch.randint(1, 60, (1, 50))
+    other = torch.randint(1, 60, (1, 30))
+
+    class Meddle:
+        """Between two steps, use the model for something else, as guidance by a second prompt does."""
+
+        def __init__(self):
+            self.past = None
+
+        def __call__(self, input_ids, scores):
+            new = other if self.past is None else input_ids[:, -1:]
+            out = model(new, past_key_values=self.past, use_cache=True)
+            self.past = out.past_key_values
+            return scores + out.logits[:, -1]
+
+    kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
+    want, _ = generate(model, ids, logits_processor=[Meddle()])
+    kvmix_fx.compile(model, plan)
+    got, _ = generate(model, ids, logits_processor=[Meddle()])
+    torch.testing.assert_close(got, want)
+
+
+def test_plain_loops_take_no_shortcut(on_cpu):
+    """Outside generate() a model may be changed between two steps."""
+    model = tiny_llama()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4))
+    ids = torch.randint(1, 60, (1, 50))
+    cache = integration.KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 128)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(5):
+            before = model(ids[:, :1], past_key_values=cache).logits
+        model.model.norm.variance_epsilon = 1e20
+        after = model(ids[:, :1], past_key_values=cache).logits
+    assert on_cpu.replayed >= 3
+    assert before.abs().max() > 1e-2
+    assert after.abs().max() < 1e-8
