@@ -107,6 +107,11 @@ class PromptFirstStaticLayer(StaticLayer):
         # not max_cache_len: compilers take an attribute for a constant, and a size for a size
         return (self.keys.shape[2] if self.has_tokens else query_length), 0
 
+    def get_seq_length(self) -> Any:
+        """Tokens stored: 0 for an empty cache, else a tensor on the device."""
+        # a number, so that the first step's mask and positions depend on no data
+        return self.cumulative_length if self.has_tokens else 0
+
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         super().reset()
@@ -238,6 +243,9 @@ class TransformersCalls:
             _mark_length(mask)
             _mark_length(mask, -1)
         cache = kwargs.get("past_key_values")
+        if n > 1 and _hides_nothing(kwargs.get("attention_mask"), tokens) and _is_empty(cache):
+            # the graph can not look; without a mask, prefill takes the fastest attention
+            kwargs["attention_mask"] = None
         if isinstance(cache, Cache):
             finish = self._prepare_cache(cache, batch, n)
             if any(
@@ -407,6 +415,21 @@ def _nothing() -> None:
 def _mark_length(x: Any, dim: int = 1) -> None:
     if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
         torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
+
+
+def _is_empty(cache: Any) -> bool:
+    return cache is None or (
+        isinstance(cache, Cache)
+        and all(
+            not layer.has_tokens if isinstance(layer, PromptFirstStaticLayer) else not layer.is_initialized
+            for layer in cache.layers
+        )
+    )
+
+
+def _hides_nothing(mask: Any, tokens: Tensor) -> bool:
+    """Whether a mask [B, n] is of the prompt itself and without padding. Waits for the device."""
+    return isinstance(mask, Tensor) and mask.shape == tokens.shape[:2] and bool(mask.all())
 
 
 def _first_columns(mask: Any, n: int) -> Any:

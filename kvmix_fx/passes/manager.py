@@ -1,6 +1,6 @@
 """The pass, as an explicit list of steps over one of Dynamo's graphs.
 
-find -> assign layers -> apply the plan -> rewrite -> verify -> report.
+drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verify -> report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import fx
 from kvmix_fx.errors import HeadSizeError, PlanLayerError
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.assign import assign_layers
+from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.find.updates import find_updates, packed_inputs
 from kvmix_fx.passes.match import find_sites
@@ -44,6 +45,7 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     own_buffers: whether plain buffers can be exchanged for packed ones after the step.
     """
     copied, _ = dynamo.copy_module(gm)
+    drop_causal_masks(copied.graph)
     sites = find_sites(copied.graph)
     assign_layers(sites)
     for site in sites:
