@@ -171,6 +171,60 @@ def generate() -> str:
     return "\n\n".join(parts)
 
 
+def gpu() -> str:
+    """generate() at true shape: decode, prefill, first call, memory."""
+    body = []
+    for (case, machine), providers in grouped(load("generate")).items():
+        for provider, by in providers.items():
+            if "peak_bytes" not in by:
+                continue
+            speed, bits = by["tokens_per_second"], by["peak_bytes"].effective_bits
+            sizes = (by[name].value / 2**20 if name in by else None for name in ("cache_bytes", "peak_bytes"))
+            seconds = (by[name].value if name in by else None for name in ("prefill", "first_call"))
+            body.append(
+                [
+                    f"{case}, {machine}",
+                    provider,
+                    number(bits, ".2f"),
+                    number(speed.value, ".1f"),
+                    "-" if speed.ratio is None else f"{speed.ratio:.2f}x",
+                    *(number(value, ".2f") for value in seconds),
+                    *(number(value, ",.0f") for value in sizes),
+                ]
+            )
+    head = [
+        "case",
+        "provider",
+        "bits",
+        "token/s",
+        "ratio",
+        "prefill, s",
+        "first call, s",
+        "cache, MiB",
+        "peak, MiB",
+    ]
+    return markdown(head, body)
+
+
+def attention() -> str:
+    """One decode step of attention on a GPU against the fastest 16-bit attention."""
+    parts = []
+    for (case, machine), providers in grouped(load("decode_attention")).items():
+        body = [
+            [
+                provider,
+                number(by["time"].effective_bits, ".2f"),
+                number(by["time"].value, ".1f"),
+                "-" if by["time"].ratio is None else f"{by['time'].ratio:.2f}x",
+                f"{by['copy_share'].value:.0%}",
+            ]
+            for provider, by in providers.items()
+        ]
+        head = ["provider", "bits", "us", "against the fastest at 16 bits", "of a device copy's bandwidth"]
+        parts.append(f"{case}, {machine}\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
+
+
 def summary() -> str:
     """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
     quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
@@ -199,6 +253,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "planner": planner,
     "memory": memory,
     "generate": generate,
+    "gpu": gpu,
+    "attention": attention,
     "summary": summary,
 }
 

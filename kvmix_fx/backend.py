@@ -163,8 +163,8 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
         if mode not in known:
             raise BackendOptionError(f"mode must be one of {sorted(known)}, got {mode!r}")
         patches.update(known[mode])
-        # Inductor's own CUDA graphs would copy the cache into their pool; ours leave it in place
-        patches["triton.cudagraphs"] = False
+        # recorded here instead (see passes/replay.py), where the cache stays in place
+        patches.pop("triton.cudagraphs", None)
     settings = config.get_config_copy()
     for name, value in options.items():
         if name.replace("-", "_") not in settings:

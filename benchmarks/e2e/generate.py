@@ -134,7 +134,7 @@ def measure(
     facts = {"effective_bits": bits, "bytes": size or None}
     rows += [
         make_row(
-            "generate", case, provider, "tokens_per_second", batch / median, "tokens/s",
+            "generate", case, provider, "tokens_per_second", batch / median, "token/s",
             p20=batch / p80, p80=batch / p20, **facts,
         ),
         make_row("generate", case, provider, "prefill", clock.times[1] - clock.times[0], "s", **facts),

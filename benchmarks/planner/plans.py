@@ -22,8 +22,11 @@ BUDGETS = (2.5, 2.8, 3.0, 3.5, 4.0)
 ALLOCATORS = ("exact", "greedy", "water_filling", "thresholds", "rank_quota")
 SEEDS = range(5)
 
-DEFAULT = ("fisher", "exact")
+DEFAULT = ("fisher_scaled", "exact")
 """What `Profile.plan` does unless told."""
+
+SHIPPED_SIGNALS = ("fisher", "fisher_scaled")
+"""What is also measured with the calibration text that comes with the package."""
 
 WINDOW = 32
 TILE = 128

@@ -181,11 +181,10 @@ def measure_grid(bench: Bench, signals: dict[str, Scores | Prices]) -> None:
 
 
 def measure_shipped(bench: Bench, profile: Profile) -> None:
-    """The default again, calibrated on the text that comes with the package."""
-    name, allocator = plans.DEFAULT
-    for bits in plans.BUDGETS:
-        plan = plans.of_signal(profile.signal(name), allocator, bits, bench.geometry)
-        bench.measure(f"smollm2 {{}} {bits} bits", f"{name} {allocator}, shipped text", plan)
+    """Signals whose prices need no correction, calibrated on the text that comes with the package."""
+    for name, bits in product(plans.SHIPPED_SIGNALS, plans.BUDGETS):
+        plan = plans.of_signal(profile.signal(name), "exact", bits, bench.geometry)
+        bench.measure(f"smollm2 {{}} {bits} bits", f"{name} exact, shipped text", plan)
 
 
 def main() -> None:
@@ -211,10 +210,10 @@ def main() -> None:
         measure_controls(bench)
     if "grid" in options.only:
         options.kept.mkdir(parents=True, exist_ok=True)
-        shipped = profile_of(bench, options.kept / "shipped-text.safetensors", None, plans.DEFAULT[:1])
+        shipped = profile_of(bench, options.kept / "shipped-text.safetensors", None, plans.SHIPPED_SIGNALS)
         measure_shipped(bench, shipped)
         ids = calibration_chunks(bench.tokenizer)
-        profile = profile_of(bench, options.kept / "profile.safetensors", ids, SIGNALS)
+        profile = profile_of(bench, options.kept / "profile.safetensors", ids, (*SIGNALS, "fisher_scaled"))
         signals = {name: profile.signal(name) for name in profile.signals}
         signals["kl"] = kl_prices(bench, options.kept / "kl.json")
         measure_grid(bench, {name: signals[name] for name in options.signals or signals})
