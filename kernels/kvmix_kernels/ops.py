@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -258,9 +259,17 @@ def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., objec
             return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:
-            from kvmix_kernels import triton  # not every machine has it
+            try:
+                from kvmix_kernels import triton
 
-            implementation = _cuda[name] = getattr(triton, name)
+                implementation = getattr(triton, name)
+            except ImportError as missing:
+                # not every machine has it
+                warnings.warn(
+                    f"{missing}: packed caches on CUDA take the slow reference; install triton", stacklevel=2
+                )
+                implementation = reference
+            _cuda[name] = implementation
         return implementation(*args)
 
     return call

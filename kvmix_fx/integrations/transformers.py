@@ -421,7 +421,11 @@ def _is_empty(cache: Any) -> bool:
     return cache is None or (
         isinstance(cache, Cache)
         and all(
-            not layer.has_tokens if isinstance(layer, PromptFirstStaticLayer) else not layer.is_initialized
+            not (
+                layer.has_tokens
+                if isinstance(layer, PromptFirstStaticLayer)
+                else getattr(layer, "is_initialized", True)
+            )
             for layer in cache.layers
         )
     )

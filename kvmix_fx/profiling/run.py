@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_SIGNALS = ("fisher_scaled", "fisher", "weight_gradient", "cache_norm_frobenius")
-"""One forward and two backwards per prompt, and one forward per format offered. `Profile.plan` takes the first,
-which beat the best uniform plan at every budget and on every text (benchmarks/README.md)."""
+"""One forward and two backwards per prompt, and one forward per format offered. `Profile.plan` takes the
+first, which beat the best uniform plan at every budget and on every text (benchmarks/README.md)."""
 
 
 def profile(
