@@ -17,6 +17,7 @@ EXTRAS = {
     "hf": ("transformers", "safetensors", "huggingface_hub"),
     "ao": ("torchao",),
     "demo": ("transformers", "safetensors", "huggingface_hub", "gguf"),
+    "plot": ("matplotlib",),
 }
 """The modules that each extra of the package installs."""
 
