@@ -129,6 +129,19 @@ def test_a_changing_cache_is_never_recorded_and_a_dropped_one_is_freed(recorder)
     assert alive() is None
 
 
+def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recorder):
+    def refuse(run, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    run = Replayed(step, lambda i: i == 1, refuse)
+    weight, cache = torch.ones(2), torch.zeros(2)
+    run(weight, cache, torch.ones(2), 1)
+    with pytest.warns(UserWarning, match="not replayed as CUDA graphs: operation not permitted"):
+        run(weight, cache, torch.ones(2), 1)
+    result, _ = run(weight, cache, torch.ones(2), 1)
+    torch.testing.assert_close(result, torch.full((2,), 3.0))
+
+
 @pytest.fixture
 def on_cpu(monkeypatch, recorder):
     """Let machines without a GPU do what CUDA does."""
