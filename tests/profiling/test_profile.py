@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from kvmix_fx.errors import (
 )
 from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu
-from kvmix_fx.profiling import Profile
+from kvmix_fx.profiling import Profile, calibration
 from kvmix_fx.profiling.calibration import load_calibration
 from kvmix_fx.profiling.measure import known_signals
 from kvmix_fx.profiling.segments import SegmentedGraph
@@ -286,3 +288,35 @@ def test_a_cut_graph_computes_what_the_whole_does() -> None:
     cut.resume_at, cut.checkpointing = None, True
     one, two = (torch.autograd.grad(r["c"].sum(), x)[0] for r in (whole, cut(x, y)))
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("datasets:org/corpus", ("org/corpus", None, "train")),
+        ("datasets:org/corpus/en:validation", ("org/corpus", "en", "validation")),
+    ],
+)
+def test_a_data_set_is_read_by_its_id(monkeypatch, name, asked):
+    """The library stands aside: what it is asked for, and which column is taken."""
+    seen = []
+
+    def load_dataset(identifier, config, *, split, streaming):
+        seen.append((identifier, config, split))
+        assert streaming
+        return iter([{"id": 1, "text": "one two "}, {"id": 2, "text": "three"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    text, source = calibration._text(name)
+    assert seen == [asked]
+    assert text.split() == ["one", "two", "three"]
+    assert source == name
+
+
+def test_a_data_set_that_cannot_be_read_says_so(monkeypatch):
+    def load_dataset(*_, **__):
+        raise FileNotFoundError("no such data set")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(CalibrationError, match="no such data set"):
+        calibration._text("datasets:org/none")
