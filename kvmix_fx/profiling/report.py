@@ -258,7 +258,7 @@ class Profile:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MissingPackageError(
-                "drawing a profile needs matplotlib, which is not installed: pip install \"kvmix-fx[plot]\""
+                'drawing a profile needs matplotlib, which is not installed: pip install "kvmix-fx[plot]"'
             ) from error
         names = self.signals
         figure = Figure(figsize=(8, 2.2 * len(names)), layout="constrained")
