@@ -208,5 +208,5 @@ def _remarks(content: dict[str, Any], plan: KVPlan) -> str:
     if content["cache_bytes"] > content["cache_bytes_16bit"]:
         remarks.append("So short a cache is mostly raw tokens and room to grow: try a longer prompt.")
     if content["device"] == "cpu":
-        remarks.append("On CPU packed attention runs as plain PyTorch, written to be right rather than fast.")
+        remarks.append("On CPU packed attention runs as plain PyTorch, which saves memory rather than time.")
     return "\n".join(remarks)
