@@ -45,6 +45,8 @@ class ModelIdentity:
         """Of a torch module."""
         shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
         name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        if Path(name).is_dir():
+            name = Path(name).name  # where it lies is nobody's business but this machine's
         return cls(str(name), hashlib.sha256(repr(shapes).encode()).hexdigest())
 
 
