@@ -16,7 +16,7 @@ from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
-from kvmix_fx.passes.shortcut import Shortcut
+from kvmix_fx.passes.shortcut import Noted, Shortcut
 from kvmix_fx.plan import KVPlan
 
 _ATTRIBUTE = "_kvmix"
@@ -113,6 +113,8 @@ def compile(
     original = model.forward
     compiled = torch.compile(original, backend=backend, **torch_compile_options)
     shortcut = Shortcut()
+    noted: list[Noted] = []
+    backend.noted = noted
     prepare, attributes, generating = hooks_for(model, plan, shortcut)
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
 
@@ -126,18 +128,19 @@ def compile(
         args, kwargs, finish = prepare(args, kwargs)
         if not args and generating() and shortcut.serves(kwargs):
             result = shortcut.run(kwargs)
-            backend.noted.clear()
+            noted.clear()
             finish()
             return result
         graphs = len(backend.report.graphs)
+        noted.clear()  # an interrupted step may have left something
         with torch._dynamo.config.patch(limit) if limit else contextlib.nullcontext():
             result = _unwrapped(compiled, args, kwargs)
         if len(backend.report.graphs) != graphs:
             _check_rewritten(state, result)
             # tracing leaves reference cycles that would keep the cache's memory
             gc.collect()
-        shortcut.learn(kwargs, result, backend.noted[0] if generating() and len(backend.noted) == 1 else None)
-        backend.noted.clear()
+        shortcut.learn(kwargs, result, noted[0] if generating() and len(noted) == 1 else None)
+        noted.clear()
         finish()
         return result
 

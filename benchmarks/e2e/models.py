@@ -39,7 +39,7 @@ def build(shape: str, device: str = "cuda") -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
             else:
                 parameter.fill_(1.0)
     # not a parameter, and lost on the meta device

@@ -20,13 +20,13 @@ import resource
 import subprocess
 import sys
 import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import kvmix_fx
+from benchmarks.e2e.models import SHAPES, build
 from benchmarks.rows import make_row, save
 from kvmix_fx.profiling.calibration import Calibration, load_calibration
 from kvmix_fx.profiling.observe import Observer, observing
@@ -34,39 +34,6 @@ from kvmix_fx.testing import texts
 from kvmix_fx.testing.smollm2 import load_smollm2
 
 LIMIT_GIB = 40
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-    }
-}
-
-
-def random_model(shape: str, device: torch.device) -> nn.Module:
-    """A model of that shape in bfloat16, made where it will be and nowhere else."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SHAPES[shape], attn_implementation="sdpa", tie_word_embeddings=False)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-            else:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    # its buffers are no parameters, so to_empty left them undefined; float32, as in a loaded model
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-    return model
 
 
 def kvmix_scheme(model: nn.Module, calibration: Calibration, prompts: int) -> dict[str, float]:
@@ -203,7 +170,7 @@ def profile_shape(options: argparse.Namespace) -> None:
     """A large random model: does it fit, and how long does it take."""
     device = torch.device(options.device)
     started = time.perf_counter()
-    model = random_model(options.shape, device)
+    model = build(options.shape, options.device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     _finish(device)
     print(

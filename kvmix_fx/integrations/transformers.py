@@ -341,8 +341,15 @@ class GenerationCaches:
             capacity, cache.layers = dropped
             cache.reset()
         # runs when nobody holds the cache any more; until then its tokens are its user's
-        weakref.finalize(cache, self._free.__setitem__, batch, (capacity, cache.layers))
+        weakref.finalize(cache, self._keep, batch, (capacity, cache.layers))
         return cache
+
+    def _keep(self, batch: int, entry: tuple[int, list[Any]]) -> None:
+        self._free.pop(batch, None)
+        self._free[batch] = entry
+        while len(self._free) > replay.MAX_ENTRIES:
+            # the one that has not been used for longest
+            del self._free[next(iter(self._free))]
 
 
 CAPACITY_STEP = 256

@@ -10,6 +10,7 @@ import torch
 import kvmix_fx
 from kvmix_fx import api
 from kvmix_fx.api import _unwrapped as unwrapped
+from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.passes import replay
 from kvmix_fx.passes.replay import Recording, Replayed
@@ -204,6 +205,37 @@ def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
     _, short = generate(model, ids)
     assert short.past_key_values.layers[0].max_cache_len == 512
     assert len(kvmix_fx.compiled(model).report.graphs) == graphs
+
+
+def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
+    model = tiny_llama()
+    caches = integration.GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
+    held = [caches.new(batch, 100) for batch in range(1, 8)]
+    newest = held[-1].layers
+    while held:
+        del held[0]
+    gc.collect()
+    assert 1 <= len(caches._free) <= replay.MAX_ENTRIES
+    assert caches.new(7, 100).layers is newest
+
+
+def test_a_backend_used_by_itself_keeps_no_calls(on_cpu):
+    """Nobody would empty the list, and it would hold every cache that was ever used."""
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16)
+    backend = KVMixBackend(plan)
+    step = torch.compile(model.forward, backend=backend)
+    kvmix_fx.compile(model, plan)
+    cache = integration.KVMixStaticCache(plan, model.config, 128)
+    with torch.no_grad():
+        model(torch.randint(1, 60, (1, 40)), past_key_values=cache)
+        # one step: the recorder of this file keeps what it has recorded, a CUDA graph does not
+        step(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    assert [graph.replay for graph in backend.report.graphs] == [""]
+    alive = torch.utils.weak.WeakIdRef(cache.layers[0].keys.qdata)
+    del cache
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
