@@ -24,7 +24,7 @@ _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int64: "*i64",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 class Launch(NamedTuple):
@@ -64,6 +64,8 @@ def compiled(launch: Launch, capability: int) -> Any:
     given |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
     if "PORTABLE" in given:
         given["PORTABLE"] = False
+    if "EARLY" in given:
+        given["EARLY"] = capability >= 90
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, given[parameter.name]
         if parameter.is_constexpr or (

@@ -12,15 +12,15 @@ from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs, fields
 from kvmix_kernels.triton.attention_kernels import attend_kernel, combine_kernel
-from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, portable
+from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, portable, starts_early
 
 MAX_BULK_COLUMNS = 16
 MAX_COLUMNS = 64
 MIN_GROUPS = 16
 """Groups a program has registers for: the rows of a dot."""
 
-MAX_SPLITS = 64
-"""More shares of one head would take longer to merge than they save."""
+FEW_SPLITS = 8
+"""Up to here one warp merges a row."""
 
 REST_SHARE = 128
 """Tokens outside the bulk that one program should not fall below."""
@@ -101,7 +101,7 @@ def attend(
         bulk = groups > 0
     if bulk:
         bulk_splits = max(
-            1, min(groups, config.programs // heads, MAX_SPLITS), -(-groups // config.max_groups)
+            1, min(groups, config.programs // heads, config.max_splits), -(-groups // config.max_groups)
         )
         max_groups = max(MIN_GROUPS, fields.next_power_of_2(-(-groups // bulk_splits)))
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
@@ -145,6 +145,7 @@ def attend(
             mask = mask.view(torch.uint8)
     units = scale if additive else scale * math.log2(math.e)
 
+    early = starts_early(query)
     partial = torch.empty(heads * splits * N * Dv, dtype=torch.float32, device=query.device)
     stats = torch.empty(heads * splits * 2 * N, dtype=torch.float32, device=query.device)
     with device_of(query):
@@ -167,13 +168,17 @@ def attend(
             BULK_TOKENS=min(k_group, config.tokens) if bulk else 16, BULK_STAGES=config.stages,
             MAX_GROUPS=max_groups, V_ALIGNED=(k.sink - v.sink) % 16 == 0, BULK_PRECISION="tf32" if exact_half else "tf32x3",
             REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
-            REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query),
+            REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query), EARLY=early,
             num_warps=config.warps,
         )  # fmt: skip
-        combine_kernel[(B * Hkv * rows,)](
+        # few shares: a program merges whole rows; many: there are few rows, so programs share each
+        few = splits <= FEW_SPLITS
+        channels = DVP if few else 32
+        channel_blocks = -(-Dv // channels)
+        combine_kernel[(B * Hkv * rows * channel_blocks,)](
             partial, stats, out, splits, column_blocks, rows,
-            MASK=mask_kind, N=N, DV=Dv, DVP=DVP,
-            MAX_SPLITS=fields.next_power_of_2(splits), CHUNK=min(32, fields.next_power_of_2(splits)),
-            num_warps=4,
+            MASK=mask_kind, N=N, DV=Dv, CHANNELS=channels, CHANNEL_BLOCKS=channel_blocks,
+            MAX_SPLITS=fields.next_power_of_2(splits), CHUNK=min(32, fields.next_power_of_2(splits)), EARLY=early,
+            num_warps=1 if few else 4, launch_pdl=early,
         )  # fmt: skip
     return out

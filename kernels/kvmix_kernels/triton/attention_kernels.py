@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels.triton.fields import (
     field,
@@ -520,13 +521,17 @@ def attend_kernel(
     REST_DTYPE: tl.constexpr,
     REST_PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Partial attention of one share of the tokens, for N query rows of one KV head.
 
     Grid: bulk splits, fastest, x column blocks x KV heads x batch, and behind all of these the other
     splits likewise: short programs last, or they would delay long ones. Writes
-    partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N].
+    partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N]. EARLY: once all
+    programs have started, `combine_kernel` may take its place beside them.
     """
+    if EARLY:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     bulk_programs = tl.num_programs(0) // splits * bulk_splits
     if pid < bulk_programs:
@@ -628,27 +633,33 @@ def combine_kernel(
     MASK: tl.constexpr,
     N: tl.constexpr,
     DV: tl.constexpr,
-    DVP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHANNEL_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Merge the partial outputs of one query row: sum of exp(m_i - m) o_i over that of l_i.
 
-    Grid: query rows of a KV head, fastest, x KV heads x batch. Output [batch * heads, rows, DV].
+    Grid: blocks of CHANNELS channels, fastest, x query rows of a KV head x KV heads x batch. Output
+    [batch * heads, rows, DV]. EARLY: this kernel is started before `attend_kernel` ends, and waits for it.
     """
-    pid = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(0) % CHANNEL_BLOCKS
+    pid = (tl.program_id(0) // CHANNEL_BLOCKS).to(tl.int64)
     row = pid % rows
     first = (pid // rows * column_blocks + row // N) * splits
     column = row % N
     stats_ptr += first * (2 * N) + column
     partial_ptr += first * (N * DV) + column * DV
     split = tl.arange(0, MAX_SPLITS)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    if EARLY:
+        gdc_wait()
     tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
     totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
     total = tl.sum(_exp(tops - top, MASK) * totals, 0)
-    channel = tl.arange(0, DVP)
-    out = tl.zeros([DVP], tl.float32)
+    out = tl.zeros([CHANNELS], tl.float32)
     for i in range(0, splits, CHUNK):
         part = i + tl.arange(0, CHUNK)
         part_top = tl.load(stats_ptr + part * (2 * N), mask=part < splits, other=LOWEST)

@@ -53,3 +53,13 @@ def multiprocessors(x: Tensor) -> int:
 def portable(x: Tensor) -> bool:
     """Whether to do without PTX: in the interpreter and on GPUs that are not NVIDIA's."""
     return fields.INTERPRET or not x.is_cuda or torch.version.hip is not None
+
+
+@cache
+def _capability(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def starts_early(x: Tensor) -> bool:
+    """Whether a kernel can be started before the one ahead of it ends (programmatic dependent launch)."""
+    return not portable(x) and _capability(x.device.index) >= 9

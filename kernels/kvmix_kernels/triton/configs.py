@@ -21,8 +21,9 @@ class AttendConfig(NamedTuple):
     """Parameters of one attention launch.
 
     tokens: per step of the bulk (at most the key group); warps, stages: of every program;
-    programs: how many the launch should have; max_groups: key groups a program may take;
-    rest_tokens, rest_stages: per step of the rest.
+    programs: how many the launch should have; max_groups: key groups a program may take; max_splits:
+    shares a head may be cut into, before merging them takes longer than they save; rest_tokens,
+    rest_stages: per step of the rest.
     """
 
     tokens: int = 128
@@ -30,6 +31,7 @@ class AttendConfig(NamedTuple):
     stages: int = 2
     programs: int = 1024
     max_groups: int = 32
+    max_splits: int = 64
     rest_tokens: int = 16
     rest_stages: int = 1
 
