@@ -7,28 +7,36 @@ up; the time of that is a row of its own. In the next, tokens are timed one by o
 `tokens_per_second` counts generated tokens alone, from the sixth on (by then steps are recorded),
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
 included; `cache_bytes` what the cache's tensors take.
+
+With `--turns FILE` several such processes may run at once: they compile together and measure one by one, none
+before all have compiled. `--memory 24` allows a process 24 GB; a batch that does not fit is reported
+and the next case is tried.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import gc
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import kvmix_fx
 from benchmarks.e2e.models import build
-from benchmarks.rows import RESULTS, Row, make_row, percentiles, save
+from benchmarks.rows import RESULTS, Row, load, make_row, percentiles, save
 from kvmix_fx import KVPlan, QuantSpec
 
+COLD_TOKENS = 8
 WARM_TOKENS = 6
 PROFILED_STEPS = 8
 KINDS = {
@@ -116,17 +124,37 @@ def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any])
     return clock, torch.cuda.max_memory_allocated(), size
 
 
+@contextlib.contextmanager
+def turn(file: Path | None, alone: bool) -> Iterator[None]:
+    """Hold `file`, shared with others that compile or alone."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def warm_up(model: nn.Module, case: str, provider: str, ids: torch.Tensor, settings: dict[str, Any]) -> Row:
+    """The row of a first call, which compiles."""
+    first, _, _ = run(model, ids, COLD_TOKENS, settings)
+    print(f"{case:32} {provider:28} first call: {_spread(first)}", flush=True)
+    seconds = first.times[-1] - first.times[0]
+    return make_row("generate", case, provider, "first_call", seconds, "s")
+
+
+def best_of_transformers(case: str, folder: Path) -> Row | None:
+    """The fastest of transformers' own caches in this case, if it was measured before."""
+    rows = (row for row in load("generate", folder) if row.metric == "tokens_per_second" and row.case == case)
+    return max((row for row in rows if row.provider in TRANSFORMERS), key=lambda row: row.value, default=None)
+
+
 def measure(
-    model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int, bits: float | None, cold: bool
-) -> list[Row]:
-    """Rows of one case. `cold`: nothing is compiled yet, so a first call comes before."""
-    settings = TRANSFORMERS.get(provider, {})
+    model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int, bits: float | None,
+    settings: dict[str, Any], best: Row | None,
+) -> list[Row]:  # fmt: skip
+    """Rows of one case; decode is compared with `best`."""
     rows: list[Row] = []
-    if cold:
-        first, _, _ = run(model, ids, new, settings)
-        print(f"{case:32} {provider:28} first call: {_spread(first)}", flush=True)
-        seconds = first.times[-1] - first.times[0]
-        rows.append(make_row("generate", case, provider, "first_call", seconds, "s"))
     clock, peak, size = run(model, ids, new, settings)
     steps = [b - a for a, b in zip(clock.times[WARM_TOKENS:], clock.times[WARM_TOKENS + 1 :], strict=False)]
     p20, median, p80 = percentiles(steps)
@@ -135,7 +163,8 @@ def measure(
     rows += [
         make_row(
             "generate", case, provider, "tokens_per_second", batch / median, "token/s",
-            p20=batch / p80, p80=batch / p20, **facts,
+            p20=batch / p80, p80=batch / p20, baseline=best and best.provider,
+            ratio=best and batch / median / best.value, **facts,
         ),
         make_row("generate", case, provider, "prefill", clock.times[1] - clock.times[0], "s", **facts),
         make_row("generate", case, provider, "peak_bytes", peak, "bytes", **facts),
@@ -150,55 +179,59 @@ def measure(
     return rows
 
 
-def profile_step(model: nn.Module, case: str, provider: str, ids: torch.Tensor) -> list[Row]:
-    """GPU time of one decode step by kind of kernel; "host" is what is left of its wall time."""
-    window = Window(24)
+def profile_part(
+    model: nn.Module, case: str, provider: str, ids: torch.Tensor, settings: dict[str, Any], prefill: bool
+) -> list[Row]:
+    """GPU time of prefill or of a decode step by kind of kernel; "host" is what is left of its wall time."""
+    part, first, last = ("prefill", 0, 1) if prefill else ("step", 16, 16 + PROFILED_STEPS)
+    window = Window(first, last)
     generate: Any = model.generate
-    settings = TRANSFORMERS.get(provider, {})
     generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=last,
         stopping_criteria=[window], **settings,
     )  # fmt: skip
     times: dict[str, float] = defaultdict(float)
     kernels: list[tuple[float, int, str]] = []
     for event in window.profiler.key_averages():
-        spent = event.self_device_time_total / PROFILED_STEPS
+        spent = event.self_device_time_total / (last - first)
         if spent:
-            times[next((k for k, pattern in KINDS.items() if re.search(pattern, event.key)), "other")] += (
-                spent
-            )
-            kernels.append((spent, event.count // PROFILED_STEPS, event.key))
-    wall = 1e6 * window.wall / PROFILED_STEPS
+            kind = next((k for k, pattern in KINDS.items() if re.search(pattern, event.key)), "other")
+            times[kind] += spent
+            kernels.append((spent, event.count // (last - first), event.key))
+    wall = 1e6 * window.wall / (last - first)
     times["host"] = wall - sum(times.values())
-    print(
-        f"{case} {provider}: step {wall:.0f} us, of which",
-        {k: round(t) for k, t in times.items()},
-        flush=True,
-    )
+    shares = {k: round(t) for k, t in times.items()}
+    print(f"{case} {provider}: {part} {wall:.0f} us, of which {shares}", flush=True)
     for spent, count, name in sorted(kernels, reverse=True)[:16]:
         print(f"  {spent:9.1f} us {count:5d}x {name[:120]}", flush=True)
-    times["step"] = wall
+    times[part] = wall
+    named = {k if k == part else f"{part} {k}" if prefill else k: t for k, t in times.items()}
     return [
-        make_row("generate", case, provider, f"{kind} time", spent, "us") for kind, spent in times.items()
+        make_row("generate", case, provider, f"{kind} time", spent, "us") for kind, spent in named.items()
     ]
 
 
 class Window:
-    """A stopping criterion that never stops and profiles the last steps."""
+    """A stopping criterion that never stops; profiles from token `first` (0: the start) to token `last`."""
 
-    def __init__(self, tokens: int) -> None:
-        """`tokens`: how many will be generated."""
-        self.first, self.count, self.wall = tokens - PROFILED_STEPS, 0, 0.0
+    def __init__(self, first: int, last: int) -> None:
+        """Start at once if `first` is 0."""
+        self.first, self.last, self.count, self.wall = first, last, 0, 0.0
         self.profiler = profile(activities=[ProfilerActivity.CUDA])
+        if first == 0:
+            self._start()
+
+    def _start(self) -> None:
+        torch.cuda.synchronize()
+        self.profiler.__enter__()
+        self.wall = time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """Called once a token."""
         self.count += 1
         if self.count == self.first:
-            torch.cuda.synchronize()
-            self.profiler.__enter__()
-            self.wall = time.perf_counter()
-        elif self.count == self.first + PROFILED_STEPS:
+            self._start()
+        elif self.count == self.last:
             torch.cuda.synchronize()
             self.wall = time.perf_counter() - self.wall
             self.profiler.__exit__(None, None, None)
@@ -222,33 +255,68 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--inner", help="inner compiler of kvmix; default: its own choice")
     parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
+    parser.add_argument("--prefill-chunk", type=int, help="read the prompt in pieces of so many tokens")
+    parser.add_argument("--memory", type=float, help="GB that the process may take; default: all")
+    parser.add_argument("--turns", type=Path, help="a file that processes which measure in turns share")
     options = parser.parse_args()
+    if options.memory:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory * 1e9 / total))
     model = build(options.shape)
     for provider in options.provider or [*TRANSFORMERS, *KVMIX]:
-        plan = KVMIX[provider](model) if provider in KVMIX else None
-        if plan is not None:
-            kvmix_fx.compile(model, plan, inner=options.inner)
-        for number, text in enumerate(options.case):
-            batch, context = (int(part[1:]) for part in text.split())
-            ids = torch.randint(1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)).cuda()
-            case = f"{options.shape} {text} +{options.new}"
-            bits = plan.bits_per_element(context) if plan is not None else None
-            cold = number == 0 or provider == "transformers static"
-            try:
-                rows = measure(model, case, provider, ids, options.new, bits, cold)
-                if options.profile:
-                    rows += profile_step(model, case, provider, ids)
-            except (RuntimeError, ImportError, ValueError) as problem:
-                print(f"{case:32} {provider:28} {type(problem).__name__}: {str(problem)[:300]}", flush=True)
-                continue
-            save(rows, options.output)
-        if plan is not None:
-            replays = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
-            print(f"{provider}: graphs {replays}", flush=True)
-            kvmix_fx.restore(model)
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
+        run_provider(model, provider, options)
+
+
+def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -> None:
+    """Compile for and measure all cases; what fails is printed."""
+    settings: dict[str, Any] = dict(TRANSFORMERS.get(provider, {}))
+    suffix = f" +{options.new}"
+    if options.prefill_chunk:
+        settings["prefill_chunk_size"] = options.prefill_chunk
+        suffix += f" chunk{options.prefill_chunk}"
+    plan = KVMIX[provider](model) if provider in KVMIX else None
+    if plan is not None:
+        kvmix_fx.compile(model, plan, inner=options.inner)
+
+    def first_call(case: str, ids: torch.Tensor) -> list[Row]:
+        return [warm_up(model, case, provider, ids, settings)]
+
+    def timings(case: str, ids: torch.Tensor) -> list[Row]:
+        bits = plan.bits_per_element(ids.shape[1]) if plan is not None else None
+        best = None if plan is None else best_of_transformers(case, options.output)
+        rows = measure(model, case, provider, ids, options.new, bits, settings, best)
+        for prefill in (False, True) if options.profile else ():
+            rows += profile_part(model, case, provider, ids, settings, prefill)
+        return rows
+
+    warm: set[object] = set()
+    for alone, rows_of in ((False, first_call), (True, timings)):
+        with turn(options.turns, alone):
+            for text in options.case:
+                shape = tuple(int(part[1:]) for part in text.split())
+                # a StaticCache is compiled for every size, kvmix for one row and for several
+                kind = text if provider == "transformers static" else shape[0] > 1
+                if not alone and kind in warm:
+                    continue
+                warm.add(kind)
+                case = f"{options.shape} {text}{suffix}"
+                ids = torch.randint(1, 30000, shape, generator=torch.Generator().manual_seed(1)).cuda()
+                try:
+                    save(rows_of(case, ids), options.output)
+                except (RuntimeError, ImportError, ValueError) as problem:
+                    reason = f"{type(problem).__name__}: {str(problem)[:300]}"
+                    print(f"{case:32} {provider:28} {reason}", flush=True)
+    if plan is not None:
+        replays = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
+        print(f"{provider}: graphs {replays}", flush=True)
+        kvmix_fx.restore(model)
+    for name in ("inductor", "aot_autograd"):
+        found = {key: count for key, count in counters[name].items() if "cache" in key}
+        print(f"{provider}: {name} artefacts {found}", flush=True)
+    counters.clear()
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
