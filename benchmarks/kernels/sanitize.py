@@ -11,6 +11,7 @@ seen. Shapes are small and odd: tokens beyond whole tiles, a window, a batch of 
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -80,9 +81,16 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
 
 def main() -> int:
     """Run all forms; 1 if any result was wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--form", type=int, action="append", help="place in FORMS; repeatable; default: all")
+    chosen = parser.parse_args().form
     torch.manual_seed(0)
     failed = 0
-    for k_bits, v_bits, head_dim, group, k_axis, v_axis in FORMS:
+    for index, (k_bits, v_bits, head_dim, group, k_axis, v_axis) in enumerate(FORMS):
+        if chosen and index not in chosen:
+            continue
         size = layout.WHOLE_HEAD if group >= head_dim else group
         k = make_format(k_bits, k_axis, group if k_axis == "channel" else size, 128, 4, 32)
         v = make_format(v_bits, v_axis, size if v_axis == "token" else group, 128, 4, 32)

@@ -152,6 +152,10 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
 
+    def reset(self) -> None:
+        """Forget all tokens, keep the buffers."""
+        forget([self])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -185,6 +189,44 @@ class KVMixStaticCache(StaticCache):
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.plan = plan
         pack_static_layers(self, plan)
+
+    @classmethod
+    def over(cls, plan: KVPlan, layers: list[Any]) -> KVMixStaticCache:
+        """An empty cache of layers that were another's."""
+        cache = cls.__new__(cls)
+        Cache.__init__(cache, layers=layers)
+        cache.plan = plan
+        cache.reset()
+        return cache
+
+    def reset(self) -> None:
+        """Forget all tokens, keep the buffers."""
+        packed = [layer for layer in self.layers if isinstance(layer, KVMixStaticLayer)]
+        forget(packed)
+        for layer in self.layers:
+            if not isinstance(layer, KVMixStaticLayer):
+                layer.reset()
+
+
+def forget(layers: list[KVMixStaticLayer]) -> None:
+    """Empty packed layers, in few launches.
+
+    Codes and scales beyond the live length are never used and always finite; raw tokens may be NaN, which
+    a mask does not stop.
+    """
+    counters: dict[int, Tensor] = {}
+    raw: list[Tensor] = []
+    for layer in layers:
+        layer.has_tokens = False
+        layer.host_length = 0
+        counters[id(layer.cumulative_length)] = layer.cumulative_length
+        if layer.is_initialized:
+            for tensor in (layer.keys, layer.values):
+                counters[id(tensor.live)] = tensor.live
+                raw.append(tensor.residual)
+    for tensors in (list(counters.values()), raw):
+        if tensors:
+            torch._foreach_zero_(tensors)
 
 
 def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
@@ -335,11 +377,12 @@ class GenerationCaches:
         enough; their addresses are the same, so a recorded step is still good. Else they make room.
         """
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-        cache = KVMixStaticCache(self._plan, self._model.config, capacity)
         dropped = self._free.pop(batch, None)
         if dropped is not None and dropped[0] >= capacity:
-            capacity, cache.layers = dropped
-            cache.reset()
+            capacity = dropped[0]
+            cache = KVMixStaticCache.over(self._plan, dropped[1])
+        else:
+            cache = KVMixStaticCache(self._plan, self._model.config, capacity)
         # runs when nobody holds the cache any more; until then its tokens are its user's
         weakref.finalize(cache, self._keep, batch, (capacity, cache.layers))
         return cache

@@ -292,14 +292,15 @@ class KVPlan:
         return replace(self, layers=tuple(layers))
 
     def for_model(self, model: object) -> KVPlan:
-        """A copy that carries the geometry of `model` (or configuration), after checking that it fits.
+        """The plan with the geometry of `model` (or configuration), after checking that it fits.
 
         Raises:
             PlanLayerError: the model has another number of layers.
             HeadSizeError: its heads cannot be packed as planned; names the layer.
             PlanGeometryError: the model does not tell its sizes.
         """
-        return replace(self, geometry=ModelGeometry.of(model))
+        geometry = ModelGeometry.of(model)
+        return self if geometry == self.geometry else replace(self, geometry=geometry)
 
     @cached_property
     def digest(self) -> str:

@@ -207,6 +207,32 @@ def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
     assert len(kvmix_fx.compiled(model).report.graphs) == graphs
 
 
+def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
+    """Even of NaN, which a mask would let through."""
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8).for_model(model)
+    kvmix_fx.compile(model, plan, inner="eager")
+    ids = torch.randint(1, 60, (2, 70))
+
+    def logits(cache):
+        with torch.no_grad():
+            first = model(ids[:, :60], past_key_values=cache).logits
+            return torch.cat([first, *(model(ids[:, i : i + 1], past_key_values=cache).logits
+                                       for i in range(60, 70))], 1)  # fmt: skip
+
+    cache = integration.KVMixStaticCache(plan, model.config, 128)
+    expected = logits(cache)
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            tensor.residual.fill_(float("nan"))
+            tensor.qdata.fill_(-1)
+    again = integration.KVMixStaticCache.over(plan, cache.layers)
+    assert again.get_seq_length() == 0
+    assert again.layers[0].keys.live.item() == 0
+    assert again.layers[0].keys.qdata is cache.layers[0].keys.qdata
+    torch.testing.assert_close(logits(again), expected, atol=0, rtol=0)
+
+
 def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
     model = tiny_llama()
     caches = integration.GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
