@@ -188,7 +188,16 @@ class KVMixStaticCache(StaticCache):
         plan = plan.for_model(config)
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.plan = plan
+        self.one_full_row = False
         pack_static_layers(self, plan)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether generate() should build the whole mask of a step, as it does for caches of fixed capacity.
+
+        One sequence without padding needs none: attention ends with the last token stored.
+        """
+        return not self.one_full_row and super().is_compileable
 
     @classmethod
     def over(cls, plan: KVPlan, layers: list[Any]) -> KVMixStaticCache:
@@ -201,6 +210,7 @@ class KVMixStaticCache(StaticCache):
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
+        self.one_full_row = False
         packed = [layer for layer in self.layers if isinstance(layer, KVMixStaticLayer)]
         forget(packed)
         for layer in self.layers:
@@ -252,12 +262,21 @@ def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
         cache.layers[i] = new
 
 
+class InsideGenerate(threading.local):
+    """Whether this thread is inside generate(), and between two single tokens of it."""
+
+    calls = 0
+    steady = False
+
+
 class TransformersCalls:
     """What a compiled transformers model does before each forward."""
 
-    def __init__(self, model: PreTrainedModel, plan: KVPlan) -> None:
+    def __init__(self, model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut) -> None:
         """Keep what the checks need."""
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.shortcut = model, plan, shortcut
+        self.inside = InsideGenerate()
+        self._checked: weakref.ref[Cache] | None = None
 
     def prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -285,21 +304,45 @@ class TransformersCalls:
             _mark_length(mask)
             _mark_length(mask, -1)
         cache = kwargs.get("past_key_values")
-        if n > 1 and _hides_nothing(kwargs.get("attention_mask"), tokens) and _is_empty(cache):
+        if n > 1 and _hides_nothing(kwargs.get("attention_mask"), n) and _is_empty(cache):
             # the graph can not look; without a mask, prefill takes the fastest attention
             kwargs["attention_mask"] = None
-        if isinstance(cache, Cache):
-            finish = self._prepare_cache(cache, batch, n)
-            if any(
-                isinstance(layer, PromptFirstStaticLayer) and not layer.has_tokens for layer in cache.layers
-            ):
-                # generate() built the mask for a plain StaticCache, which attends to all of its slots;
-                # the first step of a packed one attends to its own tokens
-                kwargs["attention_mask"] = _first_columns(kwargs.get("attention_mask"), n)
-            return args, kwargs, finish
-        return args, kwargs, _nothing
+        if isinstance(cache, KVMixStaticCache):
+            self._drop_mask_of_one_row(cache, kwargs, batch)
+        steady = self.inside.steady
+        self.inside.steady = self.inside.calls > 0 and n == 1
+        if not isinstance(cache, Cache):
+            return args, kwargs, _nothing
+        checked = self._checked is not None and self._checked() is cache
+        if steady and checked and not args and self.shortcut.serves(kwargs):
+            # the same layers with the same tensors as a step ago
+            return args, kwargs, _advance(_fixed_layers(cache), n)
+        fixed = self._prepare_cache(cache, batch, n)
+        self._checked = weakref.ref(cache)
+        if any(not layer.has_tokens for layer in fixed):
+            # generate() built the mask for a plain StaticCache, which attends to all of its slots;
+            # the first step of a packed one attends to its own tokens
+            kwargs["attention_mask"] = _first_columns(kwargs.get("attention_mask"), n)
+        return args, kwargs, _advance(fixed, n)
 
-    def _prepare_cache(self, cache: Cache, batch: int, n: int) -> Callable[[], None]:
+    def _drop_mask_of_one_row(self, cache: KVMixStaticCache, kwargs: dict[str, Any], batch: int) -> None:
+        """Keep account of whether the cache is one sequence without padding; such a step has no mask."""
+        mask = kwargs.get("attention_mask")
+        empty = _is_empty(cache)
+        if batch != 1 or not (empty or cache.one_full_row):
+            cache.one_full_row = False
+        elif mask is None:
+            cache.one_full_row = True
+        elif not empty and self.inside.calls and isinstance(mask, Tensor) and mask.dim() == 2:
+            # between its single tokens generate() itself adds ones to the mask; else look, and wait for it
+            cache.one_full_row = self.inside.steady or _hides_nothing(mask, mask.shape[1])
+            if cache.one_full_row:
+                kwargs["attention_mask"] = None
+        else:
+            cache.one_full_row = False
+
+    def _prepare_cache(self, cache: Cache, batch: int, n: int) -> list[PromptFirstStaticLayer]:
+        """The layers of fixed capacity, checked, allocated and with room for n tokens."""
         plan = getattr(cache, "plan", None)
         for layer, layer_plan in zip(cache.layers, self.plan.layers, strict=False):
             if layer_plan.is_raw and isinstance(layer, DynamicLayer):
@@ -313,11 +356,10 @@ class TransformersCalls:
             )
         if isinstance(cache, StaticCache) and self.plan.geometry is not None:
             pack_static_layers(cache, self.plan)
-        fixed = [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+        fixed = _fixed_layers(cache)
         live: Tensor | None = None
+        _check_room(fixed, n)
         for layer in fixed:
-            if layer.host_length + n > layer.max_cache_len:
-                raise CapacityError.exceeded(n, layer.host_length, layer.max_cache_len)
             if not layer.is_initialized:
                 geometry = self.plan.geometry
                 assert geometry is not None
@@ -333,12 +375,7 @@ class TransformersCalls:
                 else:
                     layer.lazy_initialization(empty, empty)
         self._check_packed(cache, batch)
-
-        def finish() -> None:
-            for layer in fixed:
-                layer.host_length += n
-
-        return finish if fixed else _nothing
+        return fixed
 
     def _check_packed(self, cache: Cache, batch: int) -> None:
         checked = False
@@ -408,22 +445,25 @@ def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut)
             return model.__call__
 
         attributes["get_compiled_call"] = already_compiled
-    inside = threading.local()
+    calls = TransformersCalls(model, plan, shortcut)
+    inside = calls.inside
     if isinstance(model, GenerationMixin):
         attributes["_prepare_cache_for_generation"] = _fixed_caches(model, plan)
         generate: Any = model.generate
 
         @functools.wraps(generate)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            inside.calls = getattr(inside, "calls", 0) + 1
+            inside.calls += 1
+            inside.steady = False
             try:
                 return generate(*args, **kwargs)
             finally:
                 inside.calls -= 1
+                inside.steady = False
                 shortcut.forget()
 
         attributes["generate"] = counted
-    return Hooks(TransformersCalls(model, plan).prepare, attributes, lambda: getattr(inside, "calls", 0) > 0)
+    return Hooks(calls.prepare, attributes, lambda: inside.calls > 0)
 
 
 def _fixed_caches(model: PreTrainedModel, plan: KVPlan) -> Callable[..., Any]:
@@ -462,6 +502,27 @@ def _nothing() -> None:
     return None
 
 
+def _fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+
+
+def _check_room(fixed: list[PromptFirstStaticLayer], n: int) -> None:
+    for layer in fixed:
+        if layer.host_length + n > layer.max_cache_len:
+            raise CapacityError.exceeded(n, layer.host_length, layer.max_cache_len)
+
+
+def _advance(fixed: list[PromptFirstStaticLayer], n: int) -> Callable[[], None]:
+    """What to do after a step of n tokens, for which there must be room."""
+    _check_room(fixed, n)
+
+    def finish() -> None:
+        for layer in fixed:
+            layer.host_length += n
+
+    return finish
+
+
 def _mark_length(x: Any, dim: int = 1) -> None:
     if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
         torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
@@ -481,9 +542,9 @@ def _is_empty(cache: Any) -> bool:
     )
 
 
-def _hides_nothing(mask: Any, tokens: Tensor) -> bool:
-    """Whether a mask [B, n] is of the prompt itself and without padding. Waits for the device."""
-    return isinstance(mask, Tensor) and mask.shape == tokens.shape[:2] and bool(mask.all())
+def _hides_nothing(mask: Any, n: int) -> bool:
+    """Whether a mask is a tensor [B, n] without padding. Waits for the device."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == n and bool(mask.all())
 
 
 def _first_columns(mask: Any, n: int) -> Any:

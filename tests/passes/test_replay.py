@@ -187,6 +187,34 @@ def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     assert cache
 
 
+@pytest.mark.parametrize("hidden", ["nothing", "prompt", "middle of the conversation"])
+def test_one_row_without_padding_needs_no_mask(on_cpu, hidden):
+    """The control has the same row twice, which always takes a mask."""
+    model = tiny_llama()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4))
+    ids, more = torch.randint(1, 60, (1, 50)), torch.randint(1, 60, (1, 20))
+    results, needless = [], []
+    for rows in (1, 2):
+        prompt = ids.expand(rows, -1)
+        mask = torch.ones_like(prompt)
+        mask[:, :7] = hidden != "prompt"
+        first, out = generate(model, prompt, attention_mask=mask)
+        needless.append(out.past_key_values.one_full_row)
+        longer = torch.cat([out.sequences, more.expand(rows, -1)], 1)
+        mask = torch.cat([mask, torch.ones(rows, longer.shape[1] - 50, dtype=mask.dtype)], 1)
+        mask[:, 20:40] = hidden != "middle of the conversation"
+        cache = integration.KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 128)
+        # the same tokens, then the rest of the conversation
+        with torch.no_grad():
+            model(out.sequences[:, :-1], attention_mask=mask[:, : out.sequences.shape[1] - 1],
+                  past_key_values=cache)  # fmt: skip
+        second, _ = generate(model, longer, attention_mask=mask, past_key_values=cache)
+        needless.append(cache.one_full_row)
+        results.append(torch.cat([first[:, 0], second[:, 0]]))
+    assert needless == [hidden != "prompt", hidden == "nothing", False, False]
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-4)
+
+
 def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
     model = tiny_llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
