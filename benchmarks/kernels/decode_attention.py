@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -138,6 +139,19 @@ def measure(case: Case, provider: str) -> tuple[Timing, float, int] | str:
     return timing, bits / (2 * case.tokens * elements), int(bits / 8)
 
 
+def compile_only(cases: Iterable[str], providers: Iterable[str]) -> int:
+    """Fill the kernel cache; 1 if any provider was wrong."""
+    wrong = 0
+    for case in map(Case.parse, cases):
+        raw = decode_inputs(case._replace(tokens=min(case.tokens, 8192)), RAW, RAW)
+        for config in RAW_CONFIGS:
+            attention.attend(*raw, config=config)
+        for provider in providers:
+            if int(provider.split()[1][1:]) <= case.tokens:
+                wrong |= not error(decode_inputs(case, *formats(provider, case.head_dim))) < LIMIT
+    return wrong
+
+
 def main() -> int:
     """Run the chosen cases; 1 if any provider was wrong."""
     parser = argparse.ArgumentParser(
@@ -146,8 +160,11 @@ def main() -> int:
     parser.add_argument("--case", action="append")
     parser.add_argument("--provider", action="append", help='such as "k2v2 g128"; repeatable')
     parser.add_argument("--output", type=Path, help="folder of the rows")
+    parser.add_argument("--compile-only", action="store_true", help="and check; several processes can share")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.compile_only:
+        return compile_only(options.case or CASES, options.provider or PROVIDERS)
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
     rows = Rows("decode_attention", options.output)
