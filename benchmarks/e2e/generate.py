@@ -1,6 +1,6 @@
 """generate() of models of true shape on a GPU: tokens a second, prefill, memory.
 
-    python -m benchmarks.e2e.generate --shape llama-3.1-8b --case "b16 n8192" --case "b1 n4096"
+    python -m benchmarks.e2e.generate --shape llama-3.1-8b --case "b16 n8192 +40" --case "b1 n4096 +40"
 
 Every provider reads the same prompt with transformers' own `generate()`. Its first call compiles and warms
 up; the time of that is a row of its own. In the next, tokens are timed one by one:
@@ -249,12 +249,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--case", action="append", required=True, help='such as "b16 n8192"; repeatable')
+    parser.add_argument(
+        "--case",
+        action="append",
+        required=True,
+        help='such as "b16 n8192 +64": batch, prompt, new; repeatable',
+    )
     parser.add_argument("--provider", action="append", help="repeatable; default: all")
-    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--inner", help="inner compiler of kvmix; default: its own choice")
-    parser.add_argument("--profile", action="store_true", help="also say where the time of a step goes")
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        help="a case, or all: also say where its time goes; repeatable",
+    )
     parser.add_argument("--prefill-chunk", type=int, help="read the prompt in pieces of so many tokens")
     parser.add_argument("--memory", type=float, help="GB that the process may take; default: all")
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turns share")
@@ -270,22 +279,23 @@ def main() -> None:
 def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -> None:
     """Compile for and measure all cases; what fails is printed."""
     settings: dict[str, Any] = dict(TRANSFORMERS.get(provider, {}))
-    suffix = f" +{options.new}"
+    suffix = ""
     if options.prefill_chunk:
         settings["prefill_chunk_size"] = options.prefill_chunk
-        suffix += f" chunk{options.prefill_chunk}"
+        suffix = f" chunk{options.prefill_chunk}"
     plan = KVMIX[provider](model) if provider in KVMIX else None
     if plan is not None:
         kvmix_fx.compile(model, plan, inner=options.inner)
 
-    def first_call(case: str, ids: torch.Tensor) -> list[Row]:
+    def first_call(case: str, ids: torch.Tensor, _new: int) -> list[Row]:
         return [warm_up(model, case, provider, ids, settings)]
 
-    def timings(case: str, ids: torch.Tensor) -> list[Row]:
+    def timings(case: str, ids: torch.Tensor, new: int) -> list[Row]:
+        profiled = any(name == "all" or f" {name}" in case for name in options.profile)
         bits = plan.bits_per_element(ids.shape[1]) if plan is not None else None
         best = None if plan is None else best_of_transformers(case, options.output)
-        rows = measure(model, case, provider, ids, options.new, bits, settings, best)
-        for prefill in (False, True) if options.profile else ():
+        rows = measure(model, case, provider, ids, new, bits, settings, best)
+        for prefill in (False, True) if profiled else ():
             rows += profile_part(model, case, provider, ids, settings, prefill)
         return rows
 
@@ -293,16 +303,18 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
     for alone, rows_of in ((False, first_call), (True, timings)):
         with turn(options.turns, alone):
             for text in options.case:
-                shape = tuple(int(part[1:]) for part in text.split())
+                batch, context, new = (int(part[1:]) for part in text.split())
                 # a StaticCache is compiled for every size, kvmix for one row and for several
-                kind = text if provider == "transformers static" else shape[0] > 1
+                kind = text if provider == "transformers static" else batch > 1
                 if not alone and kind in warm:
                     continue
                 warm.add(kind)
                 case = f"{options.shape} {text}{suffix}"
-                ids = torch.randint(1, 30000, shape, generator=torch.Generator().manual_seed(1)).cuda()
+                ids = torch.randint(
+                    1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)
+                ).cuda()
                 try:
-                    save(rows_of(case, ids), options.output)
+                    save(rows_of(case, ids, new), options.output)
                 except (RuntimeError, ImportError, ValueError) as problem:
                     reason = f"{type(problem).__name__}: {str(problem)[:300]}"
                     print(f"{case:32} {provider:28} {reason}", flush=True)

@@ -13,13 +13,18 @@ from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, mult
 from kvmix_kernels.triton.fields import next_power_of_2
 from kvmix_kernels.triton.storage_kernels import append_kernel, pack_kernel
 
-PACK_ELEMENTS = 8192
-"""Channels times tokens that a program of `quantize_pack` holds at a time."""
+PACK_ELEMENTS = 2048
+"""Channels times tokens that a warp of `quantize_pack` holds at a time."""
 
-APPEND_ELEMENTS = 4096
+APPEND_ELEMENTS = 512
 """The same of `append_`, whose programs hold both tensors' code."""
 
 PACK_WARPS = 4
+"""Of `quantize_pack`; fewer for small groups of tokens, see `WARP_ELEMENTS`."""
+
+WARP_ELEMENTS = 4096
+"""Channels times tokens that share a warp's work per channel: with fewer that work outweighs the rest."""
+
 APPEND_WARPS = 8
 
 ROWS = 16
@@ -31,7 +36,11 @@ def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
     if fmt.is_raw:
         return {"group": 1, "fields": 1, "words": 1, "words_p": 1, "tokens": 1, "parts": 0}
     layout.check_head_size(fmt, D)
-    width, _, words, _ = layout.planes(fmt.bits, D)[-1]
+    planes = layout.planes(fmt.bits, D)
+    width, _, words, _ = planes[-1]
+    if fmt.axis == AXIS_CHANNEL and planes[0][2] == next_power_of_2(planes[0][2]):
+        # the wide plane's fields: half as many channels in a thread, which computes for each of them
+        width, _, words, _ = planes[0]
     count = layout.WORD_BITS // width
     padded = next_power_of_2(words)
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, D)
@@ -74,20 +83,25 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Te
     """The op `quantize_pack`: one launch, x is read once."""
     fmt = TensorFormat(*format)
     B, H, L, D = x.shape
-    cut = _shape(fmt, D, PACK_ELEMENTS)
+    warps = PACK_WARPS
+    if fmt.axis == AXIS_CHANNEL:
+        warps = min(warps, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS))
+    cut = _shape(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, D)
     grid = layout.scale_grid(fmt, D, tiles)
-    qdata = torch.empty(B, H, tiles * fmt.tile, words, dtype=torch.int16, device=x.device)
-    scale = torch.empty(B, H, *grid, dtype=SCALE_DTYPES[fmt.scale_dtype], device=x.device)
-    zero_point = torch.empty_like(scale)
-    residual = torch.empty(B, H, slots, D, dtype=x.dtype, device=x.device)
+    # without tokens there is none to read in place of those that are missing
+    make = torch.empty if L else torch.zeros
+    qdata = make(B, H, tiles * fmt.tile, words, dtype=torch.int16, device=x.device)
+    scale = make(B, H, *grid, dtype=SCALE_DTYPES[fmt.scale_dtype], device=x.device)
+    zero_point = make(B, H, *grid, dtype=scale.dtype, device=x.device)
+    residual = make(B, H, slots, D, dtype=x.dtype, device=x.device)
     x = inner_dense(x)
     valid, *valid_arguments, kind = valid_row(mask, x)
     DP = next_power_of_2(D)
     rows = max(1, 4096 // DP)
     jobs = tiles * cut["parts"] + -(-slots // rows)
-    if B * H * jobs:
+    if B * H * L * jobs:
         with device_of(x):
             pack_kernel[(B * H * jobs,)](
                 x, qdata, scale, zero_point, residual, valid, *x.stride()[:3], *valid_arguments,
@@ -95,7 +109,7 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Te
                 VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, DP=DP,
                 SCALE_DTYPE=fmt.scale_dtype, FIELDS=cut["fields"], WORDS=cut["words"], WORDS_P=cut["words_p"],
                 TOKENS=cut["tokens"],
-                num_warps=PACK_WARPS,
+                num_warps=warps,
             )  # fmt: skip
     return qdata, scale, zero_point, residual
 
@@ -135,7 +149,7 @@ def append_(
         return
     keys, values = inner_dense(keys), inner_dense(values)
     valid, *valid_arguments, kind = valid_row(mask, keys)
-    cut_k, cut_v = _shape(k, D, APPEND_ELEMENTS), _shape(v, Dv, APPEND_ELEMENTS)
+    cut_k, cut_v = (_shape(f, size, APPEND_ELEMENTS * APPEND_WARPS) for f, size in ((k, D), (v, Dv)))
     DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
     packs = not (k.is_raw and v.is_raw)
     apart = packs and any(not f.is_raw and Lq - 1 + f.window + f.tile > f.ring for f in (k, v))

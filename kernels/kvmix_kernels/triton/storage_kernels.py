@@ -3,7 +3,7 @@
 The arithmetic is that of `reference.quantize`, in the same order and rounding, so codes, scales
 and offsets are the same bits. One program handles one group of tokens (keys per channel) or one
 block of tokens (values per token). The tokens are read from memory once: a second look at a group of
-keys, after its range is known, hits the cache.
+keys, after its range is known, hits the cache. What bounds these kernels is instructions, not memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import triton.language as tl
 
 from kvmix_kernels.triton.fields import constexpr_function, packed_end_of, plane_first, words_per_token
 
-FINITE_BELOW = tl.constexpr(float("inf"))
 ROUNDER = tl.constexpr(8388608.0)
 """2**23: adding and subtracting it rounds a smaller positive float32 to an integer, half to even."""
+ROUNDER_SUM = tl.constexpr(0xFB000000 - (1 << 32))
+"""What its bits, 0x4B000000, add up to as int32 when eight are added, each shifted four bits further."""
 
 
 @triton.jit
@@ -32,6 +33,18 @@ def _stored(x, SCALE_DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _divided(x, DIVISOR: tl.constexpr):
+    """Finite x by a small odd number, correctly rounded.
+
+    One correction is enough, also below the smallest normal number: the remainder is exact, and the
+    quotient is never close to the middle of two floats.
+    """
+    quotient = x * (1.0 / DIVISOR)
+    rest = tl.fma(quotient, tl.zeros_like(x) - DIVISOR, x)
+    return tl.fma(rest, tl.zeros_like(x) + 1.0 / DIVISOR, quotient)
+
+
+@triton.jit
 def _range_to_scale(low, high, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
     TOP: tl.constexpr = 2**BITS - 1
     LIMIT: tl.constexpr = (
@@ -40,54 +53,48 @@ def _range_to_scale(low, high, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
     empty = low > high
     low = tl.where(empty, 0.0, low)
     high = tl.where(empty, 0.0, high)
-    top = tl.zeros_like(low) + TOP
-    scale = tl.minimum(tl.div_rn(high, top) - tl.div_rn(low, top), LIMIT)
+    scale = tl.minimum(_divided(high, TOP) - _divided(low, TOP), LIMIT)
     zero = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
     return _stored(scale, SCALE_DTYPE), _stored(zero, SCALE_DTYPE)
 
 
 @triton.jit
-def _divisor(step):
-    """(unit, step * unit, 1 / (step * unit)); the unit is a power of two that keeps all of it normal."""
-    unit = tl.where(
-        step < 8.7e-19, 1.8446744073709552e19, tl.where(step > 1.2e18, 5.421010862427522e-20, 1.0)
-    )
-    divisor = step * unit
-    return unit, divisor, tl.div_rn(tl.zeros_like(step) + 1.0, divisor)
+def _divisor(step, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
+    """(unit, largest distance, -divisor, 1 / divisor), where the divisor is the step times the unit.
+
+    The unit is a power of two that keeps all of it normal; float16 needs none.
+    """
+    unit = tl.zeros_like(step) + 1.0
+    if SCALE_DTYPE != 0:
+        unit = tl.where(
+            step < 8.7e-19, 1.8446744073709552e19, tl.where(step > 1.2e18, 5.421010862427522e-20, 1.0)
+        )
+    # without a range the largest distance is 0, and its quotient has to stay 0
+    divisor = tl.where(step > 0.0, step * unit, 1.0)
+    if SCALE_DTYPE == 2:
+        inverse = tl.div_rn(tl.zeros_like(step) + 1.0, divisor)
+    else:
+        # correct to a few units will do: no quotient by so short a number is close to the middle of two floats
+        inverse = 1.0 / divisor
+    return unit, step * unit * (2**BITS - 1), -divisor, inverse
 
 
 @triton.jit
-def _code_bits(x, step, zero, unit, divisor, inverse, BITS: tl.constexpr):
-    """Codes as the low bits of an int32.
+def _code_bits(x, zero, unit, largest, minus_divisor, inverse, SCALE_DTYPE: tl.constexpr):
+    """Codes as the low 24 bits of an int32.
 
     One correction step makes the product with the inverse the correctly rounded quotient
     (Markstein, IBM J. Res. Dev. 34, 1990), at a third of a division's cost.
     """
-    TOP: tl.constexpr = 2**BITS - 1
-    x = (x - zero) * unit
-    # clamped well outside the codes: otherwise an infinite quotient would become a NaN below
-    quotient = tl.minimum(tl.maximum(x * inverse, -4.0), 1024.0)
-    quotient = tl.fma(tl.fma(-quotient, divisor + tl.zeros_like(x), x), inverse + tl.zeros_like(x), quotient)
-    # a NaN compares false everywhere and ends as code 0
-    quotient = tl.where(quotient > 0.0, quotient, 0.0)
-    quotient = tl.where(step > 0.0, tl.minimum(quotient, TOP), 0.0)
-    return (quotient + ROUNDER).to(tl.int32, bitcast=True) & TOP
-
-
-@triton.jit
-def _load_tokens(
-    new_ptr, new_stride, residual_ptr, position, channel, ok, live, sink, ring, D: tl.constexpr,
-    FROM_RING: tl.constexpr,
-):  # fmt: skip
-    """Tokens at `position` as float32, from the step's own or from the ring; both index tiles broadcast."""
-    index = (position - live).to(tl.int64)
-    if FROM_RING:
-        fresh = position >= live
-        x = tl.load(new_ptr + index * new_stride + channel, mask=ok & fresh, other=0.0).to(tl.float32)
-        slot = sink + (position - sink) % ring
-        old = tl.load(residual_ptr + slot * D + channel, mask=ok & (position < live), other=0.0)
-        return tl.where(fresh, x, old.to(tl.float32))
-    return tl.load(new_ptr + index * new_stride + channel, mask=ok, other=0.0).to(tl.float32)
+    x = x - zero
+    if SCALE_DTYPE != 0:
+        x = x * unit
+    # in this order a NaN ends as 0; `largest` may be rounded, its quotient still rounds to the largest code
+    x = tl.minimum(tl.maximum(x, 0.0), largest)
+    quotient = x * inverse
+    rest = tl.fma(quotient, tl.broadcast_to(minus_divisor, x.shape), x)
+    quotient = tl.fma(rest, tl.broadcast_to(inverse, x.shape), quotient)
+    return (quotient + ROUNDER).to(tl.int32, bitcast=True)
 
 
 @constexpr_function
@@ -103,19 +110,81 @@ def _lies_in(field, words, group, index):
 
 
 @triton.jit
-def _store_words(
-    qdata_ptr, low, even, odd, row, word, ok, D: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+def _load_tokens(
+    new_ptr, new_stride, ring_ptr, at, fresh_from, first_slot, ring, channel, ok,
+    D: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
-    """Store packed words; for 3 bits `low` is the narrow plane, `even` and `odd` the halves of the wide one."""
-    TOTAL: tl.constexpr = words_per_token(BITS, D)
-    at = row[:, None] * TOTAL + word[None, :]
-    ok = ok[:, None] & (word < WORDS)[None, :]
-    if BITS == 3:
-        tl.store(qdata_ptr + at, even.to(tl.int16), mask=ok)
-        tl.store(qdata_ptr + at + WORDS, odd.to(tl.int16), mask=ok)
-        tl.store(qdata_ptr + at + plane_first(BITS, D, 1), low.to(tl.int16), mask=ok)
+    """COUNT tiles of tokens as float32, each STEP channels after the one before.
+
+    `at` counts tokens from the one at `new_ptr`; those before `fresh_from` are in the ring.
+    """
+    new = new_ptr + at.to(tl.int64)[:, None] * new_stride + channel[None, :]
+    tiles = ()
+    if FROM_RING:
+        fresh = (at >= fresh_from)[:, None]
+        old = ring_ptr + ((first_slot + at) % ring)[:, None] * D + channel[None, :]
+        for i in tl.static_range(COUNT):
+            x = tl.load(new + i * STEP, mask=ok[None, :] & fresh, other=0.0).to(tl.float32)
+            kept = tl.load(old + i * STEP, mask=ok[None, :] & ~fresh, other=0.0).to(tl.float32)
+            tiles = tiles + (tl.where(fresh, x, kept),)
     else:
-        tl.store(qdata_ptr + at, low.to(tl.int16), mask=ok)
+        for i in tl.static_range(COUNT):
+            if channel.shape[0] == STEP:
+                # no mask: with one, registers are set to zero before every load
+                x = tl.load(new + i * STEP)
+            else:
+                x = tl.load(new + i * STEP, mask=ok[None, :], other=0.0)
+            tiles = tiles + (x.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _every_other_pair(x):
+    """Bits 0, 1, 4, 5, 8, 9, ... of an int32, moved together."""
+    x = x & 0x33333333
+    x = (x | (x >> 2)) & 0x0F0F0F0F
+    x = (x | (x >> 4)) & 0x00FF00FF
+    return x | (x >> 8)
+
+
+@triton.jit
+def _store_words(
+    qdata_ptr, codes, row, word, row_ok, word_ok,
+    D: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Pack every field's codes into words and store them; what is above a word's 16 bits is cut off."""
+    TOTAL: tl.constexpr = words_per_token(BITS, D)
+    at = qdata_ptr + row[:, None] * TOTAL + word[None, :]
+    ok = row_ok & word_ok
+    if BITS != 3:
+        packed = codes[0]
+        for f in tl.static_range(1, FIELDS):
+            packed += codes[f] << (f * BITS)
+        tl.store(at, packed.to(tl.int16), mask=ok)
+    elif FIELDS == 8:
+        # four bits a code first: all codes at once are then cut into the planes
+        packed = codes[0] - ROUNDER_SUM
+        for f in tl.static_range(1, FIELDS):
+            packed += codes[f] << (f * 4)
+        tl.store(at, _every_other_pair(packed >> 1).to(tl.int16), mask=ok)
+        # field i of the wide plane is fields 2i and 2i + 1 of the narrow one
+        HALF: tl.constexpr = WORDS // 2
+        low = _every_other_pair(packed & 0x11111111)
+        low = tl.where((word < HALF)[None, :], low, low << 1)
+        low = tl.sum(tl.reshape(low, [low.shape[0], 2, HALF]), 1)
+        at = qdata_ptr + row[:, None] * TOTAL + plane_first(BITS, D, 1) + tl.arange(0, HALF)[None, :]
+        tl.store(at, low.to(tl.int16), mask=row_ok)
+    else:
+        # the same with the narrow plane's fields, of which 2i and 2i + 1 are field i of the wide one
+        even = codes[0] - ROUNDER_SUM
+        odd = codes[1] - ROUNDER_SUM
+        for f in tl.static_range(1, 8):
+            even += codes[2 * f] << (f * 4)
+            odd += codes[2 * f + 1] << (f * 4)
+        low = (even & 0x11111111) | ((odd & 0x11111111) << 1)
+        tl.store(at, _every_other_pair(even >> 1).to(tl.int16), mask=ok)
+        tl.store(at + WORDS, _every_other_pair(odd >> 1).to(tl.int16), mask=ok)
+        tl.store(at + plane_first(BITS, D, 1), _every_other_pair(low).to(tl.int16), mask=ok)
 
 
 @triton.jit
@@ -126,143 +195,133 @@ def _flush(
     FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
     VALID: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
-    """Quantize and pack part `part` of a tile; zeros in rows from `rows_held` on.
+    """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on.
 
     A part is a group of tokens for AXIS 0 and a block of TOKENS tokens for AXIS 1. A field is a tile
-    [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange.
+    [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange (but for the
+    narrow plane of 3 bits where it is cut into the fields of the wide one).
+
+    Minimum and maximum ignore a NaN, so what must not count in a range is made one: x + 0 * x for
+    whatever is not finite, x + NaN * x for whatever is hidden.
     """
     token = tl.arange(0, TOKENS)
-    # two channels a thread: reductions over tokens then stay mostly within threads
-    word = tl.max_contiguous(tl.arange(0, WORDS_P), 2)
+    # how many words a thread holds side by side. For keys few: it computes for each of its channels what
+    # a code needs (not 1, by which Triton puts a warp's threads along the tokens). For values many: it
+    # computes the same for each of its tokens.
+    NEIGHBOURS: tl.constexpr = max(16 // FIELDS, WORDS_P // 8) if AXIS == 1 else 2
+    word = tl.max_contiguous(tl.arange(0, WORDS_P), NEIGHBOURS)
     word_ok = word < WORDS
+    # a tile is held in full or not at all; if not, one token is read throughout and none counts, so that
+    # scales and codes are 0
+    held = tile_index * tile < rows_held
+    new_stride = tl.where(held, new_stride, 0).to(tl.int64)
+    nothing = tl.where(held, 0.0, float("nan"))
+    if AXIS == 0:
+        first = tile_index * tile + part * GROUP
+    else:
+        first = tile_index * tile + part * TOKENS
+    fresh_from = live - sink - first
+    new_ptr += -fresh_from.to(tl.int64) * new_stride
+    ring_ptr = residual_ptr + sink * D
+    qdata_ptr += first * words_per_token(BITS, D)
     if AXIS == 0:
         LANES: tl.constexpr = 16 if TOKENS > 16 else TOKENS
-        first = tile_index * tile + part * GROUP
-        lows = ()
-        highs = ()
-        for f in tl.static_range(FIELDS):
-            lows = lows + (tl.zeros([LANES, WORDS_P], tl.float32) + float("inf"),)
-            highs = highs + (tl.zeros([LANES, WORDS_P], tl.float32) - float("inf"),)
-        for at in range(0, GROUP, TOKENS):
-            row = first + at + token
-            held = (at + token < GROUP) & (row < rows_held)
-            seen = held
+        DP: tl.constexpr = FIELDS * WORDS_P
+        # whole tokens to a warp: each thread then has few channels and all its tokens of them
+        channel = tl.max_contiguous(tl.arange(0, DP), max(1, DP // 32))
+        channel_ok = channel < D
+        low = tl.zeros([LANES, DP], tl.float32) + float("inf")
+        high = tl.zeros([LANES, DP], tl.float32) - float("inf")
+        for start in range(0, GROUP, TOKENS):
+            at = start + token
+            if GROUP % TOKENS != 0:
+                # copies of the last token change nothing
+                at = tl.minimum(at, GROUP - 1)
+            x = _load_tokens(
+                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel_ok,
+                D, D, 1, FROM_RING,
+            )[0]  # fmt: skip
+            factor = nothing + tl.zeros_like(x)
             if VALID != 0:
-                entry = tl.load(valid_ptr + (sink + row) * valid_stride, mask=held, other=0)
-                if VALID == 1:
-                    seen = held & (entry != 0)
-                else:
-                    seen = held & (entry.to(tl.float32) > hidden_below)
-            new_lows = ()
-            new_highs = ()
-            for f in tl.static_range(FIELDS):
-                x = _load_tokens(
-                    new_ptr, new_stride, residual_ptr, (sink + row)[:, None], (f * WORDS + word)[None, :],
-                    held[:, None] & word_ok[None, :], live, sink, ring, D, FROM_RING,
-                )  # fmt: skip
-                usable = seen[:, None] & (tl.abs(x) < FINITE_BELOW)
-                low = tl.reshape(tl.where(usable, x, float("inf")), [TOKENS // LANES, LANES, WORDS_P])
-                high = tl.reshape(tl.where(usable, x, -float("inf")), [TOKENS // LANES, LANES, WORDS_P])
-                new_lows = new_lows + (tl.minimum(lows[f], tl.min(low, 0)),)
-                new_highs = new_highs + (tl.maximum(highs[f], tl.max(high, 0)),)
-            lows = new_lows
-            highs = new_highs
-        steps = ()
-        zeros = ()
-        for f in tl.static_range(FIELDS):
-            field_step, field_zero = _range_to_scale(
-                tl.min(lows[f], 0), tl.max(highs[f], 0), BITS, SCALE_DTYPE
-            )
-            group_at = first // GROUP * D + f * WORDS + word
-            tl.store(scale_ptr + group_at, field_step.to(scale_ptr.dtype.element_ty), mask=word_ok)
-            tl.store(zero_ptr + group_at, field_zero.to(zero_ptr.dtype.element_ty), mask=word_ok)
-            steps = steps + (field_step,)
-            zeros = zeros + (field_zero,)
-        for at in range(0, GROUP, TOKENS):
-            row = first + at + token
-            row_ok = at + token < GROUP
-            held = row_ok & (row < rows_held)
-            packed = tl.zeros([TOKENS, WORDS_P], tl.int32)
-            even = tl.zeros([TOKENS, WORDS_P], tl.int32)
-            odd = tl.zeros([TOKENS, WORDS_P], tl.int32)
-            for f in tl.static_range(FIELDS):
-                x = _load_tokens(
-                    new_ptr, new_stride, residual_ptr, (sink + row)[:, None], (f * WORDS + word)[None, :],
-                    held[:, None] & word_ok[None, :], live, sink, ring, D, FROM_RING,
-                )  # fmt: skip
-                unit, divisor, inverse = _divisor(steps[f])
-                code = _code_bits(
-                    x,
-                    steps[f][None, :],
-                    zeros[f][None, :],
-                    unit[None, :],
-                    divisor[None, :],
-                    inverse[None, :],
-                    BITS,
+                entry = tl.load(
+                    valid_ptr + (sink + first + at) * valid_stride, mask=first + at < rows_held, other=0
                 )
-                packed, even, odd = _add_field(packed, even, odd, code, f, BITS)
-            _store_words(qdata_ptr, packed, even, odd, row, word, row_ok, D, BITS, WORDS)
+                if VALID == 1:
+                    seen = entry != 0
+                else:
+                    seen = entry.to(tl.float32) > hidden_below
+                factor = tl.where(seen[:, None], factor, float("nan"))
+            x = tl.reshape(tl.fma(x, factor, x), [TOKENS // LANES, LANES, DP])
+            low = tl.minimum(low, tl.min(x, 0))
+            high = tl.maximum(high, tl.max(x, 0))
+        step, zero = _range_to_scale(tl.min(low, 0), tl.max(high, 0), BITS, SCALE_DTYPE)
+        scale_ptr += first // GROUP * D
+        zero_ptr += first // GROUP * D
+        tl.store(scale_ptr + channel, step.to(scale_ptr.dtype.element_ty), mask=channel_ok)
+        tl.store(zero_ptr + channel, zero.to(zero_ptr.dtype.element_ty), mask=channel_ok)
+        # read back by the threads that pack
+        tl.debug_barrier()
+        zeros = ()
+        divisors = ()
+        for f in tl.static_range(FIELDS):
+            step = tl.load(scale_ptr + f * WORDS + word, mask=word_ok, other=0.0).to(tl.float32)
+            zero = tl.load(zero_ptr + f * WORDS + word, mask=word_ok, other=0.0).to(tl.float32)
+            zeros = zeros + (zero[None, :],)
+            divisors = divisors + (_divisor(step[None, :], BITS, SCALE_DTYPE),)
+        for start in range(0, GROUP, TOKENS):
+            at = start + token
+            if GROUP % TOKENS != 0:
+                at = tl.minimum(at, GROUP - 1)
+            fields = _load_tokens(
+                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
+                D, WORDS, FIELDS, FROM_RING,
+            )  # fmt: skip
+            codes = ()
+            for f in tl.static_range(FIELDS):
+                codes = codes + (_code_bits(fields[f], zeros[f], *divisors[f], SCALE_DTYPE),)
+            _store_words(
+                qdata_ptr, codes, at, word, (at >= 0)[:, None], word_ok[None, :], D, BITS, FIELDS, WORDS
+            )
     else:
         row_ok = part * TOKENS + token < tile
-        row = tile_index * tile + part * TOKENS + token
-        held = (row_ok & (row < rows_held))[:, None] & word_ok[None, :]
-        xs = ()
-        for f in tl.static_range(FIELDS):
-            x = _load_tokens(
-                new_ptr, new_stride, residual_ptr, (sink + row)[:, None], (f * WORDS + word)[None, :],
-                held, live, sink, ring, D, FROM_RING,
-            )  # fmt: skip
-            xs = xs + (x,)
-        steps = ()
+        at = tl.minimum(token, tile - 1 - part * TOKENS)
+        fields = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
+            D, WORDS, FIELDS, FROM_RING,
+        )  # fmt: skip
         zeros = ()
+        divisors = ()
         for g in tl.static_range(D // GROUP):
             low = tl.zeros([TOKENS, WORDS_P], tl.float32) + float("inf")
             high = tl.zeros([TOKENS, WORDS_P], tl.float32) - float("inf")
             for f in tl.static_range(FIELDS):
                 if _meets(f, WORDS, GROUP, g):
-                    usable = held & (tl.abs(xs[f]) < FINITE_BELOW)
+                    factor = nothing + tl.zeros_like(low)
+                    if WORDS != WORDS_P:
+                        factor = tl.where(word_ok[None, :], factor, float("nan"))
                     if not _lies_in(f, WORDS, GROUP, g):
-                        usable = usable & ((f * WORDS + word) // GROUP == g)[None, :]
-                    low = tl.minimum(low, tl.where(usable, xs[f], float("inf")))
-                    high = tl.maximum(high, tl.where(usable, xs[f], -float("inf")))
-            group_step, group_zero = _range_to_scale(tl.min(low, 1), tl.max(high, 1), BITS, SCALE_DTYPE)
-            group_at = row * (D // GROUP) + g
-            tl.store(scale_ptr + group_at, group_step.to(scale_ptr.dtype.element_ty), mask=row_ok)
-            tl.store(zero_ptr + group_at, group_zero.to(zero_ptr.dtype.element_ty), mask=row_ok)
-            steps = steps + (group_step,)
-            zeros = zeros + (group_zero,)
-        packed = tl.zeros([TOKENS, WORDS_P], tl.int32)
-        even = tl.zeros([TOKENS, WORDS_P], tl.int32)
-        odd = tl.zeros([TOKENS, WORDS_P], tl.int32)
+                        factor = tl.where(((f * WORDS + word) // GROUP == g)[None, :], factor, float("nan"))
+                    x = tl.fma(fields[f], factor, fields[f])
+                    low = tl.minimum(low, x)
+                    high = tl.maximum(high, x)
+            step, zero = _range_to_scale(tl.min(low, 1), tl.max(high, 1), BITS, SCALE_DTYPE)
+            group_at = (first + token) * (D // GROUP) + g
+            tl.store(scale_ptr + group_at, step.to(scale_ptr.dtype.element_ty), mask=row_ok)
+            tl.store(zero_ptr + group_at, zero.to(zero_ptr.dtype.element_ty), mask=row_ok)
+            zeros = zeros + (zero[:, None],)
+            divisors = divisors + (_divisor(step[:, None], BITS, SCALE_DTYPE),)
+        codes = ()
         for f in tl.static_range(FIELDS):
-            field_code = tl.zeros([TOKENS, WORDS_P], tl.int32)
+            code = tl.zeros([TOKENS, WORDS_P], tl.int32)
             for g in tl.static_range(D // GROUP):
                 if _meets(f, WORDS, GROUP, g):
-                    unit, divisor, inverse = _divisor(steps[g])
-                    code = _code_bits(
-                        xs[f], steps[g][:, None], zeros[g][:, None], unit[:, None], divisor[:, None],
-                        inverse[:, None], BITS,
-                    )  # fmt: skip
+                    group_code = _code_bits(fields[f], zeros[g], *divisors[g], SCALE_DTYPE)
                     if _lies_in(f, WORDS, GROUP, g):
-                        field_code = code
+                        code = group_code
                     else:
-                        field_code = tl.where(((f * WORDS + word) // GROUP == g)[None, :], code, field_code)
-            packed, even, odd = _add_field(packed, even, odd, field_code, f, BITS)
-        _store_words(qdata_ptr, packed, even, odd, row, word, row_ok, D, BITS, WORDS)
-
-
-@triton.jit
-def _add_field(packed, even, odd, code, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Put a field's codes into the words. Fields 2i and 2i + 1 of the narrow plane are field i of the wide one."""
-    if BITS == 3:
-        packed += (code & 1) << FIELD
-        if FIELD % 2 == 0:
-            even += (code >> 1) << FIELD
-        else:
-            odd += (code >> 1) << (FIELD - 1)
-    else:
-        packed += code << (FIELD * BITS)
-    return packed, even, odd
+                        code = tl.where(((f * WORDS + word) // GROUP == g)[None, :], group_code, code)
+            codes = codes + (code,)
+        _store_words(qdata_ptr, codes, token, word, row_ok[:, None], word_ok[None, :], D, BITS, FIELDS, WORDS)
 
 
 @triton.jit
@@ -385,10 +444,11 @@ def pack_kernel(
 
     Grid: jobs (parts of tiles, then blocks of residual slots), fastest, x heads x batch.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    job = (pid % jobs).to(tl.int32)
-    at = pid // jobs
-    x_ptr += at // heads * x_sb + at % heads * x_sh
+    pid = tl.program_id(0)
+    job = pid % jobs
+    sequence = (pid // jobs // heads).to(tl.int64)
+    at = (pid // jobs).to(tl.int64)
+    x_ptr += sequence * x_sb + (at - sequence * heads) * x_sh
     end = packed_end_of(count, tile, sink, window)
     if BITS != 16:
         if job < tiles * parts:
@@ -400,7 +460,7 @@ def pack_kernel(
             _flush(
                 x_ptr, x_sl, qdata_ptr + at * tiles * tile * words_per_token(BITS, D),
                 scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr,
-                valid_ptr + at // heads * valid_sb, valid_ss, hidden_below, index, job % parts,
+                valid_ptr + sequence * valid_sb, valid_ss, hidden_below, index, job % parts,
                 end - sink, 0, tile, sink, ring,
                 BITS, AXIS, GROUP, D, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, False,
             )  # fmt: skip
