@@ -318,6 +318,9 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
                 except (RuntimeError, ImportError, ValueError) as problem:
                     reason = f"{type(problem).__name__}: {str(problem)[:300]}"
                     print(f"{case:32} {provider:28} {reason}", flush=True)
+            # others may need the memory while they measure
+            gc.collect()
+            torch.cuda.empty_cache()
     if plan is not None:
         replays = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
         print(f"{provider}: graphs {replays}", flush=True)
