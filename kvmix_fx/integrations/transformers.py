@@ -197,7 +197,8 @@ class KVMixStaticCache(StaticCache):
 
         One sequence without padding needs none: attention ends with the last token stored.
         """
-        return not self.one_full_row and super().is_compileable
+        # not by super(), in which older Dynamo does not find a property
+        return not self.one_full_row and all(layer.is_compileable for layer in self.layers)
 
     @classmethod
     def over(cls, plan: KVPlan, layers: list[Any]) -> KVMixStaticCache:

@@ -64,19 +64,25 @@ def _masked_scores(
 ):
     """Scores [tokens, columns] under the mask. SHARED: all columns have the same mask.
 
-    `position` and `ok` are [tokens, 1]; `mask_at` is the offset of each column.
+    `position` and `ok` are [tokens]; `mask_at` is the offset of each column.
     """
     if MASK == 0:
-        return tl.where(ok, score, -float("inf"))
+        return tl.where(ok[:, None], score, -float("inf"))
+    # a shared mask is loaded as a vector: the compiler then moves the mask to where the scores are, not the
+    # scores to where a tile of the mask is
     entry_ptr = mask_ptr + position.to(tl.int64) * mask_stride
-    load_ok = ok
     if not SHARED:
-        entry_ptr = entry_ptr + mask_at[None, :]
-        load_ok = ok & column_ok[None, :]
+        entry_ptr = entry_ptr[:, None] + mask_at[None, :]
+        ok = ok[:, None] & column_ok[None, :]
     if MASK == 1:
-        seen = tl.load(entry_ptr, mask=load_ok, other=0) != 0
-        return tl.where(seen & ok, score, -float("inf"))
-    added = tl.load(entry_ptr, mask=load_ok, other=0.0).to(tl.float32)
+        seen = tl.load(entry_ptr, mask=ok, other=0) != 0
+        if SHARED:
+            seen = seen[:, None]
+        return tl.where(seen, score, -float("inf"))
+    added = tl.load(entry_ptr, mask=ok, other=0.0).to(tl.float32)
+    if SHARED:
+        added = added[:, None]
+        ok = ok[:, None]
     return tl.where(ok, score + added, -float("inf"))
 
 
@@ -265,13 +271,19 @@ def _bulk(
         offset = tl.sum(tl.where((group == i // STEPS)[:, None], offsets, 0.0), 0)
 
         # online softmax
-        if MASK == 0:
+        if MASK != 2:
+            if MASK == 1:
+                # what is hidden stays at minus infinity: `restore` is positive
+                score = _masked_scores(
+                    score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
+                    MASK, MASK_SHARED,
+                )  # fmt: skip
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
             weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
         else:
             score = _masked_scores(
                 score * restore[None, :] + offset[None, :], mask_ptr, mask_at, mask_stride,
-                (first_position + first + token)[:, None], ok, column_ok, MASK, MASK_SHARED,
+                first_position + first + token, token >= 0, column_ok, MASK, MASK_SHARED,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)
             weight = _exp(score - new_top[None, :], MASK)
@@ -407,8 +419,8 @@ def _rest(
             mask_ptr,
             mask_at,
             mask_stride,
-            position[:, None],
-            ok[:, None],
+            position,
+            ok,
             column_ok,
             MASK,
             MASK_SHARED,

@@ -9,7 +9,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference.quantize import SCALE_DTYPES
-from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, multiprocessors
+from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, multiprocessors, starts_early
 from kvmix_kernels.triton.fields import next_power_of_2
 from kvmix_kernels.triton.storage_kernels import append_kernel, pack_kernel
 
@@ -38,8 +38,8 @@ def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
     layout.check_head_size(fmt, D)
     planes = layout.planes(fmt.bits, D)
     width, _, words, _ = planes[-1]
-    if fmt.axis == AXIS_CHANNEL and planes[0][2] == next_power_of_2(planes[0][2]):
-        # the wide plane's fields: half as many channels in a thread, which computes for each of them
+    if planes[0][2] == next_power_of_2(planes[0][2]):
+        # the wide plane's fields: longer pieces of a row, and half as many channels in a thread
         width, _, words, _ = planes[0]
     count = layout.WORD_BITS // width
     padded = next_power_of_2(words)
@@ -155,6 +155,7 @@ def append_(
     apart = packs and any(not f.is_raw and Lq - 1 + f.window + f.tile > f.ring for f in (k, v))
     phases = ((True, False), (False, True)) if apart else ((packs, True),)
     parts = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
+    early = starts_early(keys)
     for flush, write in phases:
         needed = B * H * max(parts if flush else 0, -(-Lq // ROWS) if write else 0)
         with device_of(keys):
@@ -173,6 +174,6 @@ def append_(
                 K_TOKENS=cut_k["tokens"], K_ROWS=ROWS,
                 V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, DVP=DVP, V_SCALE=v.scale_dtype,
                 V_FIELDS=cut_v["fields"], V_WORDS=cut_v["words"], V_WORDS_P=cut_v["words_p"],
-                V_TOKENS=cut_v["tokens"], V_ROWS=ROWS,
-                num_warps=APPEND_WARPS,
+                V_TOKENS=cut_v["tokens"], V_ROWS=ROWS, EARLY=early,
+                num_warps=APPEND_WARPS, launch_pdl=early,
             )  # fmt: skip

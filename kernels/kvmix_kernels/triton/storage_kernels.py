@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels.triton.fields import constexpr_function, packed_end_of, plane_first, words_per_token
 
@@ -399,13 +400,17 @@ def append_kernel(
     K_TOKENS: tl.constexpr, K_ROWS: tl.constexpr,
     V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
-    V_TOKENS: tl.constexpr, V_ROWS: tl.constexpr,
+    V_TOKENS: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
 
     Grid: as many programs as fill the GPU once; most steps flush nothing and are over at once. With
-    `start` on the device a step that would pass the capacity `length` writes nothing.
+    `start` on the device a step that would pass the capacity `length` writes nothing. EARLY: started
+    before the kernel ahead ends, it waits for it, and lets the next one do the same.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     live = length
     fits = True
     if ON_DEVICE:
