@@ -225,6 +225,26 @@ def attention() -> str:
     return "\n\n".join(parts)
 
 
+def storage() -> str:
+    """Writing a cache on a GPU: append to it, and pack a prompt."""
+    body = []
+    for (case, machine), providers in grouped(load("append")).items():
+        for provider in dict.fromkeys(name.rsplit(" ", 1)[0] for name in providers if name.endswith(" mean")):
+            plain, flush, mean = (providers[f"{provider} {kind}"] for kind in ("no flush", "flush", "mean"))
+            times = (number(by["time"].value, ".1f") for by in (plain, flush, mean))
+            share = mean["step_share"].value
+            body.append([f"{case}, {machine}", provider, *times, f"{share:.1%}"])
+    head = ["case", "provider", "us", "us with a flush", "us on average", "of append + attention"]
+    parts = [markdown(head, body)]
+    body = [
+        [f"{case}, {machine}", provider, number(by["time"].value, ".1f"), f"{by['copy_share'].value:.0%}"]
+        for (case, machine), providers in grouped(load("pack")).items()
+        for provider, by in providers.items()
+    ]
+    parts.append(markdown(["case", "provider", "us", "of a device copy's bandwidth"], body))
+    return "\n\n".join(parts)
+
+
 def summary() -> str:
     """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
     quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
@@ -255,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate": generate,
     "gpu": gpu,
     "attention": attention,
+    "storage": storage,
     "summary": summary,
 }
 
