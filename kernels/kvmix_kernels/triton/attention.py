@@ -169,7 +169,7 @@ def attend(
             MAX_GROUPS=max_groups, V_ALIGNED=(k.sink - v.sink) % 16 == 0, BULK_PRECISION="tf32" if exact_half else "tf32x3",
             REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
             REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query), EARLY=early,
-            num_warps=config.warps,
+            num_warps=config.warps, maxnreg=config.registers or None,
         )  # fmt: skip
         # few shares: a program merges whole rows; many: there are few rows, so programs share each
         few = splits <= FEW_SPLITS

@@ -22,8 +22,9 @@ class AttendConfig(NamedTuple):
 
     tokens: per step of the bulk (at most the key group); warps, stages: of every program;
     programs: how many the launch should have; max_groups: key groups a program may take; max_splits:
-    shares a head may be cut into, before merging them takes longer than they save; rest_tokens,
-    rest_stages: per step of the rest.
+    shares a head may be cut into, before merging them takes longer than they save; registers: most that a
+    thread may have, so that more programs fit (0: as many as it likes); rest_tokens, rest_stages: per step
+    of the rest.
     """
 
     tokens: int = 128
@@ -32,6 +33,7 @@ class AttendConfig(NamedTuple):
     programs: int = 1024
     max_groups: int = 32
     max_splits: int = 64
+    registers: int = 0
     rest_tokens: int = 16
     rest_stages: int = 1
 
