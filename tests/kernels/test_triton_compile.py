@@ -127,7 +127,12 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             recorded(attention, "attend_kernel", "combine_kernel") as found,
         ):
             patch.setattr(configs, "device_name", lambda _: case["gpu"])
-            attention.attend(query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v))
+            config = configs.attend_config(case["gpu"], case["bits"], case["bits"], D, group, 8, True)
+            limited = config._replace(registers=case.get("registers", config.registers))
+            attention.attend(
+                query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
+                limited if case["bits"] < 16 else None,
+            )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:
             storage.append_(*cache, new, new, mask, start, 8192, list(k), list(v))
@@ -153,6 +158,7 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 80, 2, gpu="default"),
         case("attend", 100, 4, gpu="default"),
         case("attend", 90, 2, gpu=HOPPER),
+        case("attend", 90, 2, gpu=HOPPER, registers=208),
         case("attend", 90, 3, gpu=HOPPER),
         case("attend", 90, 4, gpu=HOPPER, mask=True),
         case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
