@@ -245,10 +245,17 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+_LOCAL = ("--output", "--turns")
+"""Options whose value is a file of one machine: where rows go and whose turn it is, not what is measured."""
+
+
 def _command() -> str:
     """This process's command line, the same on every machine."""
-    words = []
-    for word in sys.orig_argv[1:]:
+    words: list[str] = []
+    given = sys.orig_argv[1:]
+    for before, word in zip(["", *given], given, strict=False):
+        if before in _LOCAL or word.split("=")[0] in _LOCAL:
+            continue
         path = Path(word)
         inside = path.is_absolute() and path.is_relative_to(ROOT)
         words.append(str(path.relative_to(ROOT)) if inside else word)

@@ -305,7 +305,7 @@ class TransformersCalls:
             _mark_length(mask)
             _mark_length(mask, -1)
         cache = kwargs.get("past_key_values")
-        if n > 1 and _hides_nothing(kwargs.get("attention_mask"), n) and _is_empty(cache):
+        if n > 1 and _is_empty(cache) and _hides_nothing(kwargs.get("attention_mask"), n):
             # the graph can not look; without a mask, prefill takes the fastest attention
             kwargs["attention_mask"] = None
         if isinstance(cache, KVMixStaticCache):
@@ -317,7 +317,9 @@ class TransformersCalls:
         checked = self._checked is not None and self._checked() is cache
         if steady and checked and not args and self.shortcut.serves(kwargs):
             # the same layers with the same tensors as a step ago
-            return args, kwargs, _advance(_fixed_layers(cache), n)
+            fixed = _fixed_layers(cache)
+            _check_room(fixed, n)
+            return args, kwargs, _advance(fixed, n)
         fixed = self._prepare_cache(cache, batch, n)
         self._checked = weakref.ref(cache)
         if any(not layer.has_tokens for layer in fixed):
@@ -514,8 +516,7 @@ def _check_room(fixed: list[PromptFirstStaticLayer], n: int) -> None:
 
 
 def _advance(fixed: list[PromptFirstStaticLayer], n: int) -> Callable[[], None]:
-    """What to do after a step of n tokens, for which there must be room."""
-    _check_room(fixed, n)
+    """What to do after a step of n tokens."""
 
     def finish() -> None:
         for layer in fixed:
