@@ -24,9 +24,20 @@ many slots as the tensor may hold tokens.
 n depends on the length alone, so two caches of the same tokens store the same bits however the
 tokens arrived, and a cache can find every token from the length (which may live on the device).
 
-Words are *field-major along D*: a plane of w bits has D * w / 16 words per token, and field f
-of word j (bits f*w .. f*w + w - 1) is channel f * (D * w / 16) + j. A field is thus a
-contiguous slice of channels. 3 bits are a 2-bit plane (the high bits) followed by a 1-bit plane.
+Words are *field-major along D*: b bits take W = D * b / 16 words per token, and field f of word j
+(bits f*b .. f*b + b - 1) is channel f * W + j. A field is thus a contiguous slice of channels.
+
+3 bits do not divide a word. Codes lie in *columns* of 3 * F bits: code f of column c is channel
+f * C + c, for C columns of F codes. C is D / 8 (F = 8), or for heads of fewer than 128 channels the
+double of it as long as that is at most 16. Two thirds of a column's bits are a piece of a word of the
+wide plane (16 bits of it, 8, ...), the others a piece half as wide of the narrow plane, and one code is
+cut in two: its high bits are on top of the wide piece, its low bits on top of the narrow one. With
+C = D / 8, a wide piece holds codes 0 to 4 and one bit of code 5, a narrow one codes 6 and 7 and two
+bits of code 5. Piece r of word j of a plane of W words belongs to column r * W + j.
+
+Rows of two planes would not start where memory is fetched from. So the planes of a block of tokens
+(`plane_block`) lie one behind the other: the rows of qdata that belong to a block hold first the wide
+plane of all its tokens, then the narrow one.
 """
 
 from __future__ import annotations
@@ -39,6 +50,7 @@ from kvmix_kernels.errors import FormatError, HeadSizeError
 
 WORD_BITS = 16
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Per width the planes of a token, in bits per channel."""
 RAW_BITS = 16
 BITS = (*PLANES, RAW_BITS)
 
@@ -58,6 +70,12 @@ GROWTH_TOKENS = 128
 A decode step reads the whole cache, so copying it every 128 steps adds below 2 % of traffic,
 while a proportional rule would waste a share of the memory at every length.
 """
+
+FIELD_CHANNELS = 16
+"""Fields are made this wide where they can be: a product of tensor cores takes as many."""
+
+BLOCK_TOKENS = 32
+"""Most tokens in a block of planes."""
 
 MIN_GROWING_TILES = 2
 """Growing buffers never hold 0 or 1 tiles, sizes for which compilers specialise their code."""
@@ -177,16 +195,76 @@ def words_per_token(bits: int, head_dim: int) -> int:
     return sum(head_dim * width // WORD_BITS for width in PLANES[bits])
 
 
-def planes(bits: int, head_dim: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Per plane: (width in bits, first word, number of words, left shift within the code)."""
-    out = []
-    first, above = 0, bits
-    for width in PLANES[bits]:
-        words = head_dim * width // WORD_BITS
-        above -= width
-        out.append((width, first, words, above))
-        first += words
-    return tuple(out)
+class BitField(NamedTuple):
+    """`count` bits of all words of a plane, from `position` on.
+
+    They are the bits from `above` on of the codes of as many channels, from `channel` on.
+    """
+
+    plane: int
+    position: int
+    count: int
+    above: int
+    channel: int
+
+
+def plane_words(bits: int, head_dim: int) -> tuple[int, ...]:
+    """Words per token of each plane."""
+    return tuple(head_dim * width // WORD_BITS for width in PLANES[bits])
+
+
+def plane_block(fmt: TensorFormat) -> int:
+    """Tokens whose planes lie together; a power of two that divides the tile (1 for a single plane)."""
+    return min(BLOCK_TOKENS, fmt.tile & -fmt.tile) if len(PLANES.get(fmt.bits, ())) > 1 else 1
+
+
+def fold_copies(bits: int, head_dim: int) -> int:
+    """How many copies of the first plane's words side by side make fields of FIELD_CHANNELS channels.
+
+    For 3 bits also the number of pieces that a wide word is cut into.
+    """
+    width = PLANES[bits][0]
+    words = head_dim * width // WORD_BITS
+    copies = 1
+    while copies * 2 * words <= FIELD_CHANNELS and copies * 2 * width <= WORD_BITS:
+        copies *= 2
+    return copies
+
+
+class Cut(NamedTuple):
+    """How a 3-bit column is cut: bits of its two pieces, the code that is in both, its high bits."""
+
+    wide: int
+    narrow: int
+    code: int
+    high: int
+
+
+def cut_column(copies: int) -> Cut:
+    """The cut of the columns of which a wide word holds `copies`."""
+    wide = WORD_BITS // copies
+    return Cut(wide, wide // 2, wide // 3, wide % 3)
+
+
+@cache
+def bit_fields(bits: int, head_dim: int) -> tuple[BitField, ...]:
+    """Where all bits of all codes lie, plane by plane, in the order of channels."""
+    words = plane_words(bits, head_dim)
+    if bits != 3:
+        return tuple(BitField(0, f * bits, bits, 0, f * words[0]) for f in range(WORD_BITS // bits))
+    copies = fold_copies(bits, head_dim)
+    wide, narrow, cut, high = cut_column(copies)
+    columns, low = copies * words[0], 3 - high
+    found = []
+    for f in range(cut + 1):
+        count, above = (high, low) if f == cut else (3, 0)
+        for r in range(copies):
+            found.append(BitField(0, r * wide + 3 * f, count, above, f * columns + r * words[0]))
+    for f in range(cut, 8 // copies):
+        position, count = (narrow - low, low) if f == cut else (3 * (f - cut - 1), 3)
+        for s in range(2 * copies):
+            found.append(BitField(1, s * narrow + position, count, 0, f * columns + s * words[1]))
+    return tuple(found)
 
 
 def scale_grid(fmt: TensorFormat, head_dim: int, tiles: int) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def test_fields_times_factors_are_the_codes(bits, head_dim, seed):
     total = torch.zeros(head_dim, 6, 32)
     for fields, power in cpu._fields(buffers, 32, 64, fmt):
         total += fields * power[:, None, None]
-    expected = quantize.unpack(qdata[:, :, 32:], bits, head_dim)
+    expected = quantize.unpack(qdata[:, :, 32:], bits, head_dim, layout.plane_block(fmt))
     assert torch.equal(total, expected.flatten(0, 1).permute(2, 0, 1).float())
 
 

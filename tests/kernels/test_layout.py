@@ -43,11 +43,24 @@ def test_growing_buffers_have_room_for_the_next_token(fmt, length):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
-def test_planes_cover_all_words_and_bits(bits, head_dim):
-    planes = layout.planes(bits, head_dim)
-    assert sum(count for _, _, count, _ in planes) == layout.words_per_token(bits, head_dim)
-    assert layout.words_per_token(bits, head_dim) * 16 == bits * head_dim
-    assert sum(2**shift * (2**width - 1) for width, _, _, shift in planes) == 2**bits - 1
+def test_fields_cover_all_bits_of_all_words_and_codes_once(bits, head_dim):
+    words = layout.plane_words(bits, head_dim)
+    assert sum(words) == layout.words_per_token(bits, head_dim)
+    assert sum(words) * 16 == bits * head_dim
+    of_words, of_codes = [], []
+    for plane, position, count, above, channel in layout.bit_fields(bits, head_dim):
+        of_words += [(plane, j, position + i) for j in range(words[plane]) for i in range(count)]
+        of_codes += [(channel + j, above + i) for j in range(words[plane]) for i in range(count)]
+    assert sorted(of_words) == [(p, j, i) for p, n in enumerate(words) for j in range(n) for i in range(16)]
+    assert sorted(of_codes) == [(c, i) for c in range(head_dim) for i in range(bits)]
+
+
+@given(formats(64))
+def test_blocks_of_planes_are_powers_of_two_that_divide_the_tile(fmt):
+    block = layout.plane_block(fmt)
+    assert block & (block - 1) == 0
+    assert fmt.tile % block == 0
+    assert block == 1 or fmt.bits == 3
 
 
 @pytest.mark.parametrize(

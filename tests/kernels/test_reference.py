@@ -35,13 +35,13 @@ def partition(length, cuts):
     return [b - a for a, b in zip(edges, edges[1:], strict=False)]
 
 
-@given(st.sampled_from(PACKED), st.sampled_from(HEADS), st.integers(0, 2**31))
-def test_unpack_inverts_pack(bits, head_dim, seed):
-    codes = torch.randint(0, 2**bits, (2, 3, head_dim), generator=torch.Generator().manual_seed(seed))
-    words = q.pack(codes.to(torch.int16), bits)
+@given(st.sampled_from(PACKED), st.sampled_from(HEADS), st.sampled_from([1, 4, 32]), st.integers(0, 2**31))
+def test_unpack_inverts_pack(bits, head_dim, block, seed):
+    codes = torch.randint(0, 2**bits, (2, 64, head_dim), generator=torch.Generator().manual_seed(seed))
+    words = q.pack(codes.to(torch.int16), bits, block)
     assert words.dtype == torch.int16
     assert words.shape[-1] * 16 == bits * head_dim
-    assert torch.equal(q.unpack(words, bits, head_dim), codes.to(torch.int16))
+    assert torch.equal(q.unpack(words, bits, head_dim, block), codes.to(torch.int16))
 
 
 def test_words_are_field_major():
@@ -49,6 +49,22 @@ def test_words_are_field_major():
     codes = torch.zeros(32, dtype=torch.int16)
     codes[4 * 5 + 2] = 3
     assert q.pack(codes, 2).tolist() == [0, 0, 3 << 10, 0]
+
+
+def test_three_bits_are_columns_in_two_planes_block_by_block():
+    # D = 128: 16 columns of 24 bits; code f of column c is channel 16 f + c. Codes 0 to 4 and the high bit of
+    # code 5 are in word c, codes 6 and 7 and the low bits of code 5 in a byte of word 16 * block + c % 8
+    codes = torch.zeros(4, 128, dtype=torch.int16)
+    token, column = 1, 9
+    for f, code in enumerate((1, 2, 3, 4, 5, 6, 7, 1)):
+        codes[token, 16 * f + column] = code
+    rows = (q.pack(codes, 3, block=2).flatten().int() & 0xFFFF).tolist()
+    wide = 1 | 2 << 3 | 3 << 6 | 4 << 9 | 5 << 12 | (6 >> 2) << 15
+    narrow = 7 | 1 << 3 | (6 & 3) << 6
+    assert {i: word for i, word in enumerate(rows) if word} == {
+        16 * token + column: wide,
+        2 * 16 + 8 * token + 1: narrow << 8,
+    }
 
 
 @given(
@@ -60,7 +76,9 @@ def test_words_are_field_major():
 def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
     x = values(family, (2, 2, fmt.tile * 2, 64), seed, dtype)
     codes, scale, zero_point = q.quantize(x, None, fmt)
-    back = q.dequantize(q.pack(codes, fmt.bits), scale, zero_point, 0, fmt.tile * 2, 64, fmt)
+    back = q.dequantize(
+        q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, fmt.tile * 2, 64, fmt
+    )
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, 64)
     spread = (
         (lambda t: t.repeat_interleave(group, 2))
@@ -80,7 +98,7 @@ def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
 def test_constant_groups_are_exact(fmt):
     x = torch.full((1, 2, 64, 64), 1.2345, dtype=torch.float16)
     codes, scale, zero_point = q.quantize(x, None, fmt)
-    back = q.dequantize(q.pack(codes, fmt.bits), scale, zero_point, 0, 64, 64, fmt)
+    back = q.dequantize(q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, 64, 64, fmt)
     assert torch.equal(back.half(), x)
 
 
@@ -139,7 +157,9 @@ def test_non_finite_elements_leave_their_neighbours_alone(fmt, seed):
         torch.randint(0, 3, (int(spots.sum()),), generator=torch.Generator().manual_seed(seed))
     ]
     codes, scale, zero_point = q.quantize(bad, None, fmt)
-    back = q.dequantize(q.pack(codes, fmt.bits), scale, zero_point, 0, fmt.tile, 64, fmt)
+    back = q.dequantize(
+        q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, fmt.tile, 64, fmt
+    )
     assert back.isfinite().all()
     # the others are coded as if the bad ones did not exist
     alone, scale_alone, zero_alone = q.quantize(x.masked_fill(spots, float("nan")), None, fmt)

@@ -48,7 +48,7 @@ def test_codes_and_scales_equal_torchao(bits, axis):
     back = dequantize_affine(
         codes.to(torch.uint8), block, scale.reshape(ao_scale.shape), zeros, torch.uint8, 0, 2**bits - 1
     )
-    ours = q.dequantize(q.pack(codes, bits), scale, zero_point, 0, 64, 64, fmt)
+    ours = q.dequantize(q.pack(codes, bits, layout.plane_block(fmt)), scale, zero_point, 0, 64, 64, fmt)
     torch.testing.assert_close(back + offset, ours, rtol=1e-5, atol=1e-6)
     assert spread.shape == x.shape
     assert ZeroPointDomain is not None

@@ -56,18 +56,15 @@ def test_fields_read_by_ptx_are_the_codes(bits: int, head_dim: int) -> None:
     found = torch.full_like(codes, -1)
     for column in range(channels):
         planes = []
-        for index, (_, first, count, _) in enumerate(layout.planes(bits, head_dim)):
-            pair = words[:, first + column % count].tolist()
+        for index, plane in enumerate(quantize.split_planes(words, layout.plane_words(bits, head_dim), 1)):
+            pair = plane[:, column % plane.shape[1]].tolist()
             register = pair[1] << 16 | pair[0]
             if fields.fold_copies(bits, head_dim, index) > 1:
                 # what `fold` does, crossing bits included
                 register >>= shifts[16 * index + column]
             planes.append(register)
         for field in range(fields.fold_fields(bits, head_dim)):
-            text = (
-                fields._field3_asm(head_dim, field) if bits == 3 else fields._field_asm(bits, head_dim, field)
-            )
-            out = run_ptx(text, *planes)
+            out = run_ptx(fields._field_asm(bits, head_dim, field), *planes)
             halves = torch.tensor([out & 0xFFFF, out >> 16], dtype=torch.int32).to(torch.int16)
             numbers = (
                 halves.view(torch.float16).double() * 2.0**24 * fields.field_factor(bits, head_dim, field)

@@ -25,6 +25,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference import attention as reference
+from kvmix_kernels.reference.quantize import split_planes
 from kvmix_kernels.reference.storage import Buffers, runs
 
 CHUNK_ELEMENTS = 1 << 20
@@ -182,10 +183,8 @@ def _fields(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Itera
     """
     D = buffers.residual.shape[3]
     rows = buffers.qdata.narrow(2, first, last - first)
-    for (_, start, count, _), (masks, power) in zip(
-        layout.planes(fmt.bits, D), _field_constants(fmt.bits, D), strict=True
-    ):
-        plane = rows if count == rows.shape[3] else rows.narrow(3, start, count)
+    planes = split_planes(rows, layout.plane_words(fmt.bits, D), layout.plane_block(fmt))
+    for plane, (masks, power) in zip(planes, _field_constants(fmt.bits, D), strict=True):
         words = plane.permute(3, 0, 1, 2).contiguous()
         masked, unsigned, floats, fields = _scratch.take((len(masks), *words.shape))
         torch.bitwise_and(words, masks, out=masked)
@@ -235,11 +234,18 @@ _scratch = _Scratch()
 
 @cache
 def _field_constants(bits: int, head_dim: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Per plane: masks of its fields, int16 [fields, 1, 1, 1, 1]; 2^(shift - f w) of each channel, [D]."""
+    """Per plane: masks of its fields, int16 [fields, 1, 1, 1, 1]; 2^(shift - position) of each channel, [D].
+
+    Channels of which a plane holds nothing have a mask of 0.
+    """
     found = []
-    for width, _, count, shift in layout.planes(bits, head_dim):
-        shifts = torch.arange(0, layout.WORD_BITS, width, dtype=torch.int32)
-        masks = ((2**width - 1) << shifts).to(torch.uint16).view(torch.int16)
-        power = torch.exp2((shift - shifts).float()).repeat_interleave(count)
-        found.append((masks.view(-1, 1, 1, 1, 1), power))
+    for plane, words in enumerate(layout.plane_words(bits, head_dim)):
+        masks = torch.zeros(head_dim // words, dtype=torch.int32)
+        power = torch.ones(head_dim // words)
+        for field in layout.bit_fields(bits, head_dim):
+            if field.plane == plane:
+                masks[field.channel // words] = (2**field.count - 1) << field.position
+                power[field.channel // words] = 2.0 ** (field.above - field.position)
+        signed = masks.to(torch.uint16).view(torch.int16)
+        found.append((signed.view(-1, 1, 1, 1, 1), power.repeat_interleave(words)))
     return tuple(found)

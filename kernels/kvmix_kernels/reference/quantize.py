@@ -69,37 +69,61 @@ def quantize(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> tuple[Tensor
     )
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., D] of `bits` bits to int16 words [..., words_per_token], field-major."""
+def pack(codes: Tensor, bits: int, block: int = 1) -> Tensor:
+    """Codes [..., n, D] of `bits` bits to int16 words [..., n, words_per_token].
+
+    `block` is `layout.plane_block`; it divides n.
+    """
     D = codes.shape[-1]
     wide = codes.to(torch.int32)
-    words = []
-    for width, _, count, shift in layout.planes(bits, D):
-        field = (wide >> shift) & (2**width - 1)
-        field = field.view(*codes.shape[:-1], layout.WORD_BITS // width, count)
-        shifts = torch.arange(0, layout.WORD_BITS, width, device=codes.device, dtype=torch.int32)
-        words.append((field << shifts[:, None]).sum(-2, dtype=torch.int32))
-    packed = torch.cat(words, -1) if len(words) > 1 else words[0]
+    packed = [wide.new_zeros(*codes.shape[:-1], count) for count in layout.plane_words(bits, D)]
+    for plane, position, count, above, channel in layout.bit_fields(bits, D):
+        words = packed[plane]
+        field = wide[..., channel : channel + words.shape[-1]]
+        words |= ((field >> above) & (2**count - 1)) << position
+    together = join_planes(packed, block)
     # to two's complement by hand: converting 32768..65535 to int16 is undefined in C
-    return torch.where(packed >= 1 << 15, packed - (1 << 16), packed).to(torch.int16)
+    return torch.where(together >= 1 << 15, together - (1 << 16), together).to(torch.int16)
 
 
-def unpack(words: Tensor, bits: int, head_dim: int) -> Tensor:
-    """Inverse of `pack`: int16 words [..., words_per_token] to int16 codes [..., D]."""
-    codes: Tensor | None = None
-    for width, first, count, shift in layout.planes(bits, head_dim):
-        plane = words[..., first : first + count]
-        field = words.new_empty(*words.shape[:-1], head_dim)
+def unpack(words: Tensor, bits: int, head_dim: int, block: int = 1) -> Tensor:
+    """Inverse of `pack`: int16 words [..., n, words_per_token] to int16 codes [..., n, D]."""
+    planes = split_planes(words, layout.plane_words(bits, head_dim), block)
+    codes = words.new_empty(*words.shape[:-1], head_dim)
+    part = torch.empty_like(planes[-1])
+    done = 0
+    for plane, position, count, above, channel in layout.bit_fields(bits, head_dim):
+        end = channel + planes[plane].shape[-1]
+        target = codes[..., channel:end]
+        # a code that is cut in two gets its other bits added
+        field = target if end > done else part
         # one shift by a number per field: a broadcast shift by a tensor does not vectorize
-        for f in range(layout.WORD_BITS // width):
-            torch.bitwise_right_shift(plane, f * width, out=field[..., f * count : (f + 1) * count])
+        torch.bitwise_right_shift(planes[plane], position, out=field)
         # the mask removes the copies of the sign bit that an arithmetic shift brings in
-        field.bitwise_and_(2**width - 1)
-        if shift:
-            field <<= shift
-        codes = field if codes is None else codes.add_(field)
-    assert codes is not None
+        field.bitwise_and_(2**count - 1)
+        if above:
+            field <<= above
+        if end <= done:
+            target += field
+        done = max(done, end)
     return codes
+
+
+def join_planes(planes: list[Tensor], block: int) -> Tensor:
+    """Words of each plane, [..., n, words], as the rows of `qdata`: block by block, plane by plane."""
+    if len(planes) == 1:
+        return planes[0]
+    together = torch.cat([p.unflatten(-2, (-1, block)).flatten(-2) for p in planes], -1)
+    return together.unflatten(-1, (block, -1)).flatten(-3, -2)
+
+
+def split_planes(rows: Tensor, words: tuple[int, ...], block: int) -> list[Tensor]:
+    """Inverse of `join_planes`: rows of whole blocks as words of each plane, [..., n, words]."""
+    if len(words) == 1:
+        return [rows]
+    blocks = rows.unflatten(-2, (-1, block)).flatten(-2)
+    parts = blocks.split([block * count for count in words], -1)
+    return [p.unflatten(-1, (block, -1)).flatten(-3, -2) for p in parts]
 
 
 def dequantize(
@@ -112,7 +136,11 @@ def dequantize(
     B, H = qdata.shape[:2]
     count = last - first
     dtype = torch.float32
-    codes = unpack(qdata[:, :, first:last], fmt.bits, head_dim).to(dtype)
+    block = layout.plane_block(fmt)
+    begin, end = first // block * block, -(-last // block) * block
+    codes = unpack(qdata[:, :, begin:end], fmt.bits, head_dim, block)[:, :, first - begin : last - begin].to(
+        dtype
+    )
     if fmt.axis == AXIS_CHANNEL:
         G = fmt.group_size
         groups = slice(first // G, -(-last // G))

@@ -107,7 +107,7 @@ def _flush(
     if first < length:
         tokens = torch.cat([raw_tokens(buffers, first, min(last, length), fmt), tokens], 2)
     codes, scale, zero_point = q.quantize(tokens, None if valid is None else valid[:, first:last], fmt)
-    buffers.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits)
+    buffers.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits, layout.plane_block(fmt))
     per_tile = layout.scale_grid(fmt, x.shape[3], 1)[0]
     groups = slice(old * per_tile, new * per_tile)
     buffers.scale[:, :, groups] = scale

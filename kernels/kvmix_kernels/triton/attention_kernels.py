@@ -31,10 +31,9 @@ from kvmix_kernels.triton.fields import (
     fold_fields,
     fold_width,
     packed_end_of,
-    plane_first,
     plane_words,
     stored_values,
-    words_per_token,
+    word_at,
 )
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -95,15 +94,14 @@ def _load_words(
     BITS: tl.constexpr,
     D: tl.constexpr,
     PLANE: tl.constexpr,
+    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Words of a plane at broadcastable indices, folded copies side by side but not yet shifted."""
-    TOTAL: tl.constexpr = words_per_token(BITS, D)
-    FIRST: tl.constexpr = plane_first(BITS, D, PLANE)
     WORDS: tl.constexpr = plane_words(BITS, D, PLANE)
     COPIES: tl.constexpr = fold_copies(BITS, D, PLANE)
     word = column if COPIES == 1 else column % WORDS
-    at = row * TOTAL + FIRST + word
+    at = word_at(row, BITS, D, PLANE, BLOCK) + word
     if fold_width(BITS, D) == WORDS * COPIES:
         if MASKED:
             return tl.load(base_ptr + at, mask=ok, other=0)
@@ -136,15 +134,17 @@ def _bulk(
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
     D: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     V_BITS: tl.constexpr,
     V_GROUP: tl.constexpr,
     DV: tl.constexpr,
+    V_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
     MASK_SHARED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
-    V_ALIGNED: tl.constexpr,
+    V_ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
@@ -158,9 +158,9 @@ def _bulk(
     VW: tl.constexpr = fold_width(V_BITS, DV)
     VG: tl.constexpr = DV // V_GROUP
     STEPS: tl.constexpr = K_GROUP // TOKENS
-    if V_ALIGNED:
-        # tells the compiler that rows of scales can be copied in wide pieces
-        first_v_row = first_v_row // 16 * 16
+    # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
+    first_k_row = first_k_row // K_GROUP * K_GROUP
+    first_v_row = first_v_row // V_ALIGN * V_ALIGN
 
     k_column = tl.arange(0, KW)
     v_column = tl.arange(0, VW)
@@ -245,14 +245,20 @@ def _bulk(
         v_row = first_v_row + first + token
         ok = token[:, None] >= 0
         v_ok = token[None, :] >= 0
-        k_word = _load_words(k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 0, False)
+        k_word = _load_words(k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 0, K_BLOCK, False)
         k_low = k_word
         if K_BITS == 3:
-            k_low = _load_words(k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 1, False)
-        v_word = _load_words(v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 0, False)
+            k_low = _load_words(
+                k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 1, K_BLOCK, False
+            )
+        v_word = _load_words(
+            v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 0, V_BLOCK, False
+        )
         v_low = v_word
         if V_BITS == 3:
-            v_low = _load_words(v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 1, False)
+            v_low = _load_words(
+                v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 1, V_BLOCK, False
+            )
         step_ptr = k_scale_ptr + (first_group + i // STEPS) * D + k_column[:, None]
 
         # scores
@@ -371,11 +377,13 @@ def _rest(
     K_AXIS: tl.constexpr,
     K_GROUP: tl.constexpr,
     D: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     DP: tl.constexpr,
     V_BITS: tl.constexpr,
     V_AXIS: tl.constexpr,
     V_GROUP: tl.constexpr,
     DV: tl.constexpr,
+    V_BLOCK: tl.constexpr,
     DVP: tl.constexpr,
     NEW: tl.constexpr,
     PACKED: tl.constexpr,
@@ -406,12 +414,12 @@ def _rest(
         k = stored_values(
             k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, new_k_ptr, new_k_stride,
             position[:, None], channel[None, :], ok[:, None] & (channel < D)[None, :],
-            live, k_end, k_sink, k_ring, K_BITS, K_AXIS, K_GROUP, D, NEW, PACKED, DTYPE,
+            live, k_end, k_sink, k_ring, K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, NEW, PACKED, DTYPE,
         )  # fmt: skip
         v = stored_values(
             v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, new_v_ptr, new_v_stride,
             position[None, :], v_channel[:, None], ok[None, :] & (v_channel < DV)[:, None],
-            live, v_end, v_sink, v_ring, V_BITS, V_AXIS, V_GROUP, DV, NEW, PACKED, DTYPE,
+            live, v_end, v_sink, v_ring, V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, NEW, PACKED, DTYPE,
         )  # fmt: skip
         score = tl.dot(k, q, input_precision=PRECISION) * scale
         score = _masked_scores(
@@ -515,18 +523,20 @@ def attend_kernel(
     K_AXIS: tl.constexpr,
     K_GROUP: tl.constexpr,
     D: tl.constexpr,
+    K_BLOCK: tl.constexpr,
     DP: tl.constexpr,
     V_BITS: tl.constexpr,
     V_AXIS: tl.constexpr,
     V_GROUP: tl.constexpr,
     DV: tl.constexpr,
+    V_BLOCK: tl.constexpr,
     DVP: tl.constexpr,
     REST_PACKED: tl.constexpr,
     N: tl.constexpr,
     BULK_TOKENS: tl.constexpr,
     BULK_STAGES: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
-    V_ALIGNED: tl.constexpr,
+    V_ALIGN: tl.constexpr,
     BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr,
     REST_STAGES: tl.constexpr,
@@ -605,7 +615,7 @@ def attend_kernel(
                     query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr,
                     mask_ptr, shifts_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
                     begin, begin - k_sink, begin - v_sink, groups, scale,
-                    K_BITS, K_GROUP, D, V_BITS, V_GROUP, DV, MASK, MASK_SHARED, N, BULK_TOKENS, MAX_GROUPS, V_ALIGNED,
+                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, BULK_TOKENS, MAX_GROUPS, V_ALIGN,
                     BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 
@@ -628,7 +638,7 @@ def attend_kernel(
                 query_at, mask_at, mask_ss, column_ok, new_k_sl, new_v_sl,
                 first, tl.minimum(first + share, count), bulk_begin, bulk_tokens, live,
                 k_end, k_sink, k_ring, v_end, v_sink, v_ring, scale,
-                K_BITS, K_AXIS, K_GROUP, D, DP, V_BITS, V_AXIS, V_GROUP, DV, DVP, NEW, REST_PACKED, MASK,
+                K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, NEW, REST_PACKED, MASK,
                 MASK_SHARED, N,
                 REST_TOKENS, REST_STAGES, REST_DTYPE, REST_PRECISION,
             )  # fmt: skip

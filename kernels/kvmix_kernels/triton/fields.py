@@ -10,7 +10,8 @@ tensor cores take subnormals at full speed. The caller folds 2**-p into the othe
 positions below 10 work, so higher fields are first shifted down by 8.
 
 A plane with fewer than 16 words per token is *folded*: R copies of its words lie side by side,
-copy r shifted right by r fields, which makes fields of R * words channels, wide enough for a dot.
+copy r shifted right by r fields (for 3 bits by r pieces), which makes fields of R * words channels,
+wide enough for a dot.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ INTERPRET = bool(knobs.runtime.interpret)
 
 # what kernels call at compile time has to be wrapped, all the way down
 words_per_token = constexpr_function(layout.words_per_token)
-_planes = constexpr_function(layout.planes)
+_plane_words = constexpr_function(layout.plane_words)
+_copies = constexpr_function(layout.fold_copies)
+cut_column = constexpr_function(layout.cut_column)
 
-MIN_DOT = 16
+MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
 
 
@@ -41,55 +44,34 @@ def next_power_of_2(n):
 
 
 @constexpr_function
-def plane_width(bits, index):
-    """Bits per field of a plane."""
-    return layout.PLANES[bits][index]
+def plane_words(bits, head_dim, index):
+    """Words per token of a plane."""
+    return _plane_words(bits, head_dim)[index]
 
 
 @constexpr_function
 def plane_first(bits, head_dim, index):
-    """First word of a plane."""
-    return _planes(bits, head_dim)[index][1]
-
-
-@constexpr_function
-def plane_words(bits, head_dim, index):
-    """Words per token of a plane."""
-    return _planes(bits, head_dim)[index][2]
-
-
-@constexpr_function
-def plane_above(bits, head_dim, index):
-    """How far a plane's field is shifted left within the code."""
-    return _planes(bits, head_dim)[index][3]
-
-
-@constexpr_function
-def _copies(bits, head_dim):
-    width, _, words, _ = _planes(bits, head_dim)[0]
-    copies = 1
-    while copies * 2 * words <= MIN_DOT and copies * 2 * width <= layout.WORD_BITS:
-        copies *= 2
-    return copies
+    """Words per token of the planes before a plane."""
+    return sum(_plane_words(bits, head_dim)[:index])
 
 
 @constexpr_function
 def fold_copies(bits, head_dim, index):
     """Copies of a plane's words side by side; all planes of a code get equally wide fields."""
-    words = _planes(bits, head_dim)[0][2] // _planes(bits, head_dim)[index][2]
-    return _copies(bits, head_dim) * words
+    words = _plane_words(bits, head_dim)
+    return _copies(bits, head_dim) * words[0] // words[index]
 
 
 @constexpr_function
 def fold_channels(bits, head_dim):
     """Channels of one folded field."""
-    return _copies(bits, head_dim) * _planes(bits, head_dim)[0][2]
+    return _copies(bits, head_dim) * _plane_words(bits, head_dim)[0]
 
 
 @constexpr_function
 def fold_width(bits, head_dim):
     """Folded channels padded to what a dot takes."""
-    return max(MIN_DOT, next_power_of_2(_copies(bits, head_dim) * _planes(bits, head_dim)[0][2]))
+    return max(MIN_DOT, next_power_of_2(_copies(bits, head_dim) * _plane_words(bits, head_dim)[0]))
 
 
 @constexpr_function
@@ -99,31 +81,66 @@ def fold_fields(bits, head_dim):
 
 
 @constexpr_function
-def _position(bits, head_dim, field):
-    return field * layout.PLANES[bits][0] * _copies(bits, head_dim)
+def _field_place(bits, head_dim, field):
+    """(position in the word, how far the word is shifted right first), so that the field may be read as a subnormal."""
+    if bits == 3:
+        cut = cut_column(_copies(bits, head_dim))
+        if field == cut.code:
+            return cut.narrow - (3 - cut.high), _cut_shift(head_dim)
+        if field > cut.code:
+            return 3 * (field - cut.code - 1), 0
+        return (
+            (3 * field, 0)
+            if 3 * field + 3 <= 10
+            else (3 * field - _cut_shift(head_dim), _cut_shift(head_dim))
+        )
+    position = field * bits * _copies(bits, head_dim)
+    return (position, 0) if position + bits <= 10 else (position - 8, 8)
 
 
 @constexpr_function
-def _low_position(bits, head_dim, field):
-    """Where the field lies once it may be read as a subnormal."""
-    position = _position(bits, head_dim, field)
-    return position if position + bits <= 10 else position - 8
+def _cut_shift(head_dim):
+    """How far the wide plane is shifted right for its bits of the cut code to follow those of the narrow one."""
+    cut = cut_column(_copies(3, head_dim))
+    return 3 * cut.code - cut.narrow
 
 
 @constexpr_function
 def field_factor(bits, head_dim, field):
     """Multiplier 2**-p that cancels the field's position p."""
-    return 2.0 ** -_low_position(bits, head_dim, field)
+    return 2.0 ** -_field_place(bits, head_dim, field)[0]
 
 
 @constexpr_function
 def _is_shifted(bits, head_dim, field):
-    return _low_position(bits, head_dim, field) != _position(bits, head_dim, field)
+    return _field_place(bits, head_dim, field)[1] != 0
+
+
+@constexpr_function
+def _shift(bits, head_dim, field):
+    return _field_place(bits, head_dim, field)[1]
 
 
 @constexpr_function
 def _field_mask(bits, head_dim, field):
-    return ((1 << bits) - 1) << _low_position(bits, head_dim, field)
+    return ((1 << bits) - 1) << _field_place(bits, head_dim, field)[0]
+
+
+@constexpr_function
+def _is_cut(bits, head_dim, field):
+    return bits == 3 and field == cut_column(_copies(bits, head_dim)).code
+
+
+@constexpr_function
+def _is_narrow(bits, head_dim, field):
+    return bits == 3 and field > cut_column(_copies(bits, head_dim)).code
+
+
+@constexpr_function
+def _cut_mask(head_dim):
+    """The bits of the cut code that the wide plane holds, once it is shifted."""
+    cut = cut_column(_copies(3, head_dim))
+    return ((1 << cut.high) - 1) << cut.narrow
 
 
 @constexpr_function
@@ -132,25 +149,24 @@ def _both_halves(mask):
 
 
 @constexpr_function
-def _field_asm(bits, head_dim, field):
-    mask = _both_halves(((1 << bits) - 1) << _low_position(bits, head_dim, field))
-    if _low_position(bits, head_dim, field) == _position(bits, head_dim, field):
-        return f"and.b32 $0, $1, {mask};"
-    return f"{{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, {mask}; }}"
+def _shift_asm(target, source, right):
+    return f"shr.b32 {target}, {source}, {right};" if right >= 0 else f"shl.b32 {target}, {source}, {-right};"
 
 
 @constexpr_function
-def _field3_asm(head_dim, field):
-    """Two planes: the high two bits move up by one, the low bit is selected in below them.
-
-    Neighbouring fields would overlap, so every second one is selected at once (by the lop3, whose
-    table 0xd8 is "second where the third is set, else first"); the assembler shares what repeats.
-    """
-    low = _low_position(3, head_dim, field)
-    shifted = low != _position(3, head_dim, field)
-    a, b = ("shr.b32 t, $1, 7;", "shr.b32 u, $2, 8;") if shifted else ("shl.b32 t, $1, 1;", "mov.b32 u, $2;")
-    select = _both_halves(sum(1 << p for p in range(low % 4, 8, 4)))
-    return f"{{ .reg .b32 t, u; {a} {b} lop3.b32 t, t, u, {select}, 0xd8; and.b32 $0, t, {_both_halves(7 << low)}; }}"
+def _field_asm(bits, head_dim, field):
+    """PTX for a register of two tokens' words ($1; for 3 bits the narrow plane's is $2)."""
+    mask = _both_halves(_field_mask(bits, head_dim, field))
+    if _is_cut(bits, head_dim, field):
+        # the table 0xd8 is "second where the third is set, else first"
+        shift = _shift_asm("t", "$1", _shift(bits, head_dim, field))
+        select = _both_halves(_cut_mask(head_dim))
+        return f"{{ .reg .b32 t; {shift} lop3.b32 t, $2, t, {select}, 0xd8; and.b32 $0, t, {mask}; }}"
+    if _is_narrow(bits, head_dim, field):
+        return f"and.b32 $0, $2, {mask};"
+    if _is_shifted(bits, head_dim, field):
+        return f"{{ .reg .b32 t; {_shift_asm('t', '$1', _shift(bits, head_dim, field))} and.b32 $0, t, {mask}; }}"
+    return f"and.b32 $0, $1, {mask};"
 
 
 def fold_shifts(bits: int, head_dim: int) -> list[int]:
@@ -158,9 +174,9 @@ def fold_shifts(bits: int, head_dim: int) -> list[int]:
     rows = []
     for index in range(2):
         index = min(index, len(layout.PLANES[bits]) - 1)
-        width, _, words, _ = layout.planes(bits, head_dim)[index]
-        copies = fold_copies(bits, head_dim, index)
-        rows += [column // words % copies * width for column in range(MIN_DOT)]
+        words, copies = layout.plane_words(bits, head_dim)[index], fold_copies(bits, head_dim, index)
+        step = layout.WORD_BITS // copies if bits == 3 else bits
+        rows += [column // words % copies * step for column in range(MIN_DOT)]
     return rows
 
 
@@ -191,60 +207,68 @@ def fold(word, shift, COPIES: tl.constexpr, PORTABLE: tl.constexpr):
 def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PORTABLE: tl.constexpr):
     """Folded field FIELD of a tile of words, as float16 code * 2**-24 / field_factor.
 
-    `low` is the second plane's tile for 3 bits and ignored otherwise.
+    `low` is the narrow plane's tile for 3 bits and ignored otherwise.
     """
-    if BITS == 3:
-        if PORTABLE:
-            if _is_shifted(BITS, D, FIELD):
-                high, single = word >> 7, low >> 8
-            else:
-                high, single = word << 1, low
-            one: tl.constexpr = (_field_mask(BITS, D, FIELD) // 7) * 1
-            bits = (high & (one * 6)) | (single & one)
-            return bits.to(tl.int16).to(tl.float16, bitcast=True)
-        return tl.inline_asm_elementwise(
-            _field3_asm(D, FIELD), "=r,r,r", [word, low], dtype=tl.float16, is_pure=True, pack=2
-        )
     if PORTABLE:
         moved = word
-        if _is_shifted(BITS, D, FIELD):
-            moved = word >> 8
+        if _is_narrow(BITS, D, FIELD):
+            moved = low
+        elif _is_shifted(BITS, D, FIELD):
+            if _shift(BITS, D, FIELD) > 0:
+                moved = word >> _shift(BITS, D, FIELD)
+            else:
+                moved = word << -_shift(BITS, D, FIELD)
+        if _is_cut(BITS, D, FIELD):
+            moved = (moved & _cut_mask(D)) | (low & ~_cut_mask(D))
         return (moved & _field_mask(BITS, D, FIELD)).to(tl.int16).to(tl.float16, bitcast=True)
+    if BITS == 3:
+        return tl.inline_asm_elementwise(
+            _field_asm(BITS, D, FIELD), "=r,r,r", [word, low], dtype=tl.float16, is_pure=True, pack=2
+        )
     return tl.inline_asm_elementwise(
         _field_asm(BITS, D, FIELD), "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2
     )
 
 
 @triton.jit
-def _plane_codes(
-    qdata_ptr,
-    row,
-    channel,
-    ok,
-    TOTAL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    WORDS: tl.constexpr,
-    ABOVE: tl.constexpr,
-):
-    word = tl.load(qdata_ptr + row * TOTAL + FIRST + channel % WORDS, mask=ok, other=0).to(tl.int32)
-    return ((word >> (channel // WORDS * WIDTH)) & ((1 << WIDTH) - 1)) << ABOVE
+def word_at(row, BITS: tl.constexpr, D: tl.constexpr, PLANE: tl.constexpr, BLOCK: tl.constexpr):
+    """Offset of the first word of a plane of the token in this row."""
+    TOTAL: tl.constexpr = words_per_token(BITS, D)
+    WORDS: tl.constexpr = plane_words(BITS, D, PLANE)
+    if TOTAL == WORDS:
+        return row * TOTAL
+    return row * WORDS + (row & -BLOCK) * (TOTAL - WORDS) + BLOCK * plane_first(BITS, D, PLANE)
 
 
 @triton.jit
-def codes(qdata_ptr, row, channel, ok, BITS: tl.constexpr, D: tl.constexpr):
+def _codes_3(qdata_ptr, row, channel, ok, D: tl.constexpr, BLOCK: tl.constexpr):
+    WORDS: tl.constexpr = plane_words(3, D, 0)
+    HALF: tl.constexpr = plane_words(3, D, 1)
+    COLUMNS: tl.constexpr = fold_channels(3, D)
+    WIDE: tl.constexpr = cut_column(_copies(3, D))[0]
+    NARROW: tl.constexpr = cut_column(_copies(3, D))[1]
+    CUT: tl.constexpr = cut_column(_copies(3, D))[2]
+    LOW: tl.constexpr = 3 - cut_column(_copies(3, D))[3]
+    column = channel % COLUMNS
+    code = channel // COLUMNS
+    wide = tl.load(qdata_ptr + word_at(row, 3, D, 0, BLOCK) + column % WORDS, mask=ok, other=0).to(tl.int32)
+    narrow = tl.load(qdata_ptr + word_at(row, 3, D, 1, BLOCK) + column % HALF, mask=ok, other=0).to(tl.int32)
+    wide = (wide >> (column // WORDS * WIDE)) & ((1 << WIDE) - 1)
+    narrow = (narrow >> (column // HALF * NARROW)) & ((1 << NARROW) - 1)
+    high = wide >> (3 * tl.minimum(code, CUT))
+    whole = narrow >> (3 * tl.maximum(code - CUT - 1, 0))
+    cut = (wide >> (3 * CUT) << LOW) | (narrow >> (NARROW - LOW))
+    return tl.where(code == CUT, cut, tl.where(code < CUT, high, whole) & 7)
+
+
+@triton.jit
+def codes(qdata_ptr, row, channel, ok, BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Codes (int32) at broadcastable indices `row`, `channel`; 0 where not `ok`."""
-    TOTAL: tl.constexpr = words_per_token(BITS, D)
-    code = _plane_codes(
-        qdata_ptr, row, channel, ok, TOTAL,
-        plane_width(BITS, 0), plane_first(BITS, D, 0), plane_words(BITS, D, 0), plane_above(BITS, D, 0),
-    )  # fmt: skip
     if BITS == 3:
-        code += _plane_codes(
-            qdata_ptr, row, channel, ok, TOTAL,
-            plane_width(BITS, 1), plane_first(BITS, D, 1), plane_words(BITS, D, 1), plane_above(BITS, D, 1),
-        )  # fmt: skip
-    return code
+        return _codes_3(qdata_ptr, row, channel, ok, D, BLOCK)
+    WORDS: tl.constexpr = words_per_token(BITS, D)
+    word = tl.load(qdata_ptr + row * WORDS + channel % WORDS, mask=ok, other=0).to(tl.int32)
+    return (word >> (channel // WORDS * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -266,6 +290,7 @@ def stored_values(
     AXIS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    BLOCK: tl.constexpr,
     NEW: tl.constexpr,
     PACKED: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -292,7 +317,7 @@ def stored_values(
     if BITS != 16 and PACKED:
         packed = ok & (position >= sink) & (position < packed_end)
         row = position - sink
-        code = codes(qdata_ptr, row, channel, packed, BITS, D)
+        code = codes(qdata_ptr, row, channel, packed, BITS, D, BLOCK)
         if AXIS == 0:
             at = row // GROUP * D + channel
         else:

@@ -18,7 +18,7 @@ def dequantize_kernel(
     qdata_ptr, scale_ptr, zero_ptr, residual_ptr, start_ptr, out_ptr,
     qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh, heads, length, tile, sink, window, ring, blocks,
     ON_DEVICE: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, TOKENS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of tokens, fastest, x heads x batch. Output [batch * heads, length, D]; 0 beyond the live tokens."""
     pid = tl.program_id(0).to(tl.int64)
@@ -35,7 +35,7 @@ def dequantize_kernel(
         qdata_ptr + batch * qdata_sb + head * qdata_sh, scale_ptr + batch * scale_sb + head * scale_sh,
         zero_ptr + batch * scale_sb + head * scale_sh, residual_ptr + batch * residual_sb + head * residual_sh,
         residual_ptr, 0, position, channel, (position < live) & (channel < D),
-        live, packed_end_of(live, tile, sink, window), sink, ring, BITS, AXIS, GROUP, D, False, True, DTYPE,
+        live, packed_end_of(live, tile, sink, window), sink, ring, BITS, AXIS, GROUP, D, BLOCK, False, True, DTYPE,
     )  # fmt: skip
     out_ptr += at * length * D
     tl.store(
@@ -69,7 +69,7 @@ def dequantize(
             qdata, scale, zero_point, residual, residual if start is None else start, out,
             *qdata.stride()[:2], *scale.stride()[:2], *residual.stride()[:2],
             H, length, fmt.tile, fmt.sink, fmt.window, fmt.ring, blocks,
-            ON_DEVICE=start is not None, BITS=fmt.bits, AXIS=fmt.axis, GROUP=group, D=D, DP=DP, TOKENS=tokens,
+            ON_DEVICE=start is not None, BITS=fmt.bits, AXIS=fmt.axis, GROUP=group, D=D, BLOCK=layout.plane_block(fmt), DP=DP, TOKENS=tokens,
             DTYPE=model_dtype(torch.float32), num_warps=4,
         )  # fmt: skip
     return out

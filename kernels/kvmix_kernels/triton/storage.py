@@ -36,12 +36,11 @@ def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
     if fmt.is_raw:
         return {"group": 1, "fields": 1, "words": 1, "words_p": 1, "tokens": 1, "parts": 0}
     layout.check_head_size(fmt, D)
-    planes = layout.planes(fmt.bits, D)
-    width, _, words, _ = planes[-1]
-    if planes[0][2] == next_power_of_2(planes[0][2]):
-        # the wide plane's fields: longer pieces of a row, and half as many channels in a thread
-        width, _, words, _ = planes[0]
-    count = layout.WORD_BITS // width
+    wide, *_, words = layout.plane_words(fmt.bits, D) * 2
+    if wide == next_power_of_2(wide):
+        # the wide plane's words: longer pieces of a row, and half as many channels in a thread
+        words = wide
+    count = D // words
     padded = next_power_of_2(words)
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, D)
     together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
@@ -106,7 +105,7 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Te
             pack_kernel[(B * H * jobs,)](
                 x, qdata, scale, zero_point, residual, valid, *x.stride()[:3], *valid_arguments,
                 H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut["parts"], jobs,
-                VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, DP=DP,
+                VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, BLOCK=layout.plane_block(fmt), DP=DP,
                 SCALE_DTYPE=fmt.scale_dtype, FIELDS=cut["fields"], WORDS=cut["words"], WORDS_P=cut["words_p"],
                 TOKENS=cut["tokens"],
                 num_warps=warps,
@@ -169,10 +168,10 @@ def append_(
                 k.tile, k.sink, k.window, k.ring, cut_k["parts"],
                 v.tile, v.sink, v.window, v.ring, cut_v["parts"],
                 ON_DEVICE=start is not None, VALID=kind, FLUSH=flush, WRITE=write,
-                K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=cut_k["group"], D=D, DP=DP, K_SCALE=k.scale_dtype,
+                K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=cut_k["group"], D=D, K_BLOCK=layout.plane_block(k), DP=DP, K_SCALE=k.scale_dtype,
                 K_FIELDS=cut_k["fields"], K_WORDS=cut_k["words"], K_WORDS_P=cut_k["words_p"],
                 K_TOKENS=cut_k["tokens"], K_ROWS=ROWS,
-                V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, DVP=DVP, V_SCALE=v.scale_dtype,
+                V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP, V_SCALE=v.scale_dtype,
                 V_FIELDS=cut_v["fields"], V_WORDS=cut_v["words"], V_WORDS_P=cut_v["words_p"],
                 V_TOKENS=cut_v["tokens"], V_ROWS=ROWS, EARLY=early,
                 num_warps=APPEND_WARPS, launch_pdl=early,

@@ -12,12 +12,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvmix_kernels.triton.fields import constexpr_function, packed_end_of, plane_first, words_per_token
+from kvmix_kernels.triton.fields import (
+    constexpr_function,
+    cut_column,
+    fold_copies,
+    packed_end_of,
+    word_at,
+    words_per_token,
+)
 
 ROUNDER = tl.constexpr(8388608.0)
 """2**23: adding and subtracting it rounds a smaller positive float32 to an integer, half to even."""
-ROUNDER_SUM = tl.constexpr(0xFB000000 - (1 << 32))
-"""What its bits, 0x4B000000, add up to as int32 when eight are added, each shifted four bits further."""
 
 
 @triton.jit
@@ -140,67 +145,76 @@ def _load_tokens(
 
 
 @triton.jit
-def _every_other_pair(x):
-    """Bits 0, 1, 4, 5, 8, 9, ... of an int32, moved together."""
-    x = x & 0x33333333
-    x = (x | (x >> 2)) & 0x0F0F0F0F
-    x = (x | (x >> 4)) & 0x00FF00FF
-    return x | (x >> 8)
+def _column_pieces(codes, FIRST: tl.constexpr, STEP: tl.constexpr, COPIES: tl.constexpr):
+    """Wide and narrow piece of a 3-bit column (see `layout`), whose codes are FIRST, FIRST + STEP, ..."""
+    WIDE: tl.constexpr = cut_column(COPIES)[0]
+    NARROW: tl.constexpr = cut_column(COPIES)[1]
+    CUT: tl.constexpr = cut_column(COPIES)[2]
+    LOW: tl.constexpr = 3 - cut_column(COPIES)[3]
+    cut = codes[FIRST + CUT * STEP]
+    wide = cut >> LOW << (3 * CUT)
+    for f in tl.static_range(CUT):
+        wide += codes[FIRST + f * STEP] << (3 * f)
+    narrow = (cut & ((1 << LOW) - 1)) << (NARROW - LOW)
+    for f in tl.static_range(CUT + 1, 8 // COPIES):
+        narrow += codes[FIRST + f * STEP] << (3 * (f - CUT - 1))
+    return wide & ((1 << WIDE) - 1), narrow & ((1 << NARROW) - 1)
 
 
 @triton.jit
 def _store_words(
     qdata_ptr, codes, row, word, row_ok, word_ok,
-    D: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Pack every field's codes into words and store them; what is above a word's 16 bits is cut off."""
-    TOTAL: tl.constexpr = words_per_token(BITS, D)
-    at = qdata_ptr + row[:, None] * TOTAL + word[None, :]
-    ok = row_ok & word_ok
+    """Pack every field's codes into words and store them; what is above a word's 16 bits is cut off.
+
+    `row` is [tokens], counted from `qdata_ptr`. For 3 bits a field has as many channels as the wide plane has
+    words (8 fields), or as the narrow plane has (16).
+    """
+    at = qdata_ptr + word_at(row, BITS, D, 0, BLOCK)[:, None] + word[None, :]
+    ok = row_ok[:, None] & word_ok[None, :]
     if BITS != 3:
         packed = codes[0]
         for f in tl.static_range(1, FIELDS):
             packed += codes[f] << (f * BITS)
         tl.store(at, packed.to(tl.int16), mask=ok)
-    elif FIELDS == 8:
-        # four bits a code first: all codes at once are then cut into the planes
-        packed = codes[0] - ROUNDER_SUM
-        for f in tl.static_range(1, FIELDS):
-            packed += codes[f] << (f * 4)
-        tl.store(at, _every_other_pair(packed >> 1).to(tl.int16), mask=ok)
-        # field i of the wide plane is fields 2i and 2i + 1 of the narrow one
-        HALF: tl.constexpr = WORDS // 2
-        low = _every_other_pair(packed & 0x11111111)
-        low = tl.where((word < HALF)[None, :], low, low << 1)
-        low = tl.sum(tl.reshape(low, [low.shape[0], 2, HALF]), 1)
-        at = qdata_ptr + row[:, None] * TOTAL + plane_first(BITS, D, 1) + tl.arange(0, HALF)[None, :]
-        tl.store(at, low.to(tl.int16), mask=row_ok)
     else:
-        # the same with the narrow plane's fields, of which 2i and 2i + 1 are field i of the wide one
-        even = codes[0] - ROUNDER_SUM
-        odd = codes[1] - ROUNDER_SUM
-        for f in tl.static_range(1, 8):
-            even += codes[2 * f] << (f * 4)
-            odd += codes[2 * f + 1] << (f * 4)
-        low = (even & 0x11111111) | ((odd & 0x11111111) << 1)
-        tl.store(at, _every_other_pair(even >> 1).to(tl.int16), mask=ok)
-        tl.store(at + WORDS, _every_other_pair(odd >> 1).to(tl.int16), mask=ok)
-        tl.store(at + plane_first(BITS, D, 1), _every_other_pair(low).to(tl.int16), mask=ok)
+        COPIES: tl.constexpr = fold_copies(BITS, D, 0)
+        WIDE: tl.constexpr = cut_column(COPIES)[0]
+        NARROW: tl.constexpr = cut_column(COPIES)[1]
+        low_at = qdata_ptr + word_at(row, BITS, D, 1, BLOCK)[:, None]
+        # a thread has the columns of one wide word, or of two that lie half a plane from each other
+        HALVES: tl.constexpr = FIELDS // 8
+        low = tl.zeros_like(codes[0])
+        for h in tl.static_range(HALVES):
+            high = tl.zeros_like(codes[0])
+            for r in tl.static_range(COPIES):
+                wide, narrow = _column_pieces(codes, r * HALVES + h, COPIES * HALVES, COPIES)
+                high += wide << (r * WIDE)
+                low += narrow << ((2 * r + h) * NARROW)
+            tl.store(at + h * WORDS, high.to(tl.int16), mask=ok)
+        if HALVES == 2:
+            tl.store(low_at + word[None, :], low.to(tl.int16), mask=ok)
+        else:
+            HALF: tl.constexpr = WORDS // 2
+            low = tl.where((word < HALF)[None, :], low, low << NARROW)
+            low = tl.sum(tl.reshape(low, [low.shape[0], 2, HALF]), 1)
+            tl.store(low_at + tl.arange(0, HALF)[None, :], low.to(tl.int16), mask=row_ok[:, None])
 
 
 @triton.jit
 def _flush(
     new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr, valid_stride, hidden_below,
     tile_index, part, rows_held, live, tile, sink, ring,
-    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE_DTYPE: tl.constexpr,
-    FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
+    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
     VALID: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
     """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on.
 
     A part is a group of tokens for AXIS 0 and a block of TOKENS tokens for AXIS 1. A field is a tile
     [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange (but for the
-    narrow plane of 3 bits where it is cut into the fields of the wide one).
+    narrow plane of 3 bits where the fields are as wide as the wide one).
 
     Minimum and maximum ignore a NaN, so what must not count in a range is made one: x + 0 * x for
     whatever is not finite, x + NaN * x for whatever is hidden.
@@ -224,7 +238,6 @@ def _flush(
     fresh_from = live - sink - first
     new_ptr += -fresh_from.to(tl.int64) * new_stride
     ring_ptr = residual_ptr + sink * D
-    qdata_ptr += first * words_per_token(BITS, D)
     if AXIS == 0:
         LANES: tl.constexpr = 16 if TOKENS > 16 else TOKENS
         DP: tl.constexpr = FIELDS * WORDS_P
@@ -280,9 +293,7 @@ def _flush(
             codes = ()
             for f in tl.static_range(FIELDS):
                 codes = codes + (_code_bits(fields[f], zeros[f], *divisors[f], SCALE_DTYPE),)
-            _store_words(
-                qdata_ptr, codes, at, word, (at >= 0)[:, None], word_ok[None, :], D, BITS, FIELDS, WORDS
-            )
+            _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, D, BITS, BLOCK, FIELDS, WORDS)
     else:
         row_ok = part * TOKENS + token < tile
         at = tl.minimum(token, tile - 1 - part * TOKENS)
@@ -322,7 +333,7 @@ def _flush(
                     else:
                         code = tl.where(((f * WORDS + word) // GROUP == g)[None, :], group_code, code)
             codes = codes + (code,)
-        _store_words(qdata_ptr, codes, token, word, row_ok[:, None], word_ok[None, :], D, BITS, FIELDS, WORDS)
+        _store_words(qdata_ptr, codes, first + token, word, row_ok, word_ok, D, BITS, BLOCK, FIELDS, WORDS)
 
 
 @triton.jit
@@ -330,8 +341,8 @@ def _append_one(
     new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr,
     new_sb, new_sh, new_sl, qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh,
     valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
-    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr,
+    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    DP: tl.constexpr, SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """This program's share of one tensor: parts of the tiles that are due, and rows of new tokens."""
@@ -350,7 +361,7 @@ def _append_one(
                 scale_ptr + b * scale_sb + h * scale_sh, zero_ptr + b * scale_sb + h * scale_sh,
                 residual_ptr + b * residual_sb + h * residual_sh, valid_ptr + b * valid_sb, valid_ss, hidden_below,
                 old + job % jobs // parts, job % parts, due * tile, live, tile, sink, ring,
-                BITS, AXIS, GROUP, D, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, True,
+                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, True,
             )  # fmt: skip
     if WRITE:
         channel = tl.arange(0, DP)
@@ -395,11 +406,11 @@ def append_kernel(
     valid_sb, valid_ss, hidden_below, batch, heads, count, length,
     k_tile, k_sink, k_window, k_ring, k_parts, v_tile, v_sink, v_window, v_ring, v_parts,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
-    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
+    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr,
+    DP: tl.constexpr, K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
     K_TOKENS: tl.constexpr, K_ROWS: tl.constexpr,
-    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
+    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr,
+    DVP: tl.constexpr, V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
     V_TOKENS: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
@@ -422,7 +433,7 @@ def append_kernel(
             keys_sb, keys_sh, keys_sl, k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh,
             k_residual_sb, k_residual_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, k_tile, k_sink, k_window, k_ring, k_parts,
-            K_BITS, K_AXIS, K_GROUP, D, DP, K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_ROWS,
+            K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_ROWS,
             VALID, FLUSH, WRITE,
         )  # fmt: skip
         _append_one(
@@ -430,7 +441,7 @@ def append_kernel(
             values_sb, values_sh, values_sl, v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh,
             v_residual_sb, v_residual_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, v_tile, v_sink, v_window, v_ring, v_parts,
-            V_BITS, V_AXIS, V_GROUP, DV, DVP, V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_ROWS,
+            V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_ROWS,
             VALID, FLUSH, WRITE,
         )  # fmt: skip
 
@@ -442,7 +453,7 @@ def pack_kernel(
     x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr,
     x_sb, x_sh, x_sl, valid_sb, valid_ss, hidden_below, heads, count, tiles, slots, tile, sink, window, ring, parts, jobs,
     VALID: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
     WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Fill the four buffers of one tensor from its tokens x; what holds no token becomes 0.
@@ -467,7 +478,7 @@ def pack_kernel(
                 scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr,
                 valid_ptr + sequence * valid_sb, valid_ss, hidden_below, index, job % parts,
                 end - sink, 0, tile, sink, ring,
-                BITS, AXIS, GROUP, D, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, False,
+                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, False,
             )  # fmt: skip
     if job >= tiles * parts:
         slot = (job - tiles * parts) * ROWS + tl.arange(0, ROWS)
