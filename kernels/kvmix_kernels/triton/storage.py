@@ -11,7 +11,13 @@ from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference.quantize import SCALE_DTYPES
 from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, multiprocessors, starts_early
 from kvmix_kernels.triton.fields import next_power_of_2
-from kvmix_kernels.triton.storage_kernels import append_kernel, pack_kernel
+from kvmix_kernels.triton.storage_kernels import (
+    ALL_TILES,
+    FRESH_TILES,
+    RING_TILES,
+    append_kernel,
+    pack_kernel,
+)
 
 PACK_ELEMENTS = 2048
 """Channels times tokens that a warp of `quantize_pack` holds at a time."""
@@ -29,6 +35,9 @@ APPEND_WARPS = 8
 
 ROWS = 16
 """New tokens that a program of `append_` writes at a time."""
+
+PROMPT_PROGRAMS = 8
+"""Programs per multiprocessor for more than one new token. For one, most of more would have nothing to do."""
 
 
 def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
@@ -54,6 +63,12 @@ def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
         "tokens": tokens,
         "parts": parts,
     }
+
+
+def _pack_warps(fmt: TensorFormat, D: int) -> int:
+    if fmt.is_raw or fmt.axis != AXIS_CHANNEL:
+        return PACK_WARPS
+    return min(PACK_WARPS, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS))
 
 
 def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, int]:
@@ -82,9 +97,7 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Te
     """The op `quantize_pack`: one launch, x is read once."""
     fmt = TensorFormat(*format)
     B, H, L, D = x.shape
-    warps = PACK_WARPS
-    if fmt.axis == AXIS_CHANNEL:
-        warps = min(warps, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS))
+    warps = _pack_warps(fmt, D)
     cut = _shape(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, D)
@@ -132,7 +145,8 @@ def append_(
 ) -> None:
     """The op `append_`: one launch for a decode step.
 
-    More tokens take two launches where they could reach ring slots that a flush still has to read.
+    More tokens could reach ring slots that a flush still has to read, so they take two launches: tiles that
+    begin in the ring, then tiles of new tokens alone, as fast as `quantize_pack`, and the new raw tokens.
     """
     k, v = TensorFormat(*key_format), TensorFormat(*value_format)
     for x, residual in ((keys, k_residual), (values, v_residual)):
@@ -148,17 +162,22 @@ def append_(
         return
     keys, values = inner_dense(keys), inner_dense(values)
     valid, *valid_arguments, kind = valid_row(mask, keys)
-    cut_k, cut_v = (_shape(f, size, APPEND_ELEMENTS * APPEND_WARPS) for f, size in ((k, D), (v, Dv)))
     DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
-    packs = not (k.is_raw and v.is_raw)
-    apart = packs and any(not f.is_raw and Lq - 1 + f.window + f.tile > f.ring for f in (k, v))
-    phases = ((True, False), (False, True)) if apart else ((packs, True),)
-    parts = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
     early = starts_early(keys)
-    for flush, write in phases:
-        needed = B * H * max(parts if flush else 0, -(-Lq // ROWS) if write else 0)
+    if Lq == 1:
+        phases = [(ALL_TILES, True, APPEND_WARPS, APPEND_ELEMENTS, 1)]
+    else:
+        warps = min(_pack_warps(k, D), _pack_warps(v, Dv))
+        phases = [(FRESH_TILES, True, warps, PACK_ELEMENTS, PROMPT_PROGRAMS)]
+        if not (k.is_raw and v.is_raw):
+            phases.insert(0, (RING_TILES, False, APPEND_WARPS, APPEND_ELEMENTS, 1))
+    for flush, write, warps, elements, per_multiprocessor in phases:
+        cut_k, cut_v = (_shape(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))
+        tiles = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
+        needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
+        programs = min(needed, per_multiprocessor * multiprocessors(keys))
         with device_of(keys):
-            append_kernel[(min(needed, multiprocessors(keys)),)](
+            append_kernel[(programs,)](
                 keys, values, k_qdata, k_scale, k_zero_point, k_residual,
                 v_qdata, v_scale, v_zero_point, v_residual, valid, keys if start is None else start,
                 *keys.stride()[:3], *values.stride()[:3],
@@ -167,12 +186,12 @@ def append_(
                 *valid_arguments, B, H, Lq, length,
                 k.tile, k.sink, k.window, k.ring, cut_k["parts"],
                 v.tile, v.sink, v.window, v.ring, cut_v["parts"],
-                ON_DEVICE=start is not None, VALID=kind, FLUSH=flush, WRITE=write,
+                ON_DEVICE=start is not None, VALID=kind, FLUSH=flush.value, WRITE=write,
                 K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=cut_k["group"], D=D, K_BLOCK=layout.plane_block(k), DP=DP, K_SCALE=k.scale_dtype,
                 K_FIELDS=cut_k["fields"], K_WORDS=cut_k["words"], K_WORDS_P=cut_k["words_p"],
                 K_TOKENS=cut_k["tokens"], K_ROWS=ROWS,
                 V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP, V_SCALE=v.scale_dtype,
                 V_FIELDS=cut_v["fields"], V_WORDS=cut_v["words"], V_WORDS_P=cut_v["words_p"],
                 V_TOKENS=cut_v["tokens"], V_ROWS=ROWS, EARLY=early,
-                num_warps=APPEND_WARPS, launch_pdl=early,
+                num_warps=warps, launch_pdl=early,
             )  # fmt: skip

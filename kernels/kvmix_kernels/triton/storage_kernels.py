@@ -336,6 +336,13 @@ def _flush(
         _store_words(qdata_ptr, codes, first + token, word, row_ok, word_ok, D, BITS, BLOCK, FIELDS, WORDS)
 
 
+ALL_TILES = tl.constexpr(0)
+RING_TILES = tl.constexpr(1)
+"""Tiles of which some tokens are in the ring."""
+FRESH_TILES = tl.constexpr(2)
+"""Tiles of new tokens alone."""
+
+
 @triton.jit
 def _append_one(
     new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr,
@@ -349,10 +356,17 @@ def _append_one(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     end = live + count
-    if FLUSH and BITS != 16:
+    if BITS != 16:
         old = tl.maximum(live - sink - window, 0) // tile
         due = tl.maximum(end - sink - window, 0) // tile
-        jobs = parts * (due - old)
+        if FLUSH != ALL_TILES:
+            # the first tile of which no token is in the ring
+            fresh = tl.maximum(live - sink + tile - 1, 0) // tile
+            if FLUSH == RING_TILES:
+                due = tl.minimum(due, fresh)
+            else:
+                old = tl.maximum(old, fresh)
+        jobs = parts * tl.maximum(due - old, 0)
         for job in range(pid, batch * heads * jobs, programs):
             b = (job // jobs // heads).to(tl.int64)
             h = (job // jobs % heads).to(tl.int64)
@@ -361,7 +375,7 @@ def _append_one(
                 scale_ptr + b * scale_sb + h * scale_sh, zero_ptr + b * scale_sb + h * scale_sh,
                 residual_ptr + b * residual_sb + h * residual_sh, valid_ptr + b * valid_sb, valid_ss, hidden_below,
                 old + job % jobs // parts, job % parts, due * tile, live, tile, sink, ring,
-                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, True,
+                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, FLUSH != FRESH_TILES,
             )  # fmt: skip
     if WRITE:
         channel = tl.arange(0, DP)
@@ -415,7 +429,7 @@ def append_kernel(
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
 
-    Grid: as many programs as fill the GPU once; most steps flush nothing and are over at once. With
+    Grid: as many programs as fill the GPU; most steps of one token flush nothing and are over at once. With
     `start` on the device a step that would pass the capacity `length` writes nothing. EARLY: started
     before the kernel ahead ends, it waits for it, and lets the next one do the same.
     """
