@@ -151,6 +151,8 @@ class _Rewriter:
                 self._adopt(site)
         plain = [self._count_plain(site.buffers, site) for site in self.sites if site.buffers is not None]
         outputs, live_output = self._outputs()
+        for base in self.packed:
+            self._answer_sizes(base)
         self._sweep()
         for base in self.packed:
             if base.users:
@@ -319,6 +321,21 @@ class _Rewriter:
             self.graph.erase_node(node)
             pending.extend(inputs)
 
+    def _answer_sizes(self, base: fx.Node) -> None:
+        """Who asks for a packed input's shape alone (masks do) gets numbers, not unpacked tokens."""
+        shape = self.packed[base].shape
+        for asked in [n for n in base.users if _asks_shape(n)]:
+            for node in (asked, *asked.users):
+                dim = _asked_dim(node, asked)
+                size = None if dim is None else self._size(shape[dim])
+                if size is not None:
+                    _replace_uses(node, size)
+                    self.dead.append(node)
+
+    def _size(self, size: Any) -> Any:
+        """A size as a number or the input that holds it; None for what is computed from such."""
+        return self.symbols.get(str(dynamo.expression(size))) if dynamo.is_symbolic(size) else int(size)
+
     def _unpack_for_readers(self, base: fx.Node) -> None:
         first = min(base.users, key=lambda n: self.order.get(n, -1))
         tensor = self.packed[base]
@@ -330,6 +347,27 @@ class _Rewriter:
                 ops.dequantize, (*self.buffers[base], start, self._length(tensor), list(tensor.format))
             )
         base.replace_all_uses_with(full)
+
+
+def _asks_shape(node: fx.Node) -> bool:
+    by_method = node.op == "call_method" and node.target == "size"
+    return by_method or (node.op == "call_function" and node.target is getattr and node.args[1] == "shape")
+
+
+def _asked_dim(node: fx.Node, asked: fx.Node) -> int | None:
+    """The one dimension that `node` reads: as `x.size(dim)`, or from all sizes, which are `asked`."""
+    if node is asked:
+        dim = node.args[1] if node.op == "call_method" and len(node.args) > 1 else node.kwargs.get("dim")
+    else:
+        dim = node.args[1] if node.target is operator.getitem else None
+    return dim if isinstance(dim, int) else None
+
+
+def _replace_uses(node: fx.Node, value: Any) -> None:
+    """Like `Node.replace_all_uses_with`, for any value."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
+        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -8,7 +8,9 @@ import torch
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+from kvmix_fx.testing.graphs import count_ops
 from kvmix_fx.testing.models import tiny_llama
+from kvmix_kernels import ops
 
 from .oracle import OracleCache, worst
 
@@ -277,21 +279,36 @@ def test_explain_lists_every_site_and_changes_nothing():
 
 
 @pytest.mark.parametrize("raw", [0, 1])
-@pytest.mark.parametrize("static", [False, True])
-def test_layers_at_16_bits_beside_packed_ones(raw, static):
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", ["growing", "static", "fixed"])
+def test_layers_at_16_bits_beside_packed_ones(raw, rows, kind):
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=16).with_layers(raw, key=16, value=16)
-    ids = prompt()
+    ids = prompt(rows)
     plain = generate(model, ids)
     want = generate(model, ids, past_key_values=OracleCache(plan))
-    kvmix_fx.compile(model, plan, inner="eager")
-    got = generate(model, ids, **({"cache_implementation": "static"} if static else {}))
+    graphs = []
+
+    def inner(gm, _inputs):
+        graphs.append(gm)
+        return gm
+
+    kvmix_fx.compile(model, plan, inner=inner)
+    settings = {
+        "growing": {},
+        "static": {"cache_implementation": "static"},
+        "fixed": {"past_key_values": KVMixStaticCache(plan, model.config, 70 + NEW)},
+    }[kind]
+    got = generate(model, ids, **settings)
     assert worst(got.logits, want.logits) < NOISE
     assert worst(plain.logits, want.logits) > DAMAGE
     report = kvmix_fx.compiled(model).report
     assert report.rewritten_layers() == [1 - raw]
     assert {(s.layer, s.reason) for s in report.skipped()} == {(raw, "the plan keeps this layer at 16 bits")}
     assert len(report.graphs) == 2
+    # the masks of plain layers ask the first layer for its size; that must not unpack it
+    assert not any(count_ops(gm, ops.dequantize) for gm in graphs)
+    assert any(count_ops(gm, ops.attend) for gm in graphs)
 
 
 def test_a_model_may_be_used_in_many_ways():
