@@ -296,6 +296,12 @@ class TransformersCalls:
         batch, n = tokens.shape[:2]
         if batch == 0 or n == 0:
             raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
+        if n == 1:
+            # a slice of a longer row brings its place in it into the graph, another one in every step
+            args = tuple(_own(x) for x in args)
+            kwargs.update(
+                (name, _own(kwargs[name])) for name in ("input_ids", "position_ids") if name in kwargs
+            )
         # else the first prompt's length would be compiled in, and the second would recompile; likewise a
         # cache's capacity, by way of masks [B, 1, n, capacity]
         _mark_length(tokens)
@@ -326,6 +332,9 @@ class TransformersCalls:
             # generate() built the mask for a plain StaticCache, which attends to all of its slots;
             # the first step of a packed one attends to its own tokens
             kwargs["attention_mask"] = _first_columns(kwargs.get("attention_mask"), n)
+        elif fixed and kwargs.get("position_ids") is not None:
+            # without positions some models count the mask
+            kwargs["attention_mask"] = _to_capacity(kwargs.get("attention_mask"), fixed[0].max_cache_len)
         return args, kwargs, _advance(fixed, n)
 
     def _drop_mask_of_one_row(self, cache: KVMixStaticCache, kwargs: dict[str, Any], batch: int) -> None:
@@ -525,6 +534,10 @@ def _advance(fixed: list[PromptFirstStaticLayer], n: int) -> Callable[[], None]:
     return finish
 
 
+def _own(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) and x.storage_offset() else x
+
+
 def _mark_length(x: Any, dim: int = 1) -> None:
     if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
         torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
@@ -547,6 +560,18 @@ def _is_empty(cache: Any) -> bool:
 def _hides_nothing(mask: Any, n: int) -> bool:
     """Whether a mask is a tensor [B, n] without padding. Waits for the device."""
     return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == n and bool(mask.all())
+
+
+def _to_capacity(mask: Any, capacity: int) -> Any:
+    """A mask [B, stored] with a column for every token there is room for, as transformers extends it.
+
+    All steps then have a mask of one shape, for one graph and one recording.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] >= capacity:
+        return mask
+    mask = torch.nn.functional.pad(mask, (0, capacity - mask.shape[1]))
+    _mark_length(mask)
+    return mask
 
 
 def _first_columns(mask: Any, n: int) -> Any:

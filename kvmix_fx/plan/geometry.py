@@ -65,8 +65,11 @@ class ModelGeometry:
         head_dim = _first(config, ("head_dim",))
         if head_dim is None:
             head_dim = _size(config, _WIDTH) // _size(config, _QUERY_HEADS)
-        # Falcon's older checkpoints and GPT-BigCode share one KV head whatever num_kv_heads says.
-        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        # Falcon's newer checkpoints repeat keys and values for every query head before they cache them; its
+        # older ones and GPT-BigCode share one KV head whatever num_kv_heads says.
+        if getattr(config, "new_decoder_architecture", False):
+            num_kv_heads = _size(config, _QUERY_HEADS)
+        elif getattr(config, "multi_query", False):
             num_kv_heads = 1
         else:
             num_kv_heads = _size(config, (*_KV_HEADS, *_QUERY_HEADS))

@@ -8,6 +8,7 @@ import transformers
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.integrations.transformers import KVMixStaticCache
 from kvmix_fx.passes.sites import LEAVE
 from kvmix_fx.testing.models import sharpen
 
@@ -25,6 +26,13 @@ TINY = {
     "pad_token_id": 0,
     "bos_token_id": None,
     "eos_token_id": None,
+}
+# what a configuration would store without the model ever reading it
+NOT_TAKEN = {
+    "FalconConfig": ("head_dim", "num_key_value_heads"),
+    "GPT2Config": ("num_key_value_heads",),
+    "GPTNeoXConfig": ("num_key_value_heads",),
+    "OPTConfig": ("num_key_value_heads",),
 }
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
@@ -51,8 +59,7 @@ PACKED = {
 
 def build(config_name, overrides):
     torch.manual_seed(0)
-    # Falcon derives its head size
-    settings = {k: v for k, v in TINY.items() if k != "head_dim" or config_name != "FalconConfig"}
+    settings = {k: v for k, v in TINY.items() if k not in NOT_TAKEN.get(config_name, ())}
     config = getattr(transformers, config_name)(**(settings | overrides))
     config._attn_implementation = "sdpa"
     return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
@@ -62,8 +69,9 @@ def tokens(rows=2, length=90):
     return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_logits_equal_the_oracle(name):
+def test_packed_logits_equal_the_oracle(name, fixed):
     """Left padded, so that absolute positions and masks are part of the check."""
     model = build(*PACKED[name])
     plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
@@ -74,7 +82,8 @@ def test_packed_logits_equal_the_oracle(name):
     plain, _ = decode(model, ids, mask, positions)
     want, _ = decode(model, ids, mask, positions, OracleCache(plan, mask.bool()))
     kvmix_fx.compile(model, plan, inner="eager")
-    got, past = decode(model, ids, mask, positions)
+    past = KVMixStaticCache(plan, model.config, 90) if fixed else None
+    got, past = decode(model, ids, mask, positions, past)
     assert worst(got, want) < 3e-4
     assert worst(plain, want) > 5e-3
     assert all(isinstance(t, QuantizedKVTensor) for layer in past.layers for t in (layer.keys, layer.values))

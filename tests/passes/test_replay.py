@@ -351,3 +351,34 @@ def test_plain_loops_take_no_shortcut(on_cpu):
     assert on_cpu.replayed >= 3
     assert before.abs().max() > 1e-2
     assert after.abs().max() < 1e-8
+
+
+def test_plain_loops_over_padded_prompts_are_replayed(on_cpu):
+    """Their masks grow by a column in every step; a recording needs one shape."""
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
+    ids = torch.randint(1, 128, (2, 90), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    ids[0, :7] = mask[0, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def loop(past):
+        logits = []
+        with torch.no_grad():
+            for first, last in ((0, 60), *((i, i + 1) for i in range(60, 90))):
+                out = model(
+                    ids[:, first:last], attention_mask=mask[:, :last], past_key_values=past,
+                    position_ids=positions[:, first:last],
+                )  # fmt: skip
+                past = out.past_key_values
+                logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    plain = loop(None)
+    kvmix_fx.compile(model, plan, inner="eager")
+    grown = loop(None)
+    assert on_cpu.replayed == 0
+    fixed = loop(integration.KVMixStaticCache(plan, model.config, 90))
+    assert (on_cpu.recorded, on_cpu.replayed) == (1, 28)
+    torch.testing.assert_close(fixed, grown, atol=2e-4, rtol=1e-4)
+    assert (plain - fixed).abs().max() > 0.02

@@ -20,7 +20,7 @@ GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
         (LLAMA | {"num_key_value_heads": None}, (28, 24, 128)),
         (GPT2, (12, 12, 64)),
         (GPT2 | {"multi_query": True}, (12, 1, 64)),
-        (LLAMA | {"multi_query": True, "new_decoder_architecture": True}, (28, 8, 128)),
+        (LLAMA | {"multi_query": True, "new_decoder_architecture": True}, (28, 24, 128)),
         ({"n_layers": 2, "n_heads": 4, "d_model": 64}, (2, 4, 16)),
     ],
 )
