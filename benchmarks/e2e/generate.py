@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kvmix_fx
 from benchmarks.e2e.models import build
-from benchmarks.rows import RESULTS, Row, load, make_row, percentiles, save
+from benchmarks.rows import RESULTS, Row, load, machine_name, make_row, percentiles, save
 from kvmix_fx import KVPlan, QuantSpec
 
 COLD_TOKENS = 8
@@ -144,8 +144,9 @@ def warm_up(model: nn.Module, case: str, provider: str, ids: torch.Tensor, setti
 
 
 def best_of_transformers(case: str, folder: Path) -> Row | None:
-    """The fastest of transformers' own caches in this case, if it was measured before."""
-    rows = (row for row in load("generate", folder) if row.metric == "tokens_per_second" and row.case == case)
+    """The fastest of transformers' own caches in this case, if it was measured before on such a machine."""
+    rows = load("generate", machine_name(), folder)
+    rows = [row for row in rows if row.metric == "tokens_per_second" and row.case == case]
     return max((row for row in rows if row.provider in TRANSFORMERS), key=lambda row: row.value, default=None)
 
 
