@@ -36,13 +36,18 @@ def build(shape: str, device: str = "cuda") -> nn.Module:
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.to_empty(device=device)
+    set_weights(model)
+    # not a parameter, and lost on the meta device
+    rotary: Any = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config, device=torch.device(device))
+    return model.eval()
+
+
+def set_weights(model: nn.Module) -> None:
+    """Random matrices that keep the size of what they multiply, ones elsewhere."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             else:
                 parameter.fill_(1.0)
-    # not a parameter, and lost on the meta device
-    rotary: Any = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config, device=torch.device(device))
-    return model.eval()
