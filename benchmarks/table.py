@@ -21,6 +21,9 @@ QUALITY = ("kl", "perplexity", "perplexity change", "top-1 agreement")
 LEADING = ("kvmix default", "best uniform", "mean of 5 random", "kvmix paper rule", "kivi")
 """Named first in the planner's table."""
 
+SIZES = ("longest_context", "largest_batch")
+"""Metrics of `benchmarks.e2e.capacity`."""
+
 READMES = (HERE / "README.md", HERE.parent / "README.md")
 
 
@@ -148,7 +151,8 @@ def memory() -> str:
 
 def generate() -> str:
     """Decode speed, and the ops that take most of a step."""
-    rows = [row for row in load("generate") if row.unit == "token/s"]
+    sizes = {row.case for row in load("generate") if row.metric in SIZES}
+    rows = [row for row in load("generate") if row.unit == "token/s" and row.case not in sizes]
     body = [
         [
             f"{row.case}, {row.machine}",
@@ -176,7 +180,7 @@ def gpu() -> str:
     body = []
     for (case, machine), providers in grouped(load("generate")).items():
         for provider, by in providers.items():
-            if "peak_bytes" not in by:
+            if "peak_bytes" not in by or any(metric in by for metric in SIZES):
                 continue
             speed, bits = by["tokens_per_second"], by["peak_bytes"].effective_bits
             sizes = (by[name].value / 2**20 if name in by else None for name in ("cache_bytes", "peak_bytes"))
@@ -203,6 +207,28 @@ def gpu() -> str:
         "cache, MiB",
         "peak, MiB",
     ]
+    return markdown(head, body)
+
+
+def capacity() -> str:
+    """The largest sizes that fit, and decode speed at them."""
+    body = []
+    for (case, machine), providers in grouped(load("generate")).items():
+        for provider, by in providers.items():
+            for size in (by[metric] for metric in SIZES if metric in by):
+                speed = by["tokens_per_second"]
+                body.append(
+                    [
+                        f"{case}, {machine}",
+                        provider,
+                        number(size.effective_bits, ".2f"),
+                        f"{size.value:,.0f} {size.unit}",
+                        "-" if size.ratio is None else f"{size.ratio:.2f}x",
+                        number(speed.value, ".1f"),
+                        *(f"{count / 2**30:.1f}" for count in (size.bytes or 0, by["peak_bytes"].value)),
+                    ]
+                )
+    head = ["case", "provider", "bits", "largest", "ratio", "token/s", "cache, GiB", "peak, GiB"]
     return markdown(head, body)
 
 
@@ -274,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "generate": generate,
     "gpu": gpu,
+    "capacity": capacity,
     "attention": attention,
     "storage": storage,
     "summary": summary,
