@@ -13,6 +13,7 @@ from benchmarks.rows import load, make_row, save
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.passes import replay
 from kvmix_fx.testing.models import tiny_llama
 
 CONTEXT = 75
@@ -153,6 +154,33 @@ def test_what_fails_is_said(model):
 
     assert capacity.attempt(model, make, case, 200, 2) == "out of memory"
     assert "invalid configuration" in capacity.attempt(model, make, case, 50, 2)
+
+
+def test_a_size_whose_steps_cannot_be_recorded_does_not_fit(monkeypatch, model, plan):
+    """And costs no later size its recording."""
+    recorded = []
+
+    def record(run, inputs):
+        recorded.append(inputs)
+        if len(recorded) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return replay.Recording(run(*inputs), lambda: None)
+
+    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu",))
+    monkeypatch.setattr(replay, "record_cuda", record)
+    kvmix_fx.compile(model, plan, inner="eager")
+
+    def attempt(size):
+        def make(batch, context):
+            return capacity.filled_packed(model, plan, batch, context)
+
+        return capacity.attempt(model, make, Case.parse("b1"), size, capacity.PROBE_STEPS)
+
+    assert attempt(64) == "out of memory"
+    fitted = attempt(48)
+    assert isinstance(fitted, Tried)
+    assert fitted.cache == plan.nbytes(1, 48 + capacity.ROOM, cache="fixed", itemsize=4)
+    assert len(recorded) == 2
 
 
 def test_weights_can_be_lent(model):
