@@ -264,8 +264,10 @@ def storage() -> str:
     parts = [markdown(head, body)]
     body = [
         [f"{case}, {machine}", provider, number(by["time"].value, ".1f"), f"{by['copy_share'].value:.0%}"]
-        for (case, machine), providers in grouped(load("pack")).items()
+        for suite in ("pack", "append")
+        for (case, machine), providers in grouped(load(suite)).items()
         for provider, by in providers.items()
+        if "copy_share" in by
     ]
     parts.append(markdown(["case", "provider", "us", "of a device copy's bandwidth"], body))
     return "\n\n".join(parts)

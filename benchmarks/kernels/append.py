@@ -3,8 +3,10 @@
     python -m benchmarks.kernels.append
 
 The share is that of append's mean time (a tile is flushed every 128th step) in the time of
-append and attention together, at 8k tokens. The gate is `tests/kernels/test_triton_storage.py`;
-here the buffers after a flush are compared with the reference once more.
+append and attention together, at 8k tokens. "prompt" appends all tokens to an empty cache, as the
+first step over a fixed cache does: its share is that of the copy bandwidth, bytes read plus written.
+The gate is `tests/kernels/test_triton_storage.py`; here the buffers after a flush and after a prompt
+are compared with the reference once more.
 """
 
 from __future__ import annotations
@@ -16,19 +18,52 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels.decode_attention import formats
-from benchmarks.kernels.rows import Rows
+from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import ops
 from kvmix_kernels.triton import attention, storage
-from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time
+from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time, nbytes, random_cache
 
 CASES = ("b64 h8x4 n8192 d128", "b16 h32x1 n4096 d128", "b1 h8x4 n131072 d128", "b1 h8x4 n8192 d128")
 PROVIDERS = ("k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128")
+PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 
 
 def step_arguments(args: list[object]) -> list[object]:
     """Arguments of `append_` from those of `attend` for the same step."""
     _, keys, values, *buffers = args[:11]
     return [*buffers, keys, values, None, args[12], args[13], *args[15:]]
+
+
+def prompt_arguments(case: Case, provider: str) -> list[object]:
+    """Arguments of `append_` for a prompt; heads behind tokens in memory, as models have them."""
+    formats_ = formats(provider, case.head_dim)
+    shape = (case.batch, case.tokens, case.heads, case.head_dim)
+    keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in "kv")
+    buffers = [part for fmt in formats_ for part in random_cache(case, fmt, case.tokens, torch.bfloat16)]
+    start = torch.zeros((), dtype=torch.int64, device="cuda")
+    return [*buffers, keys, values, None, start, case.tokens, *map(list, formats_)]
+
+
+def prompt_row(rows: Rows, case: Case, provider: str, bandwidth: float) -> bool:
+    """Time a prompt if its buffers are those of the reference; False if not."""
+    small = prompt_arguments(case._replace(batch=1, tokens=1024), provider)
+    expected = [part.clone() for part in small[:8]]
+    ops._append_(*expected, *small[8:])
+    storage.append_(*small)
+    if not all(torch.equal(a, b) for a, b in zip(small[:8], expected, strict=True)):
+        print(f"{case.name:24} kvmix {provider:22} prompt WRONG", flush=True)
+        return False
+    step = prompt_arguments(case, provider)
+    timing = graph_time([lambda: storage.append_(*step)])
+    moved = nbytes(step)
+    rows.add(
+        case.name,
+        f"kvmix {provider} prompt",
+        timing,
+        nbytes=moved,
+        copy_share=moved / timing.median / bandwidth,
+    )
+    return True
 
 
 def agrees(case: Case, provider: str) -> bool:
@@ -71,6 +106,11 @@ def main() -> int:
             print(
                 f"{'':24} share of append + attend: {share:.1%} (attend {attend.median:.1f} us)", flush=True
             )
+            torch.cuda.empty_cache()
+    bandwidth = copy_bandwidth()
+    for name in PROMPTS:
+        for provider in PROVIDERS:
+            wrong |= not prompt_row(rows, Case.parse(name), provider, bandwidth)
             torch.cuda.empty_cache()
     return wrong
 
