@@ -8,6 +8,9 @@ up; the time of that is a row of its own. In the next, tokens are timed one by o
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
 included; `cache_bytes` what the cache's tensors take.
 
+`--loop` also times kvmix without `generate()`: greedy calls of the model over a `KVMixStaticCache`, as
+provider "... loop".
+
 With `--turns FILE` several such processes may run at once: they compile together and measure one by one, none
 before all have compiled. `--memory 24` allows a process 24 GB; a batch that does not fit is reported
 and the next case is tried.
@@ -35,6 +38,7 @@ import kvmix_fx
 from benchmarks.e2e.models import build
 from benchmarks.rows import RESULTS, Row, load, machine_name, make_row, percentiles, save
 from kvmix_fx import KVPlan, QuantSpec
+from kvmix_fx.integrations.transformers import KVMixStaticCache
 
 COLD_TOKENS = 8
 WARM_TOKENS = 6
@@ -124,6 +128,22 @@ def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any])
     return clock, torch.cuda.max_memory_allocated(), size
 
 
+def loop(model: nn.Module, plan: KVPlan, ids: torch.Tensor, new: int) -> tuple[Clock, int, int]:
+    """The same without generate()."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    cache = KVMixStaticCache(plan, model.config, ids.shape[1] + new)
+    tokens = ids
+    with torch.no_grad():
+        for _ in range(new):
+            logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+            clock(tokens, None)
+    return clock, torch.cuda.max_memory_allocated(), cache_bytes(cache)
+
+
 @contextlib.contextmanager
 def turn(file: Path | None, alone: bool) -> Iterator[None]:
     """Hold `file`, shared with others that compile or alone."""
@@ -150,16 +170,14 @@ def best_of_transformers(case: str, folder: Path) -> Row | None:
     return max((row for row in rows if row.provider in TRANSFORMERS), key=lambda row: row.value, default=None)
 
 
-def measure(
-    model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int, bits: float | None,
-    settings: dict[str, Any], best: Row | None,
-) -> list[Row]:  # fmt: skip
+def measured(
+    case: str, provider: str, batch: int, found: tuple[Clock, int, int], bits: float | None, best: Row | None
+) -> list[Row]:
     """Rows of one case; decode is compared with `best`."""
     rows: list[Row] = []
-    clock, peak, size = run(model, ids, new, settings)
+    clock, peak, size = found
     steps = [b - a for a, b in zip(clock.times[WARM_TOKENS:], clock.times[WARM_TOKENS + 1 :], strict=False)]
     p20, median, p80 = percentiles(steps)
-    batch = ids.shape[0]
     facts = {"effective_bits": bits, "bytes": size or None}
     rows += [
         make_row(
@@ -267,6 +285,7 @@ def main() -> None:
     )
     parser.add_argument("--prefill-chunk", type=int, help="read the prompt in pieces of so many tokens")
     parser.add_argument("--memory", type=float, help="GB that the process may take; default: all")
+    parser.add_argument("--loop", action="store_true", help="also time kvmix in a loop without generate()")
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turns share")
     options = parser.parse_args()
     if options.memory:
@@ -289,13 +308,18 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         kvmix_fx.compile(model, plan, inner=options.inner)
 
     def first_call(case: str, ids: torch.Tensor, _new: int) -> list[Row]:
+        if plan is not None and options.loop:
+            loop(model, plan, ids, COLD_TOKENS)
         return [warm_up(model, case, provider, ids, settings)]
 
     def timings(case: str, ids: torch.Tensor, new: int) -> list[Row]:
         profiled = any(name == "all" or f" {name}" in case for name in options.profile)
         bits = plan.bits_per_element(ids.shape[1]) if plan is not None else None
         best = None if plan is None else best_of_transformers(case, options.output)
-        rows = measure(model, case, provider, ids, new, bits, settings, best)
+        rows = measured(case, provider, ids.shape[0], run(model, ids, new, settings), bits, best)
+        if plan is not None and options.loop:
+            found = loop(model, plan, ids, new)
+            rows += measured(case, f"{provider} loop", ids.shape[0], found, bits, best)
         for prefill in (False, True) if profiled else ():
             rows += profile_part(model, case, provider, ids, settings, prefill)
         return rows
