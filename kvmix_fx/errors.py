@@ -14,6 +14,7 @@ __all__ = [
     "BudgetError",
     "CacheMutationError",
     "CacheShapeError",
+    "CacheVersionError",
     "CalibrationError",
     "CapacityError",
     "DequantizeWarning",
@@ -122,6 +123,10 @@ class BackendOptionError(KVMixError, ValueError):
 
 class CacheMutationError(KVMixError, TypeError):
     """An in-place operation that a packed cache does not support."""
+
+
+class CacheVersionError(KVMixError, ValueError):
+    """A saved cache whose packed layout is not the one that this version of the package reads."""
 
 
 class ModelInputError(KVMixError, ValueError):

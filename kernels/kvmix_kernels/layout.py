@@ -48,6 +48,9 @@ from typing import Any, NamedTuple
 
 from kvmix_kernels.errors import FormatError, HeadSizeError
 
+VERSION = 2
+"""Of the layout, kept with saved caches. Version 1 laid out 3 bits in another way."""
+
 WORD_BITS = 16
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Per width the planes of a token, in bits per channel."""
@@ -193,6 +196,11 @@ def channel_group(fmt: TensorFormat, head_dim: int) -> int:
 def words_per_token(bits: int, head_dim: int) -> int:
     """16-bit words that hold the codes of one token of one head."""
     return sum(head_dim * width // WORD_BITS for width in PLANES[bits])
+
+
+def reads(version: int, bits: int) -> bool:
+    """Whether what was packed under a version of the layout is laid out as described here."""
+    return version == VERSION or (version == 1 and bits != 3)
 
 
 class BitField(NamedTuple):

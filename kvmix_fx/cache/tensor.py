@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from kvmix_fx.cache.growth import Lease, Store, prepare_append, rewind
-from kvmix_fx.errors import CacheMutationError, CapacityError
+from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
@@ -196,6 +196,13 @@ class QuantizedKVTensor(torch.Tensor):
         if shorter.residual is not self.residual:
             self.residual.copy_(shorter.residual)
 
+    def enlarged(self, capacity: int) -> QuantizedKVTensor:
+        """A fixed tensor of the same tokens with room for `capacity`, which is no smaller."""
+        tiles, slots = layout.fixed_tiles(self.format, capacity), layout.fixed_slots(self.format, capacity)
+        return QuantizedKVTensor(
+            enlarge(self.buffers, tiles, slots, self.format), capacity, self.format, self.live
+        )
+
     def crop(self, length: int) -> QuantizedKVTensor:
         """The first `length` tokens, sharing the packed data."""
         if is_fake(self.residual):
@@ -272,15 +279,27 @@ class QuantizedKVTensor(torch.Tensor):
         state: dict[str, Any] = {prefix + name: getattr(self, name).contiguous() for name in Buffers._fields}
         if self.live is not None:
             state[prefix + "live"] = self.live
-        state[prefix + "meta"] = torch.tensor([self.shape[2], *self.format], dtype=torch.int64)
+        meta = [self.shape[2], *self.format, layout.VERSION]
+        state[prefix + "meta"] = torch.tensor(meta, dtype=torch.int64)
         return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any], prefix: str = "") -> QuantizedKVTensor:
-        """Inverse of `to_state`."""
-        length, *fmt = state[prefix + "meta"].tolist()
+        """Inverse of `to_state`.
+
+        Raises:
+            CacheVersionError: it was saved under another packed layout.
+        """
+        length, *numbers = state[prefix + "meta"].tolist()
+        count = len(TensorFormat._fields)
+        fmt, version = TensorFormat(*numbers[:count]), (*numbers[count:], 1)[0]
+        if not layout.reads(version, fmt.bits):
+            raise CacheVersionError(
+                f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and version "
+                f"{layout.VERSION} is read here: read it with the package that wrote it, or fill it anew"
+            )
         buffers = Buffers(*(state[prefix + name] for name in Buffers._fields))
-        return cls(buffers, length, TensorFormat(*fmt), state.get(prefix + "live"))
+        return cls(buffers, length, fmt, state.get(prefix + "live"))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

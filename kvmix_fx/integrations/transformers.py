@@ -112,6 +112,17 @@ class PromptFirstStaticLayer(StaticLayer):
         # a number, so that the first step's mask and positions depend on no data
         return self.cumulative_length if self.has_tokens else 0
 
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping those stored."""
+        if self.is_initialized:
+            self.keys, self.values = (self._enlarged(x, capacity) for x in (self.keys, self.values))
+        self.max_cache_len = capacity
+
+    def _enlarged(self, x: Any, capacity: int) -> Any:
+        larger = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+        larger[:, :, : x.shape[2]] = x
+        return larger
+
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         super().reset()
@@ -156,6 +167,9 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         """Forget all tokens, keep the buffers."""
         forget([self])
 
+    def _enlarged(self, x: QuantizedKVTensor, capacity: int) -> QuantizedKVTensor:
+        return x.enlarged(capacity)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -189,6 +203,7 @@ class KVMixStaticCache(StaticCache):
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.plan = plan
         self.one_full_row = False
+        self.grows = False
         pack_static_layers(self, plan)
 
     @property
@@ -206,8 +221,20 @@ class KVMixStaticCache(StaticCache):
         cache = cls.__new__(cls)
         Cache.__init__(cache, layers=layers)
         cache.plan = plan
+        cache.grows = False
         cache.reset()
         return cache
+
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping those stored. No effect on a cache that has it.
+
+        Nor on one with a sliding layer that is smaller than its window because the cache is.
+        """
+        own = _capacity(self.layers)
+        others: list[Any] = [x for x in self.layers if not isinstance(x, PromptFirstStaticLayer)]
+        if capacity > own and all(layer.max_cache_len < own for layer in others):
+            for layer in _fixed_layers(self):
+                layer.enlarge(capacity)
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
@@ -417,7 +444,7 @@ class GenerationCaches:
     def __init__(self, model: PreTrainedModel, plan: KVPlan) -> None:
         """Start without caches."""
         self._model, self._plan = model, plan
-        self._free: dict[int, tuple[int, list[Any]]] = {}
+        self._free: dict[int, list[Any]] = {}
 
     def new(self, batch: int, capacity: int) -> KVMixStaticCache:
         """An empty cache of `capacity` tokens at least.
@@ -425,27 +452,28 @@ class GenerationCaches:
         The layers of a dropped cache of the same batch size are emptied and used again if they are large
         enough; their addresses are the same, so a recorded step is still good. Else they make room.
         """
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = _in_steps(capacity)
         dropped = self._free.pop(batch, None)
-        if dropped is not None and dropped[0] >= capacity:
-            capacity = dropped[0]
-            cache = KVMixStaticCache.over(self._plan, dropped[1])
+        if dropped is not None and _capacity(dropped) >= capacity:
+            cache = KVMixStaticCache.over(self._plan, dropped)
         else:
             cache = KVMixStaticCache(self._plan, self._model.config, capacity)
+        # nobody chose its capacity, so nobody expects it to end there when a conversation goes on
+        cache.grows = True
         # runs when nobody holds the cache any more; until then its tokens are its user's
-        weakref.finalize(cache, self._keep, batch, (capacity, cache.layers))
+        weakref.finalize(cache, self._keep, batch, cache.layers)
         return cache
 
-    def _keep(self, batch: int, entry: tuple[int, list[Any]]) -> None:
+    def _keep(self, batch: int, layers: list[Any]) -> None:
         self._free.pop(batch, None)
-        self._free[batch] = entry
+        self._free[batch] = layers
         while len(self._free) > replay.MAX_ENTRIES:
             # the one that has not been used for longest
             del self._free[next(iter(self._free))]
 
 
 CAPACITY_STEP = 256
-"""Capacities are multiples of this many tokens: prompts of similar length then share a cache."""
+"""Capacities that nobody chose are multiples of this many tokens: prompts of similar length share a cache."""
 
 
 def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut) -> Hooks:
@@ -501,6 +529,9 @@ def _fixed_caches(model: PreTrainedModel, plan: KVPlan) -> Callable[..., Any]:
             and model_kwargs.get("past_key_values") is None
             and not generation_config.is_assistant
         )
+        past = model_kwargs.get("past_key_values")
+        if isinstance(past, KVMixStaticCache) and past.grows:
+            past.enlarge(_in_steps(max_cache_length))
         if serves:
             rows = batch_size * max(1, generation_config.num_return_sequences)
             model_kwargs["past_key_values"] = caches.new(rows, max_cache_length)
@@ -516,6 +547,14 @@ def _nothing() -> None:
 
 def _fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:
     return [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+
+
+def _capacity(layers: list[Any]) -> int:
+    return min((x.max_cache_len for x in layers if isinstance(x, PromptFirstStaticLayer)), default=0)
+
+
+def _in_steps(capacity: int) -> int:
+    return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
 
 
 def _check_room(fixed: list[PromptFirstStaticLayer], n: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvmix_fx.cache import QuantizedKVTensor, dispatch
-from kvmix_fx.errors import CacheMutationError, CapacityError, DequantizeWarning
+from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, DequantizeWarning
 from kvmix_fx.testing.tensors import formats, values
 from kvmix_kernels import layout
 
@@ -125,6 +125,23 @@ def test_copies_and_files_keep_every_bit():
         assert isinstance(other, QuantizedKVTensor)
         assert other.dtype == torch.bfloat16
         assert all(torch.equal(a, b) for a, b in zip(t.buffers, other.buffers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bits", "version", "readable"), [(3, 1, False), (2, 1, True), (3, 2, True), (2, 9, False)]
+)
+def test_a_saved_cache_in_another_layout_is_refused(bits, version, readable):
+    fmt = layout.make_format(bits)
+    state = QuantizedKVTensor.from_hp(torch.randn(1, 2, 70, 64), fmt).to_state()
+    # version 1 was not written down
+    state["meta"] = (
+        state["meta"][:-1] if version == 1 else torch.cat([state["meta"][:-1], torch.tensor([version])])
+    )
+    if readable:
+        assert QuantizedKVTensor.from_state(state).format == fmt
+    else:
+        with pytest.raises(CacheVersionError, match=f"version {version} of the packed layout"):
+            QuantizedKVTensor.from_state(state)
 
 
 def test_a_fixed_cache_survives_files_and_reset():

@@ -11,6 +11,7 @@ import kvmix_fx
 from kvmix_fx import api
 from kvmix_fx.api import _unwrapped as unwrapped
 from kvmix_fx.backend import KVMixBackend
+from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.passes import replay
 from kvmix_fx.passes.replay import Recording, Replayed
@@ -233,6 +234,47 @@ def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
     _, short = generate(model, ids)
     assert short.past_key_values.layers[0].max_cache_len == 512
     assert len(kvmix_fx.compiled(model).report.graphs) == graphs
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_conversation_outgrows_the_cache_of_its_first_turn(on_cpu, monkeypatch, rows, raw):
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
+    if raw:
+        plan = plan.with_layers(1, key=16, value=16)
+    turns = torch.randint(1, 60, (3, rows, 150), generator=torch.Generator().manual_seed(1))
+
+    def talk():
+        sequence, past, logits = turns[0], None, []
+        for n in range(3):
+            result, out = generate(model, sequence, past_key_values=past)
+            logits.append(result)
+            past = out.past_key_values
+            sequence = torch.cat([out.sequences, turns[(n + 1) % 3]], 1)
+        return torch.cat(logits), past
+
+    plain, _ = talk()
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, cache = talk()
+    assert isinstance(cache, integration.KVMixStaticCache)
+    assert cache.layers[0].max_cache_len == 512
+    assert on_cpu.replayed > 20
+    monkeypatch.setattr(replay, "REPLAY_DEVICES", ())
+    kvmix_fx.compile(model, plan, inner="eager")
+    grown, cache = talk()
+    assert not isinstance(cache, integration.KVMixStaticCache)
+    torch.testing.assert_close(got, grown, atol=2e-4, rtol=1e-4)
+    assert (got - plain).abs().max() > 0.02
+
+
+def test_a_capacity_that_was_chosen_is_kept(on_cpu):
+    model = tiny_llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
+    kvmix_fx.compile(model, plan, inner="eager")
+    cache = integration.KVMixStaticCache(plan, model.config, 100)
+    with pytest.raises(CapacityError, match="exceed the capacity of 100"):
+        generate(model, torch.randint(1, 60, (1, 95)), past_key_values=cache)
 
 
 def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
