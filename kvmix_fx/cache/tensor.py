@@ -295,8 +295,8 @@ class QuantizedKVTensor(torch.Tensor):
         fmt, version = TensorFormat(*numbers[:count]), (*numbers[count:], 1)[0]
         if not layout.reads(version, fmt.bits):
             raise CacheVersionError(
-                f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and version "
-                f"{layout.VERSION} is read here: read it with the package that wrote it, or fill it anew"
+                f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and "
+                f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
         buffers = Buffers(*(state[prefix + name] for name in Buffers._fields))
         return cls(buffers, length, fmt, state.get(prefix + "live"))
