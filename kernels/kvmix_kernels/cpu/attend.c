@@ -1,0 +1,447 @@
+/* Decode attention over one layer's cache, read once as it is stored. `native.py` compiles and calls this.
+
+A task is one KV head of one batch row and a range of blocks of tokens. Per block: scores of all its query
+rows, online softmax (arXiv 1805.02867), weighted sum of values. Partial results are merged in the end.
+
+Where the lanes of a vector lie is chosen so that no sum runs across them. Keys: the words of TOKENS tokens
+are transposed while they are small, lanes are tokens, a channel costs a mask, a conversion and an fma per
+row. Values: lanes are channels, a token costs the same. Fields are masked, not shifted down: the power of two
+goes into the query or out of the sum, exactly. Scales go into the query (per channel) or the weights (per
+token), zero points are products of their own.
+
+Vectors are the compilers' portable kind: gcc and clang split them where a machine has narrower ones. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LANES = 16, TOKENS = 32, BLOCK = 256, MAX_ROWS = 32, MAX_D = 256, ROWS = 4 };
+enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
+enum { RESIDUAL, PACKED, FRESH };
+static const float LOWEST = -3.402823466e38f;
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Half8 __attribute__((vector_size(32), aligned(4), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define AT(pointer) (*(Floats *)(pointer))
+
+/* Everything comes from Python as int64, `scale` apart. Strides count elements; the last one is 1. */
+typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
+typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie in slot, slot + 1, ... */
+typedef struct {
+    Tensor codes, scale, zero_point, residual, fresh;
+    int64_t D, bits, words, per_channel, group, count;
+    Run runs[6];
+} Cached;
+typedef struct {
+    Tensor query, mask;
+    float *out;  /* [B, H * rows, Dv] */
+    double scale;
+    int64_t B, H, group, Lq, length, origin, threads;
+    Cached keys, values;
+} Call;
+typedef struct { const Call *call; float *partial; int64_t blocks, splits, tasks, next; } Work;
+
+/* torch has an OpenMP library loaded: its threads are used, not others beside them. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+INLINE float as_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float from_half(uint32_t h) {
+    uint32_t rest = (h & 0x7fff) << 13, exponent = h & 0x7c00;
+    float subnormal = (float)(int32_t)(h & 0x3ff) * 0x1p-24f;
+    float normal = as_float(rest + ((exponent == 0x7c00 ? 224u : 112u) << 23));
+    float size = exponent ? normal : subnormal;
+    return h & 0x8000 ? -size : size;
+}
+
+/* n floats from element `at` on; the memory itself where it holds floats. */
+static const float *load(const Tensor *x, int64_t at, int64_t n, float *room) {
+    if (x->dtype == FLOAT) return (const float *)x->data + at;
+    const uint16_t *bits = (const uint16_t *)x->data + at;
+    if (x->dtype == HALF)
+        for (int64_t i = 0; i < n; i++) room[i] = from_half(bits[i]);
+    else
+        for (int64_t i = 0; i < n; i++) room[i] = as_float((uint32_t)bits[i] << 16);
+    return room;
+}
+
+INLINE int64_t place(const Tensor *x, int64_t b, int64_t h, int64_t t) {
+    return b * x->batch + h * x->head + t * x->token;
+}
+
+/* exp of x <= 0, NaN of NaN. Cephes' polynomial; below e^-87 comes 0. */
+INLINE Floats exponential(Floats x) {
+    Floats shifted = x * 1.44269504f + 12582912.0f;  /* rounds to integers in the low bits */
+    Floats n = shifted - 12582912.0f;
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Ints bits = (Ints)p + ((Ints)shifted << 23);
+    return (Floats)((bits & (x >= -87.0f)) | ((Ints)x & (x != x)));
+}
+
+INLINE float exponential1(float x) { return exponential(x - (Floats){0})[0]; }
+
+INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+INLINE float sum_of(Floats x) {
+    Half8 a = ((const Half8 *)&x)[0] + ((const Half8 *)&x)[1];
+    return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+}
+
+INLINE float product(const float *a, const float *b, int64_t n) {
+    Floats sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) sum += AT(a + i) * AT(b + i);
+    return sum_of(sum);
+}
+
+/* Masked, the code of channel c is this many times too large. */
+INLINE int64_t shift_of(const Cached *x, int64_t c) { return c / x->words * x->bits; }
+
+/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 where there is none. */
+static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
+    float room[TOKENS * MAX_D / LANES];
+    const float *from = load(x, at, n * columns, room);
+    for (int64_t g = 0; g < columns; g++) {
+        for (int64_t t = 0; t < n; t++) to[g][t] = from[t * columns + g];
+        for (int64_t t = n; t < TOKENS; t++) to[g][t] = 0;
+    }
+}
+
+INLINE void transposed(const uint16_t *from, int64_t stride, const int64_t W, int64_t n, int32_t *to) {
+    for (int64_t t = 0; t < n; t++, from += stride)
+        for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
+}
+
+/* sums[r][token] += codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
+INLINE void dot(const int R, const int32_t *words, const Cached *k, const float *q, int64_t c, int64_t end,
+                float (*sums)[TOKENS]) {
+    Floats low[ROWS], high[ROWS];
+    for (int r = 0; r < R; r++) low[r] = AT(sums[r]), high[r] = AT(sums[r] + LANES);
+    for (int64_t field = c / k->words, j = c % k->words; c < end; field++, j = 0) {
+        const int32_t mask = ((1 << k->bits) - 1) << field * k->bits;
+        for (const int64_t stop = least(end, c + k->words - j); c < stop; c++, j++) {
+            const Ints *at = (const Ints *)(words + j * TOKENS);
+            Floats a = to_floats(at[0] & mask), b = to_floats(at[1] & mask);
+            for (int r = 0; r < R; r++) {
+                low[r] += a * q[r * k->D + c];
+                high[r] += b * q[r * k->D + c];
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) AT(sums[r]) = low[r], AT(sums[r] + LANES) = high[r];
+}
+
+static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
+                          int64_t rows, float *scores) {
+    const int64_t D = k->D, W = k->words, G = k->group, span = k->per_channel ? D : G, columns = D / span;
+    float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_D / LANES], power[MAX_D], room[2][MAX_D];
+    float step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
+    int32_t words[MAX_D / 2 * TOKENS];
+    memset(words, 0, sizeof(int32_t) * W * TOKENS);
+    for (int64_t c = 0; c < D; c++) power[c] = 1.0f / (float)(1 << shift_of(k, c));
+    if (!k->per_channel)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < D; c += LANES) {
+                AT(scaled + r * D + c) = AT(q + r * D + c) * AT(power + c);
+                offset[r * columns + c / G] = (c % G ? offset[r * columns + c / G] : 0) + sum_of(AT(q + r * D + c));
+            }
+    for (int64_t done = 0, count, group = -1; done < n; done += count, row += count) {
+        count = least(TOKENS, n - done);
+        if (k->per_channel) {
+            count = least(count, G - row % G);
+            if (row / G != group) {
+                group = row / G;
+                const float *s = load(&k->scale, place(&k->scale, b, h, group), D, room[0]);
+                const float *z = load(&k->zero_point, place(&k->zero_point, b, h, group), D, room[1]);
+                for (int64_t r = 0; r < rows; r++) {
+                    offset[r] = product(q + r * D, z, D);
+                    for (int64_t c = 0; c < D; c += LANES)
+                        AT(scaled + r * D + c) = AT(q + r * D + c) * (AT(s + c) * AT(power + c));
+                }
+            }
+        } else {
+            by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
+            by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
+        }
+        const uint16_t *from = (const uint16_t *)k->codes.data + place(&k->codes, b, h, row);
+        switch (W) {
+        case 4: transposed(from, k->codes.token, 4, count, words); break;
+        case 8: transposed(from, k->codes.token, 8, count, words); break;
+        case 16: transposed(from, k->codes.token, 16, count, words); break;
+        default: transposed(from, k->codes.token, W, count, words);
+        }
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int64_t R = least(ROWS, rows - r);
+            float sums[ROWS][TOKENS] = {{0}};
+            for (int64_t g = 0; g < columns; g++) {
+                float parts[ROWS][TOKENS] = {{0}};
+                const float *by = scaled + r * D;
+                const int64_t c = g * span;
+                switch (R) {
+                case 1: dot(1, words, k, by, c, c + span, parts); break;
+                case 2: dot(2, words, k, by, c, c + span, parts); break;
+                case 3: dot(3, words, k, by, c, c + span, parts); break;
+                default: dot(4, words, k, by, c, c + span, parts);
+                }
+                for (int64_t i = 0; i < R; i++)
+                    for (int t = 0; t < TOKENS; t += LANES) {
+                        const float plus = offset[(r + i) * columns + g];
+                        if (k->per_channel)
+                            AT(sums[i] + t) = AT(parts[i] + t) + plus;
+                        else
+                            AT(sums[i] + t) += AT(parts[i] + t) * AT(step[g] + t) + plus * AT(zero[g] + t);
+                    }
+            }
+            for (int64_t i = 0; i < R; i++)
+                memcpy(scores + (r + i) * BLOCK + done, sums[i], sizeof(float) * count);
+        }
+    }
+}
+
+static void raw_scores(const Tensor *x, int64_t D, int64_t at, int64_t n, const float *q, int64_t rows,
+                       float *scores) {
+    float room[MAX_D];
+    for (int64_t t = 0; t < n; t++) {
+        const float *key = load(x, at + t * x->token, D, room);
+        for (int64_t r = 0; r < rows; r++) scores[r * BLOCK + t] = product(q + r * D, key, D);
+    }
+}
+
+/* sums[r][u] = codes of n tokens times w[r][token], for U vectors of channels that lie `next` apart. */
+INLINE void weigh(const int R, const int U, const int32_t *lanes, int64_t stride, int64_t next, const int32_t *masks,
+                  int64_t n, const float *w, int64_t w_stride, Floats (*sums)[2]) {
+    Floats sum[ROWS][2] = {{{0}}};
+    for (int64_t t = 0; t < n; t++)
+        for (int u = 0; u < U; u++) {
+            Floats code = to_floats(*(const Ints *)(lanes + t * stride + u * next) & *(const Ints *)(masks + u * LANES));
+            for (int r = 0; r < R; r++) sum[r][u] += code * w[r * w_stride + t];
+        }
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) sums[r][u] = sum[r][u];
+}
+
+/* Words of n tokens as vectors of channels find them; see `packed_values`. */
+INLINE void spread(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride, int64_t n,
+                   int32_t *to) {
+    for (int64_t t = 0; t < n; t++, from += from_stride, to += stride)
+        for (int64_t c = 0; c < stride; c += W)
+            for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
+}
+
+static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, const float *weights,
+                          int64_t rows, float *out) {
+    const int64_t D = v->D, W = v->words, G = v->group, span = v->per_channel ? D : G, columns = D / span;
+    /* words as they are; or repeated, to fill a vector; or one shifted word for each channel */
+    const int64_t stride = W % LANES == 0 ? W : LANES % W == 0 ? LANES : D;
+    const int is_shifted = W % LANES && LANES % W;
+    const int64_t next = stride == LANES ? 0 : LANES;  /* repeated words serve all vectors */
+    int32_t lanes[TOKENS * MAX_D], masks[MAX_D];
+    float power[MAX_D], room[2][MAX_D], step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
+    for (int64_t c = 0; c < D; c++) {
+        const int64_t shift = is_shifted ? 0 : shift_of(v, c);
+        masks[c] = ((1 << v->bits) - 1) << shift;
+        power[c] = 1.0f / (float)(1 << shift);
+    }
+    for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
+    for (int64_t done = 0, count; done < n; done += count, row += count) {
+        count = least(TOKENS, n - done);
+        const float *s = 0, *z = 0;
+        if (v->per_channel) {
+            count = least(count, G - row % G);
+            s = load(&v->scale, place(&v->scale, b, h, row / G), D, room[0]);
+            z = load(&v->zero_point, place(&v->zero_point, b, h, row / G), D, room[1]);
+        } else {
+            by_group(&v->scale, place(&v->scale, b, h, row), columns, count, step);
+            by_group(&v->zero_point, place(&v->zero_point, b, h, row), columns, count, zero);
+        }
+        const uint16_t *from = (const uint16_t *)v->codes.data + place(&v->codes, b, h, row);
+        if (is_shifted)
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t c = 0; c < D; c += W)
+                    for (int64_t j = 0; j < W; j++)
+                        lanes[t * D + c + j] = from[t * v->codes.token + j] >> shift_of(v, c);
+        else
+            switch (W) {
+            case 4: spread(from, v->codes.token, 4, 16, count, lanes); break;
+            case 8: spread(from, v->codes.token, 8, 16, count, lanes); break;
+            case 16: spread(from, v->codes.token, 16, 16, count, lanes); break;
+            case 32: spread(from, v->codes.token, 32, 32, count, lanes); break;
+            default: spread(from, v->codes.token, W, stride, count, lanes);
+            }
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int64_t R = least(ROWS, rows - r);
+            float w[ROWS * MAX_D / LANES * TOKENS], offset[ROWS][MAX_D / LANES];
+            for (int64_t i = 0; i < R; i++) {
+                float given[TOKENS] = {0};
+                memcpy(given, weights + (r + i) * BLOCK + done, sizeof(float) * count);
+                for (int64_t g = 0; g < columns; g++) {
+                    Floats sum = {0};
+                    for (int t = 0; t < TOKENS; t += LANES) {
+                        AT(w + (i * columns + g) * TOKENS + t) = AT(given + t) * AT(step[g] + t);
+                        sum += AT(given + t) * AT(zero[g] + t);
+                    }
+                    offset[i][g] = sum_of(sum);
+                }
+            }
+            for (int64_t c = 0, U; c < D; c += U * LANES) {
+                const int64_t g = c / span;
+                const int32_t *l = lanes + c % stride, *m = masks + c;
+                const float *by = w + g * TOKENS;
+                Floats sums[ROWS][2];
+                U = c + 2 * LANES <= (g + 1) * span && c % stride + next < stride ? 2 : 1;
+                switch (R * 2 + U - 1) {
+#define WEIGH(R, U) weigh(R, U, l, stride, next, m, count, by, columns * TOKENS, sums)
+                case 2: WEIGH(1, 1); break;
+                case 3: WEIGH(1, 2); break;
+                case 4: WEIGH(2, 1); break;
+                case 5: WEIGH(2, 2); break;
+                case 6: WEIGH(3, 1); break;
+                case 7: WEIGH(3, 2); break;
+                case 8: WEIGH(4, 1); break;
+                default: WEIGH(4, 2);
+#undef WEIGH
+                }
+                for (int64_t i = 0; i < R; i++)
+                    for (int64_t u = 0, d = c; u < U; u++, d += LANES) {
+                        Floats sum = sums[i][u] * AT(power + d);
+                        float *to = out + (r + i) * D + d;
+                        if (v->per_channel)
+                            AT(to) += sum * AT(s + d) + offset[i][0] * AT(z + d);
+                        else
+                            AT(to) += sum + offset[i][g];
+                    }
+            }
+        }
+    }
+}
+
+static void raw_values(const Tensor *x, int64_t D, int64_t at, int64_t n, const float *weights, int64_t rows,
+                       float *out) {
+    float room[MAX_D];
+    for (int64_t t = 0; t < n; t++) {
+        const float *value = load(x, at + t * x->token, D, room);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < D; c += LANES) AT(out + r * D + c) += weights[r * BLOCK + t] * AT(value + c);
+    }
+}
+
+/* Scores (or, with `out`, the weighted sum) of positions first..last-1. */
+static void over_runs(const Cached *x, int64_t b, int64_t h, int64_t first, int64_t last, const float *q,
+                      int64_t rows, float *scores, float *out) {
+    for (const Run *run = x->runs; run < x->runs + x->count; run++) {
+        const int64_t begin = most(first, run->first), n = least(last, run->last) - begin;
+        if (n <= 0) continue;
+        const int64_t slot = run->slot + begin - run->first;
+        float *at = scores + begin - first;
+        const Tensor *raw = run->kind == FRESH ? &x->fresh : &x->residual;
+        if (run->kind == PACKED)
+            out ? packed_values(x, b, h, slot, n, at, rows, out) : packed_scores(x, b, h, slot, n, q, rows, at);
+        else if (out)
+            raw_values(raw, x->D, place(raw, b, h, slot), n, at, rows, out);
+        else
+            raw_scores(raw, x->D, place(raw, b, h, slot), n, q, rows, at);
+    }
+}
+
+static void apply_mask(const Call *call, int64_t b, int64_t h, int64_t row, int64_t first, int64_t n,
+                       float *scores) {
+    const Tensor *m = &call->mask;
+    const int64_t at = place(m, b, h * call->group + row / call->Lq, row % call->Lq) + first;
+    if (m->dtype == BOOL) {
+        const uint8_t *attends = (const uint8_t *)m->data + at;
+        for (int64_t t = 0; t < n; t++) scores[t] = attends[t] ? scores[t] : -__builtin_inff();
+    } else {
+        float room[BLOCK];
+        const float *added = load(m, at, n, room);
+        for (int64_t t = 0; t < n; t++) scores[t] += added[t];
+    }
+}
+
+/* Partial result: per row the best score, the sum of weights, and Dv weighted sums. */
+static void task(const Work *work, int64_t index) {
+    const Call *call = work->call;
+    const int64_t part = index % work->splits, b = index / work->splits / call->H, h = index / work->splits % call->H;
+    const int64_t rows = call->group * call->Lq, D = call->keys.D, Dv = call->values.D;
+    float q[MAX_ROWS * MAX_D], scores[MAX_ROWS * BLOCK], room[MAX_D];
+    float *best = work->partial + index * rows * (Dv + 2), *total = best + rows, *out = total + rows;
+    memset(out, 0, sizeof(float) * rows * Dv);
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t at = place(&call->query, b, h * call->group + r / call->Lq, r % call->Lq);
+        const float *from = load(&call->query, at, D, room);
+        for (int64_t c = 0; c < D; c++) q[r * D + c] = from[c] * (float)call->scale;
+        best[r] = LOWEST, total[r] = 0;
+    }
+    const int64_t end = work->blocks * (part + 1) / work->splits;
+    for (int64_t block = work->blocks * part / work->splits; block < end; block++) {
+        /* blocks start where keys start to be packed, not in the middle of a group */
+        const int64_t origin = call->origin % BLOCK - (call->origin % BLOCK ? BLOCK : 0) + block * BLOCK;
+        const int64_t first = most(0, origin), last = least(call->length, origin + BLOCK), n = last - first;
+        over_runs(&call->keys, b, h, first, last, q, rows, scores, 0);
+        for (int64_t r = 0; r < rows; r++) {
+            float *s = scores + r * BLOCK, highest = best[r];
+            if (call->mask.data) apply_mask(call, b, h, r, first, n, s);
+            for (int64_t t = n; t % LANES; t++) s[t] = -__builtin_inff();
+#pragma omp simd reduction(max : highest)
+            for (int64_t t = 0; t < n; t++) highest = s[t] > highest ? s[t] : highest;
+            Floats sum = {0};
+            for (int64_t t = 0; t < n; t += LANES) sum += AT(s + t) = exponential(AT(s + t) - highest);
+            const float shrink = exponential1(best[r] - highest);
+            total[r] *= shrink, best[r] = highest;
+            total[r] += sum_of(sum);
+            for (int64_t c = 0; c < Dv; c += LANES) AT(out + r * Dv + c) *= shrink;
+        }
+        over_runs(&call->values, b, h, first, last, 0, rows, scores, out);
+    }
+}
+
+static void tasks(void *argument) {
+    Work *work = (Work *)argument;
+    for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->tasks;) task(work, i);
+}
+
+/* 0, or 1 if there was no memory. */
+int kvmix_attend(const Call *call) {
+    const int64_t heads = call->B * call->H, rows = call->group * call->Lq, Dv = call->values.D;
+    const int64_t partial = rows * (Dv + 2), origin = call->origin % BLOCK;
+    Work work = {call, 0, (call->length - origin + BLOCK - 1) / BLOCK + (origin > 0), 1, heads, 0};
+    if (call->length <= origin) work.blocks = 1;
+    /* to wake the other threads costs as much as some 2^16 elements */
+    const int alone = call->threads == 1 || !GOMP_parallel || heads * call->length * (call->keys.D + Dv) < 1 << 16;
+    if (!alone) work.splits = most(1, least(work.blocks, 8 * call->threads / heads));
+    work.tasks = heads * work.splits;
+    work.partial = (float *)malloc(sizeof(float) * work.tasks * partial);
+    if (!work.partial) return 1;
+    if (alone) tasks(&work);
+    else GOMP_parallel(tasks, &work, (unsigned)call->threads, 0);
+
+    for (int64_t i = 0; i < heads * rows; i++) {
+        const float *first = work.partial + i / rows * work.splits * partial + i % rows;
+        float highest = LOWEST, total = 0, *out = call->out + i * Dv;
+        for (int64_t s = 0; s < work.splits; s++) highest = first[s * partial] > highest ? first[s * partial] : highest;
+        memset(out, 0, sizeof(float) * Dv);
+        for (int64_t s = 0; s < work.splits; s++) {
+            const float *best = first + s * partial, *sums = best - i % rows + 2 * rows + i % rows * Dv;
+            const float factor = exponential1(*best - highest);
+            total += factor * best[rows];
+            for (int64_t c = 0; c < Dv; c++) out[c] += factor * sums[c];
+        }
+        /* a query that may attend to nothing gets zeros */
+        for (int64_t c = 0; c < Dv; c++) out[c] /= total == 0 ? 1 : total;
+    }
+    free(work.partial);
+    return 0;
+}

@@ -1,0 +1,268 @@
+"""The C kernel behind decode attention on CPUs: compiled once by the system's compiler, called by ctypes.
+
+torch.compile needs a compiler for CPUs anyhow. The library is kept in the user's cache directory under a
+name that depends on all it was made from. OpenMP is not linked but found in the process, so that the kernel
+runs on the threads that torch has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.reference.storage import Buffers, runs
+
+SOURCE = Path(__file__).with_name("attend.c")
+FLAGS = ("-x", "c", "-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
+FLAGS += ("-fno-math-errno", "-fno-trapping-math")
+COMPILERS = ("gcc", "cc", "g++", "clang")
+"""Tried in this order when the environment names none in CC or CXX."""
+
+# as in attend.c
+MAX_ROWS = 32
+MAX_HEAD_DIM = 256
+_LANES = 16
+_RUNS = 6
+_RESIDUAL, _PACKED, _FRESH = range(3)
+_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_MASKS = {**_FLOATS, torch.bool: 3}
+_CODES = {torch.int16: 4}
+_CALL = struct.Struct("=11qd7q")
+_TENSORS = struct.Struct("=25q")
+
+Kernel = Callable[[bytes], int]
+Described = tuple[int, int, int, int, int]
+"""The kernel's `Tensor`: address, strides of batch, head, token, dtype."""
+_NONE: Described = (0, 0, 0, 0, 0)
+
+
+def attend(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Buffers,
+    values: Buffers,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: TensorFormat,
+    value_format: TensorFormat,
+) -> Tensor | None:
+    """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
+
+    Its scratch does not grow with the tokens.
+
+    Returns:
+        None if the kernel does not take these arguments, or if there is no kernel.
+    """
+    B, Hq, Lq, D = query.shape
+    Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
+    group = Hq // Hkv if Hkv else 0
+    new = 0 if new_keys is None else new_keys.shape[2]
+    fits = 0 < group * Lq <= MAX_ROWS and group * Hkv == Hq and B > 0 and length >= 0
+    if not fits or (new_keys is None) != (new_values is None):
+        return None
+    q = _describe(query, (B, Hq, Lq, D), _FLOATS)
+    m = _NONE if mask is None else _describe_mask(mask, (B, Hq, Lq, length + new))
+    k = _describe_cache(keys, new_keys, length, (B, Hkv, new, D), key_format)
+    v = _describe_cache(values, new_values, length, (B, Hkv, new, Dv), value_format)
+    if q is None or m is None or k is None or v is None:
+        return None
+    function = kernel()
+    if function is None:
+        return None
+    out = torch.empty(B, Hq, Lq, Dv)
+    origin = 0 if key_format.is_raw else key_format.sink
+    threads = torch.get_num_threads()
+    call = _CALL.pack(*q, *m, out.data_ptr(), scale, B, Hkv, group, Lq, length + new, origin, threads)
+    if function(call + k + v):
+        raise MemoryError("no memory for partial results of attention")
+    return out.to(query.dtype)
+
+
+def _describe(
+    x: Tensor, shape: tuple[int, int, int, int], dtypes: dict[torch.dtype, int]
+) -> Described | None:
+    """A tensor with at least the tokens of `shape`; None if the kernel cannot read it."""
+    dtype = dtypes.get(x.dtype)
+    B, H, tokens, D = shape
+    if dtype is None or x.dim() != 4:
+        return None
+    b, h, n, d = x.shape
+    batch, head, token, channel = x.stride()
+    if b != B or h != H or n < tokens or d != D or (channel != 1 and d > 1):
+        return None
+    return x.data_ptr(), batch, head, token, dtype
+
+
+def _describe_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Described | None:
+    """A mask that broadcasts to [B, Hq, Lq, S] and may be longer."""
+    if mask.dim() == 0 or mask.shape[-1] < shape[3]:
+        return None
+    return _describe(mask.expand(*shape[:3], -1), (*shape[:3], mask.shape[-1]), _MASKS)
+
+
+def _describe_cache(
+    buffers: Buffers, new: Tensor | None, length: int, shape: tuple[int, int, int, int], fmt: TensorFormat
+) -> bytes | None:
+    """The kernel's `Cached`, for `length` stored tokens and new ones of `shape`, [B, Hkv, Ln, D]."""
+    B, H, Ln, D = shape
+    placed = _place(fmt, length, Ln, D)
+    if placed is None:
+        return None
+    codes = step = zero_point = _NONE
+    if placed.rows:
+        codes = _describe(buffers.qdata, (B, H, placed.rows, placed.words), _CODES)
+        step = _describe(buffers.scale, (B, H, *placed.grid), _FLOATS)
+        zero_point = _describe(buffers.zero_point, (B, H, *placed.grid), _FLOATS)
+        if step is None or zero_point is None or not step[3] == zero_point[3] == placed.grid[1]:
+            return None
+    residual = _describe(buffers.residual, (B, H, placed.slots, D), _FLOATS)
+    fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
+    if codes is None or step is None or zero_point is None or residual is None or fresh is None:
+        return None
+    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh) + placed.rest
+
+
+class _Placed(NamedTuple):
+    """What buffers must hold, and the rest of the kernel's `Cached`."""
+
+    rows: int
+    words: int
+    grid: tuple[int, int]
+    slots: int
+    rest: bytes
+
+
+@functools.lru_cache(256)
+def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed | None:
+    """Where positions 0..length + new - 1 lie; None for formats that the kernel does not take.
+
+    Kept, as the layers of a step ask for the same.
+    """
+    if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
+        return None
+    words = group = 0
+    if not fmt.is_raw:
+        planes = layout.planes(fmt.bits, head_dim)
+        by_channel = fmt.axis == AXIS_CHANNEL
+        group = fmt.group_size if by_channel else layout.channel_group(fmt, head_dim)
+        # formats come as plain integers, which nobody need have checked
+        whole = group > 0 and not (fmt.tile % group if by_channel else head_dim % group or group % _LANES)
+        if len(planes) > 1 or not whole:
+            return None
+        words = planes[0][2]
+    sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
+    parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
+    if tiles:
+        parts.append((_PACKED, sink, end, 0))
+    if not fmt.is_raw:
+        parts += [(_RESIDUAL, *run) for run in runs(end, length, fmt)]
+    if new:
+        parts.append((_FRESH, length, length + new, 0))
+    if len(parts) > _RUNS:
+        return None
+    numbers = [head_dim, fmt.bits, words, int(fmt.axis == AXIS_CHANNEL), group, len(parts)]
+    for part in parts:
+        numbers += part
+    numbers += [0] * (4 * (_RUNS - len(parts)))
+    return _Placed(
+        rows=tiles * fmt.tile,
+        words=words,
+        grid=layout.scale_grid(fmt, head_dim, tiles),
+        slots=max((p[3] + p[2] - p[1] for p in parts if p[0] == _RESIDUAL), default=0),
+        rest=struct.pack(f"={len(numbers)}q", *numbers),
+    )
+
+
+_compiling = threading.Lock()
+_kernels: list[Kernel | None] = []
+
+
+def kernel() -> Kernel | None:
+    """The function `kvmix_attend`, compiled if need be; None, after one warning, if that is not possible."""
+    if not _kernels:
+        with _compiling:
+            if not _kernels:
+                _kernels.append(_load())
+    return _kernels[0]
+
+
+def _load() -> Kernel | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        function = ctypes.CDLL(str(build())).kvmix_attend
+    except (OSError, AttributeError, subprocess.SubprocessError) as failure:
+        said = getattr(failure, "stderr", None) or failure
+        warnings.warn(
+            f"no compiled kernel for packed caches on CPU, decoding takes slower PyTorch ops instead: {said}. "
+            "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a writable directory",
+            stacklevel=2,
+        )
+        return None
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    return function
+
+
+def build() -> Path:
+    """The library, from the cache or compiled now.
+
+    Raises:
+        OSError: no compiler was found, or the cache cannot be written.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    command = _compiler()
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    made_from = (SOURCE.read_text(), *FLAGS, *command, version.stdout, _processor())
+    digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("KVMIX_CACHE_DIR") or Path.home() / ".cache" / "kvmix_fx")
+    library = folder / f"attend-{digest}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # other processes may be doing the same: each has its own file until it is whole
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own) / library.name
+            subprocess.run(
+                [*command, *FLAGS, "-o", str(made), str(SOURCE)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=300,
+            )
+            made.replace(library)
+    return library
+
+
+def _compiler() -> list[str]:
+    for named in (os.environ.get("CC"), os.environ.get("CXX"), *COMPILERS):
+        command = shlex.split(named or "")
+        if command and shutil.which(command[0]):
+            return command
+    raise FileNotFoundError("no C compiler found")
+
+
+def _processor() -> str:
+    """What -march=native depends on: home directories are shared between machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kept = ("vendor_id", "cpu family", "model", "flags", "features", "cpu part", "isa")
+    return "\n".join(dict.fromkeys([platform.machine(), *(s for s in lines if s.lower().startswith(kept))]))
