@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
 from unittest import mock
 
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cpu import attention as cpu
+from kvmix_kernels.cpu import native
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.reference import quantize, storage
 from kvmix_kernels.reference.storage import Buffers
@@ -17,12 +22,31 @@ from kvmix_kernels.reference.storage import Buffers
 PACKED = (1, 2, 3, 4, 8)
 
 
+needs_compiler = pytest.mark.skipif(native.kernel() is None, reason="no C compiler, or not Linux")
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_compiler), "vectorised"])
+def path(request):
+    """Both ways `cpu.attend` can go."""
+    if request.param == "kernel":
+        yield native.attend
+    else:
+        with mock.patch.object(native, "attend", return_value=None):
+            yield cpu.attend
+
+
+@pytest.fixture
+def no_kernel():
+    with mock.patch.object(native, "attend", return_value=None):
+        yield
+
+
 @st.composite
-def cases(draw):
+def cases(draw, longest=200, bits=layout.BITS):
     """Arguments of `attend`, with buffers that hold NaN wherever no live token lies."""
     D = draw(st.sampled_from((16, 64, 80, 128)))
     B, H, group = draw(st.sampled_from(((1, 1, 4), (2, 2, 3), (1, 3, 1))))
-    length, new, Lq = draw(st.integers(0, 200)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    length, new, Lq = draw(st.integers(0, longest)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
     if length + new == 0:
         length = 1
     dtype = draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
@@ -36,7 +60,7 @@ def cases(draw):
         storage.append(buffers, x[:, :, :length], None, 0, fmt)
         return buffers, x[:, :, length:] if new else None
 
-    key_format, value_format = draw(formats(D)), draw(formats(D))
+    key_format, value_format = draw(formats(D, bits)), draw(formats(D, bits))
     (keys, new_keys), (stored_values, new_values) = (
         stored(key_format, family, seed + 1),
         stored(value_format, draw(st.sampled_from(FAMILIES)), seed + 2),
@@ -86,15 +110,30 @@ def in_float64(case):
     return (query.double(), *more, wide(keys), wide(stored), *rest)
 
 
-@given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))
-def test_equals_the_reference(case, chunk):
-    with mock.patch.object(cpu, "CHUNK_ELEMENTS", chunk):
-        got = cpu.attend(*case)
+def assert_equals_the_reference(got, case):
     low, exact = reference.attend(*case), reference.attend(*in_float64(case))
     assert got.dtype == low.dtype
     assert got.shape == low.shape
     assert torch.equal(got.isnan(), low.isnan())
     assert (got.double() - exact).abs().max().item() <= error_budget(low, exact, 4.0)
+
+
+@given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))
+def test_equals_the_reference(case, chunk):
+    with (
+        mock.patch.object(native, "attend", return_value=None),
+        mock.patch.object(cpu, "CHUNK_ELEMENTS", chunk),
+    ):
+        assert_equals_the_reference(cpu.attend(*case), case)
+
+
+@needs_compiler
+@given(cases(longest=900, bits=tuple(b for b in layout.BITS if b != 3)), st.sampled_from((1, 2, 3)))
+def test_kernel_equals_the_reference(case, threads):
+    with mock.patch.object(torch, "get_num_threads", return_value=threads):
+        got = native.attend(*case)
+    assert got is not None
+    assert_equals_the_reference(got, case)
 
 
 @given(st.sampled_from(PACKED), st.sampled_from((16, 64, 80, 256)), st.integers(0, 1000))
@@ -160,7 +199,7 @@ def test_long_and_double_queries_go_to_the_reference(rows, dtype):
         cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
 
 
-def test_scratch_is_bounded_and_kept():
+def test_scratch_is_bounded_and_kept(no_kernel):
     fmt = layout.make_format(2)
     k, v = filled(2000, fmt, fmt)
     query = torch.randn(1, 2, 1, 64)
@@ -176,7 +215,7 @@ def test_scratch_is_bounded_and_kept():
     assert torch.equal(first, again)
 
 
-def test_scratch_made_in_inference_mode_serves_outside_of_it():
+def test_scratch_made_in_inference_mode_serves_outside_of_it(no_kernel):
     fmt = layout.make_format(3)
     k, v = filled(100, fmt, fmt)
     query = torch.randn(1, 2, 1, 64)
@@ -185,6 +224,129 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it():
             inside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
         outside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
     assert torch.equal(inside, outside)
+
+
+def test_non_finite_raw_tokens_spoil_what_they_spoil_in_the_reference(path):
+    fmt = layout.make_format(2, sink=1)
+    k, v = filled(600, fmt, fmt, H=1)
+    query = torch.randn(1, 2, 1, 64)
+    new = torch.randn(2, 1, 1, 3, 64)
+    ring = fmt.sink + (599 - fmt.sink) % fmt.ring  # of the last token
+    for where, channel, value in (
+        (v.residual[:, :, ring], 3, torch.inf),
+        (v.residual[:, :, 0], 4, torch.nan),
+        (new[1, :, :, 1], 5, -torch.inf),
+        (new[0, :, :, 1], slice(None), -1e30),  # its weight is exactly 0, and 0 * inf is NaN
+        (k.residual[:, :, ring], 0, torch.nan),
+    ):
+        where[..., channel] = value
+        case = (query, *new, k, v, None, 600, 0.1, fmt, fmt)
+        got, expected = path(*case), reference.attend(*case)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+    assert got.isnan().all()
+
+
+def test_hidden_everywhere_gives_zeros_also_over_many_blocks(path):
+    fmt = layout.make_format(2)
+    k, v = filled(1000, fmt, fmt)
+    query = torch.randn(1, 4, 1, 64)
+    additive = torch.full((1, 1, 1, 1000), -torch.inf)
+    for mask in (additive, additive > 0):
+        out = path(query, None, None, k, v, mask, 1000, 0.1, fmt, fmt)
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+@needs_compiler
+def test_kernel_reads_views_in_place_and_leaves_others():
+    fmt = layout.make_format(4)
+    k, v = filled(100, fmt, fmt)
+    query, new = torch.randn(1, 1, 4, 64), torch.randn(2, 1, 1, 2, 64)
+    case = (query.transpose(1, 2), *new.transpose(2, 3), k, v, None, 100, 0.1, fmt, fmt)
+    torch.testing.assert_close(native.attend(*case), reference.attend(*case))
+    strided = torch.randn(1, 4, 1, 128)[..., ::2]
+    assert native.attend(strided, *case[1:]) is None
+    torch.testing.assert_close(cpu.attend(strided, *case[1:]), reference.attend(strided, *case[1:]))
+
+
+@needs_compiler
+def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
+    """What a caller of the op got wrong must not become a read of other memory."""
+    fmt = layout.make_format(2)
+    k, v = filled(200, fmt, fmt)
+    query, new = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1, 64)
+    good = {
+        "query": query,
+        "new_keys": new,
+        "new_values": new,
+        "keys": k,
+        "values": v,
+        "mask": torch.ones(1, 1, 1, 201, dtype=torch.bool),
+        "length": 200,
+        "scale": 0.1,
+        "key_format": fmt,
+        "value_format": fmt,
+    }
+    assert native.attend(**good) is not None
+    for wrong in (
+        {"query": query[:, :3]},
+        {"query": query.expand(2, -1, -1, -1)},
+        {"query": query[..., :32]},
+        {"query": query.int()},
+        {"new_keys": None},
+        {"new_keys": new[..., :32]},
+        {"keys": k._replace(qdata=k.qdata[:, :, :100])},
+        {"keys": k._replace(qdata=k.qdata.int())},
+        {"keys": k._replace(scale=k.scale[:, :, :1])},
+        {"keys": k._replace(zero_point=k.zero_point[:, :1])},
+        {"values": v._replace(scale=v.scale.repeat_interleave(2, 3)[..., ::2])},
+        {"values": v._replace(residual=v.residual[:, :, :8])},
+        {"mask": torch.ones(1, 1, 1, 200, dtype=torch.bool)},
+        {"mask": torch.ones(201, dtype=torch.float64)},
+        {"length": 1000},
+        {"length": -1},
+        {"key_format": fmt._replace(group_size=0)},
+        {"key_format": fmt._replace(group_size=24)},
+        {"key_format": fmt._replace(bits=4)},
+        {"value_format": fmt._replace(axis=layout.AXIS_TOKEN, group_size=8)},
+    ):
+        assert native.attend(**{**good, **wrong}) is None, wrong
+
+
+def broken(monkeypatch, tmp_path, how):
+    monkeypatch.setattr(native, "_kernels", [])
+    monkeypatch.setenv("KVMIX_CACHE_DIR", str(tmp_path))
+    match how:
+        case "no compiler":
+            monkeypatch.setattr(native.shutil, "which", lambda _: None)
+        case "compiler fails":
+            monkeypatch.setenv("CC", "false")
+        case "cache cannot be written":
+            (tmp_path / "file").touch()
+            monkeypatch.setenv("KVMIX_CACHE_DIR", str(tmp_path / "file"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["no compiler", "compiler fails", "cache cannot be written"])
+def test_without_a_kernel_one_warning_and_the_vectorised_path(monkeypatch, tmp_path, how):
+    broken(monkeypatch, tmp_path, how)
+    fmt = layout.make_format(2)
+    k, v = filled(100, fmt, fmt)
+    case = (torch.randn(1, 4, 1, 64), None, None, k, v, None, 100, 0.1, fmt, fmt)
+    with pytest.warns(UserWarning, match="slower PyTorch ops instead: .*name a C compiler in CC"):
+        out = cpu.attend(*case)
+    torch.testing.assert_close(out, reference.attend(*case))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpu.attend(*case)
+
+
+@needs_compiler
+def test_two_processes_may_need_the_kernel_first(tmp_path):
+    script = "from kvmix_kernels.cpu import native; assert native.kernel() is not None"
+    environment = {**os.environ, "KVMIX_CACHE_DIR": str(tmp_path / "new")}
+    both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".so"]
 
 
 def test_padding_is_left_out_by_the_step_that_flushes_it():
