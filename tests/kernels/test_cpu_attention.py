@@ -115,7 +115,20 @@ def assert_equals_the_reference(got, case):
     assert got.dtype == low.dtype
     assert got.shape == low.shape
     assert torch.equal(got.isnan(), low.isnan())
-    assert (got.double() - exact).abs().max().item() <= error_budget(low, exact, 4.0)
+    budget = error_budget(low, exact, 4.0) + split_sums_lose(case, exact.abs().max().item())
+    assert (got.double() - exact).abs().max().item() <= budget
+
+
+def split_sums_lose(case, out):
+    """What float32 loses when codes times scales and zero points, which may cancel, are summed apart."""
+
+    def largest(buffers, fmt):
+        grids = (buffers.scale.double() * (2**fmt.bits - 1), buffers.zero_point.double())
+        return sum(g.nan_to_num(0.0).abs().amax().item() for g in grids if g.numel())
+
+    query, _, _, keys, stored, _, _, scale, key_format, value_format = case
+    of_scores = largest(keys, key_format) * query.double().abs().sum(-1).max().item() * scale
+    return 2**-22 * (of_scores * out + largest(stored, value_format))
 
 
 @given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))

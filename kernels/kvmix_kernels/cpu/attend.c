@@ -22,6 +22,7 @@ static const float LOWEST = -3.402823466e38f;
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Half8 __attribute__((vector_size(32), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define AT(pointer) (*(Floats *)(pointer))
@@ -89,8 +90,8 @@ INLINE Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    Ints bits = (Ints)p + ((Ints)shifted << 23);
-    return (Floats)((bits & (x >= -87.0f)) | ((Ints)x & (x != x)));
+    Bits bits = (Bits)p + ((Bits)shifted << 23);
+    return (Floats)((bits & (Bits)(x >= -87.0f)) | ((Bits)x & (Bits)(x != x)));
 }
 
 INLINE float exponential1(float x) { return exponential(x - (Floats){0})[0]; }
