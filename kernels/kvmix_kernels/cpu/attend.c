@@ -23,6 +23,7 @@ static const float LOWEST = -3.402823466e38f;
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint64_t Longs __attribute__((vector_size(64), aligned(8), may_alias));
 typedef float Half8 __attribute__((vector_size(32), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define AT(pointer) (*(Floats *)(pointer))
@@ -109,22 +110,54 @@ INLINE float product(const float *a, const float *b, int64_t n) {
     return sum_of(sum);
 }
 
-/* Masked, the code of channel c is this many times too large. */
-INLINE int64_t shift_of(const Cached *x, int64_t c) { return c / x->words * x->bits; }
+/* Per channel: the mask of its field, and what makes the masked field its code. */
+static void constants(const Cached *x, int32_t *masks, float *power) {
+    for (int64_t c = 0, shift = 0; c < x->D; shift += x->bits)
+        for (int64_t j = 0; j < x->words; j++, c++) {
+            masks[c] = ((1 << x->bits) - 1) << shift;
+            power[c] = 1.0f / (float)(1 << shift);
+        }
+}
 
-/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 where there is none. */
-static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
-    float room[TOKENS * MAX_D / LANES];
-    const float *from = load(x, at, n * columns, room);
+INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*to)[TOKENS]) {
     for (int64_t g = 0; g < columns; g++) {
         for (int64_t t = 0; t < n; t++) to[g][t] = from[t * columns + g];
         for (int64_t t = n; t < TOKENS; t++) to[g][t] = 0;
     }
 }
 
-INLINE void transposed(const uint16_t *from, int64_t stride, const int64_t W, int64_t n, int32_t *to) {
+/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 where there is none. */
+static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
+    float room[TOKENS * MAX_D / LANES];
+    const float *from = load(x, at, n * columns, room);
+    if (columns == 2 && n == TOKENS) turned(from, 2, TOKENS, to);  /* usual, and faster if it is known */
+    else turned(from, columns, n, to);
+}
+
+/* Words of n tokens, tokens along lanes: to[word][token], 0 where there is no token. */
+static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t n, int32_t *to) {
+    if (W % 4) {
+        memset(to, 0, sizeof(int32_t) * W * TOKENS);
+        for (int64_t t = 0; t < n; t++, from += stride)
+            for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
+        return;
+    }
+    /* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
+    uint64_t fours[MAX_D / 8][TOKENS];
+    if (n < TOKENS) memset(fours, 0, sizeof(uint64_t) * W / 4 * TOKENS);
     for (int64_t t = 0; t < n; t++, from += stride)
-        for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
+        for (int64_t j = 0; j < W / 4; j++)
+            memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
+    for (int64_t j = 0; j < W / 4; j++)
+        for (int64_t t = 0; t < TOKENS; t += LANES) {
+            Longs even = *(const Longs *)(fours[j] + t), odd = *(const Longs *)(fours[j] + t + LANES / 2);
+            Bits low = (Bits)((even & 0xffffffff) | (odd << 32)), high = (Bits)((even >> 32) | (odd >> 32 << 32));
+            Bits *at = (Bits *)(to + j * 4 * TOKENS + t);
+            at[0] = low & 0xffff;
+            at[TOKENS / LANES] = low >> 16;
+            at[2 * TOKENS / LANES] = high & 0xffff;
+            at[3 * TOKENS / LANES] = high >> 16;
+        }
 }
 
 /* sums[r][token] += codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
@@ -151,9 +184,8 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
     const int64_t D = k->D, W = k->words, G = k->group, span = k->per_channel ? D : G, columns = D / span;
     float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_D / LANES], power[MAX_D], room[2][MAX_D];
     float step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
-    int32_t words[MAX_D / 2 * TOKENS];
-    memset(words, 0, sizeof(int32_t) * W * TOKENS);
-    for (int64_t c = 0; c < D; c++) power[c] = 1.0f / (float)(1 << shift_of(k, c));
+    int32_t words[MAX_D / 2 * TOKENS], masks[MAX_D];
+    constants(k, masks, power);
     if (!k->per_channel)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < D; c += LANES) {
@@ -178,13 +210,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
             by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
         }
-        const uint16_t *from = (const uint16_t *)k->codes.data + place(&k->codes, b, h, row);
-        switch (W) {
-        case 4: transposed(from, k->codes.token, 4, count, words); break;
-        case 8: transposed(from, k->codes.token, 8, count, words); break;
-        case 16: transposed(from, k->codes.token, 16, count, words); break;
-        default: transposed(from, k->codes.token, W, count, words);
-        }
+        transposed((const uint16_t *)k->codes.data + place(&k->codes, b, h, row), k->codes.token, W, count, words);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
@@ -252,11 +278,9 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
     const int64_t next = stride == LANES ? 0 : LANES;  /* repeated words serve all vectors */
     int32_t lanes[TOKENS * MAX_D], masks[MAX_D];
     float power[MAX_D], room[2][MAX_D], step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
-    for (int64_t c = 0; c < D; c++) {
-        const int64_t shift = is_shifted ? 0 : shift_of(v, c);
-        masks[c] = ((1 << v->bits) - 1) << shift;
-        power[c] = 1.0f / (float)(1 << shift);
-    }
+    constants(v, masks, power);
+    if (is_shifted)
+        for (int64_t c = 0; c < D; c++) masks[c] = masks[0], power[c] = 1;
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
     for (int64_t done = 0, count; done < n; done += count, row += count) {
         count = least(TOKENS, n - done);
@@ -272,9 +296,8 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
         const uint16_t *from = (const uint16_t *)v->codes.data + place(&v->codes, b, h, row);
         if (is_shifted)
             for (int64_t t = 0; t < count; t++)
-                for (int64_t c = 0; c < D; c += W)
-                    for (int64_t j = 0; j < W; j++)
-                        lanes[t * D + c + j] = from[t * v->codes.token + j] >> shift_of(v, c);
+                for (int64_t c = 0, shift = 0; c < D; c += W, shift += v->bits)
+                    for (int64_t j = 0; j < W; j++) lanes[t * D + c + j] = from[t * v->codes.token + j] >> shift;
         else
             switch (W) {
             case 4: spread(from, v->codes.token, 4, 16, count, lanes); break;
