@@ -9,22 +9,31 @@ row. Values: lanes are channels, a token costs the same. Fields are masked, not 
 goes into the query or out of the sum, exactly. Scales go into the query (per channel) or the weights (per
 token), zero points are products of their own.
 
-Vectors are the compilers' portable kind: gcc and clang split them where a machine has narrower ones. */
+Vectors are of the compilers' portable kind. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16, TOKENS = 32, BLOCK = 256, MAX_ROWS = 32, MAX_D = 256, ROWS = 4 };
+/* As wide as the machine's: gcc takes wider ones apart element by element. */
+#if defined __AVX512F__
+#define WIDTH 64
+#elif defined __AVX__
+#define WIDTH 32
+#else
+#define WIDTH 16
+#endif
+/* TOKENS, unpacked together, are two vectors, so that their sums hide the latency of an fma. */
+enum { LANES = WIDTH / 4, TOKENS = 2 * LANES, BLOCK = 256, MAX_ROWS = 32, MAX_D = 256, MAX_GROUPS = MAX_D / 16, ROWS = 4 };
 enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
 enum { RESIDUAL, PACKED, FRESH };
 static const float LOWEST = -3.402823466e38f;
 
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint64_t Longs __attribute__((vector_size(64), aligned(8), may_alias));
-typedef float Half8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef float Fours __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define AT(pointer) (*(Floats *)(pointer))
 
@@ -100,8 +109,10 @@ INLINE float exponential1(float x) { return exponential(x - (Floats){0})[0]; }
 INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 INLINE float sum_of(Floats x) {
-    Half8 a = ((const Half8 *)&x)[0] + ((const Half8 *)&x)[1];
-    return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
+    const Fours *parts = (const Fours *)&x;
+    Fours sum = parts[0];
+    for (int i = 1; i < LANES / 4; i++) sum += parts[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 INLINE float product(const float *a, const float *b, int64_t n) {
@@ -128,7 +139,7 @@ INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*
 
 /* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 where there is none. */
 static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
-    float room[TOKENS * MAX_D / LANES];
+    float room[TOKENS * MAX_GROUPS];
     const float *from = load(x, at, n * columns, room);
     if (columns == 2 && n == TOKENS) turned(from, 2, TOKENS, to);  /* usual, and faster if it is known */
     else turned(from, columns, n, to);
@@ -182,8 +193,8 @@ INLINE void dot(const int R, const int32_t *words, const Cached *k, const float 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
     const int64_t D = k->D, W = k->words, G = k->group, span = k->per_channel ? D : G, columns = D / span;
-    float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_D / LANES], power[MAX_D], room[2][MAX_D];
-    float step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
+    float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_GROUPS], power[MAX_D], room[2][MAX_D];
+    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
     int32_t words[MAX_D / 2 * TOKENS], masks[MAX_D];
     constants(k, masks, power);
     if (!k->per_channel)
@@ -277,7 +288,7 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
     const int is_shifted = W % LANES && LANES % W;
     const int64_t next = stride == LANES ? 0 : LANES;  /* repeated words serve all vectors */
     int32_t lanes[TOKENS * MAX_D], masks[MAX_D];
-    float power[MAX_D], room[2][MAX_D], step[MAX_D / LANES][TOKENS], zero[MAX_D / LANES][TOKENS];
+    float power[MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
     constants(v, masks, power);
     if (is_shifted)
         for (int64_t c = 0; c < D; c++) masks[c] = masks[0], power[c] = 1;
@@ -300,15 +311,14 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
                     for (int64_t j = 0; j < W; j++) lanes[t * D + c + j] = from[t * v->codes.token + j] >> shift;
         else
             switch (W) {
-            case 4: spread(from, v->codes.token, 4, 16, count, lanes); break;
-            case 8: spread(from, v->codes.token, 8, 16, count, lanes); break;
+            case 4: spread(from, v->codes.token, 4, LANES, count, lanes); break;
+            case 8: spread(from, v->codes.token, 8, LANES > 8 ? LANES : 8, count, lanes); break;
             case 16: spread(from, v->codes.token, 16, 16, count, lanes); break;
-            case 32: spread(from, v->codes.token, 32, 32, count, lanes); break;
             default: spread(from, v->codes.token, W, stride, count, lanes);
             }
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
-            float w[ROWS * MAX_D / LANES * TOKENS], offset[ROWS][MAX_D / LANES];
+            float w[ROWS * MAX_GROUPS * TOKENS], offset[ROWS][MAX_GROUPS];
             for (int64_t i = 0; i < R; i++) {
                 float given[TOKENS] = {0};
                 memcpy(given, weights + (r + i) * BLOCK + done, sizeof(float) * count);
