@@ -34,6 +34,8 @@ typedef int32_t Ints __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef float Fours __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias));
+/* or sums stay in memory */
+#define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
 #define AT(pointer) (*(Floats *)(pointer))
 
@@ -175,20 +177,33 @@ static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t 
 INLINE void dot(const int R, const int32_t *words, const Cached *k, const float *q, int64_t c, int64_t end,
                 float (*sums)[TOKENS]) {
     Floats low[ROWS], high[ROWS];
+UNROLL
     for (int r = 0; r < R; r++) low[r] = AT(sums[r]), high[r] = AT(sums[r] + LANES);
     for (int64_t field = c / k->words, j = c % k->words; c < end; field++, j = 0) {
         const int32_t mask = ((1 << k->bits) - 1) << field * k->bits;
         for (const int64_t stop = least(end, c + k->words - j); c < stop; c++, j++) {
             const Ints *at = (const Ints *)(words + j * TOKENS);
             Floats a = to_floats(at[0] & mask), b = to_floats(at[1] & mask);
+UNROLL
             for (int r = 0; r < R; r++) {
                 low[r] += a * q[r * k->D + c];
                 high[r] += b * q[r * k->D + c];
             }
         }
     }
+UNROLL
     for (int r = 0; r < R; r++) AT(sums[r]) = low[r], AT(sums[r] + LANES) = high[r];
 }
+
+/* Functions of their own, one for each number of rows: inlined together they run out of registers. */
+#define ROWS_DOT(R)                                                                                                   \
+    static __attribute__((noinline)) void dot##R(const int32_t *words, const Cached *k, const float *q, int64_t c,    \
+                                                 int64_t end, float (*sums)[TOKENS]) {                                \
+        dot(R, words, k, q, c, end, sums);                                                                            \
+    }
+ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
+static void (*const DOT[ROWS])(const int32_t *, const Cached *, const float *, int64_t, int64_t,
+                               float (*)[TOKENS]) = {dot1, dot2, dot3, dot4};
 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
@@ -229,12 +244,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
                 float parts[ROWS][TOKENS] = {{0}};
                 const float *by = scaled + r * D;
                 const int64_t c = g * span;
-                switch (R) {
-                case 1: dot(1, words, k, by, c, c + span, parts); break;
-                case 2: dot(2, words, k, by, c, c + span, parts); break;
-                case 3: dot(3, words, k, by, c, c + span, parts); break;
-                default: dot(4, words, k, by, c, c + span, parts);
-                }
+                DOT[R - 1](words, k, by, c, c + span, parts);
                 for (int64_t i = 0; i < R; i++)
                     for (int t = 0; t < TOKENS; t += LANES) {
                         const float plus = offset[(r + i) * columns + g];
@@ -264,13 +274,29 @@ INLINE void weigh(const int R, const int U, const int32_t *lanes, int64_t stride
                   int64_t n, const float *w, int64_t w_stride, Floats (*sums)[2]) {
     Floats sum[ROWS][2] = {{{0}}};
     for (int64_t t = 0; t < n; t++)
+UNROLL
         for (int u = 0; u < U; u++) {
             Floats code = to_floats(*(const Ints *)(lanes + t * stride + u * next) & *(const Ints *)(masks + u * LANES));
+UNROLL
             for (int r = 0; r < R; r++) sum[r][u] += code * w[r * w_stride + t];
         }
+UNROLL
     for (int r = 0; r < R; r++)
+UNROLL
         for (int u = 0; u < U; u++) sums[r][u] = sum[r][u];
 }
+
+#define ROWS_WEIGH(R, U)                                                                                              \
+    static __attribute__((noinline)) void weigh##R##U(const int32_t *lanes, int64_t stride, int64_t next,             \
+                                                      const int32_t *masks, int64_t n, const float *w,                \
+                                                      int64_t w_stride, Floats (*sums)[2]) {                          \
+        weigh(R, U, lanes, stride, next, masks, n, w, w_stride, sums);                                                \
+    }
+ROWS_WEIGH(1, 1) ROWS_WEIGH(2, 1) ROWS_WEIGH(3, 1) ROWS_WEIGH(4, 1)
+ROWS_WEIGH(1, 2) ROWS_WEIGH(2, 2) ROWS_WEIGH(3, 2) ROWS_WEIGH(4, 2)
+static void (*const WEIGH[2][ROWS])(const int32_t *, int64_t, int64_t, const int32_t *, int64_t, const float *,
+                                    int64_t, Floats (*)[2]) = {
+    {weigh11, weigh21, weigh31, weigh41}, {weigh12, weigh22, weigh32, weigh42}};
 
 /* Words of n tokens as vectors of channels find them; see `packed_values`. */
 INLINE void spread(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride, int64_t n,
@@ -337,18 +363,7 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
                 const float *by = w + g * TOKENS;
                 Floats sums[ROWS][2];
                 U = c + 2 * LANES <= (g + 1) * span && c % stride + next < stride ? 2 : 1;
-                switch (R * 2 + U - 1) {
-#define WEIGH(R, U) weigh(R, U, l, stride, next, m, count, by, columns * TOKENS, sums)
-                case 2: WEIGH(1, 1); break;
-                case 3: WEIGH(1, 2); break;
-                case 4: WEIGH(2, 1); break;
-                case 5: WEIGH(2, 2); break;
-                case 6: WEIGH(3, 1); break;
-                case 7: WEIGH(3, 2); break;
-                case 8: WEIGH(4, 1); break;
-                default: WEIGH(4, 2);
-#undef WEIGH
-                }
+                WEIGH[U - 1][R - 1](l, stride, next, m, count, by, columns * TOKENS, sums);
                 for (int64_t i = 0; i < R; i++)
                     for (int64_t u = 0, d = c; u < U; u++, d += LANES) {
                         Floats sum = sums[i][u] * AT(power + d);
