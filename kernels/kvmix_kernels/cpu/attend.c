@@ -3,13 +3,13 @@
 A task is one KV head of one batch row and a range of blocks of tokens. Per block: scores of all its query
 rows, online softmax (arXiv 1805.02867), weighted sum of values. Partial results are merged in the end.
 
-Where the lanes of a vector lie is chosen so that no sum runs across them. Keys: the words of TOKENS tokens
-are transposed while they are small, lanes are tokens, a channel costs a mask, a conversion and an fma per
-row. Values: lanes are channels, a token costs the same. Fields are masked, not shifted down: the power of two
-goes into the query or out of the sum, exactly. Scales go into the query (per channel) or the weights (per
-token), zero points are products of their own.
+Lanes are chosen so that no sum over packed tokens runs across a vector. Keys: the words of TOKENS tokens are
+transposed while they are small, lanes are tokens, a channel costs a mask, a conversion and an fma per row.
+Values: lanes are channels, a token costs the same. Fields are masked, not shifted down: the power of two goes
+into the query or out of the sum, exactly. Scales go into the query or the sum (per channel) or into scores
+and weights (per token), zero points are products of their own.
 
-Vectors are of the compilers' portable kind. */
+Vectors are of the kind that gcc and clang have for every machine. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,8 +23,15 @@ Vectors are of the compilers' portable kind. */
 #else
 #define WIDTH 16
 #endif
-/* TOKENS, unpacked together, are two vectors, so that their sums hide the latency of an fma. */
-enum { LANES = WIDTH / 4, TOKENS = 2 * LANES, BLOCK = 256, MAX_ROWS = 32, MAX_D = 256, MAX_GROUPS = MAX_D / 16, ROWS = 4 };
+enum {
+    LANES = WIDTH / 4,
+    TOKENS = 2 * LANES,  /* unpacked together: sums of two vectors hide the latency of an fma */
+    ROWS = 4,  /* of queries that share an unpacked token: as many sums as there are registers */
+    BLOCK = 256,  /* tokens whose scores are kept */
+    MAX_ROWS = 32,
+    MAX_D = 256,
+    MAX_GROUPS = MAX_D / 16
+};
 enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
 enum { RESIDUAL, PACKED, FRESH };
 static const float LOWEST = -3.402823466e38f;
@@ -34,14 +41,12 @@ typedef int32_t Ints __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef float Fours __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias));
-/* or sums stay in memory */
-#define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
 #define AT(pointer) (*(Floats *)(pointer))
 
 /* Everything comes from Python as int64, `scale` apart. Strides count elements; the last one is 1. */
 typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
-typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie in slot, slot + 1, ... */
+typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie from `slot` on */
 typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
     int64_t D, bits, words, per_channel, group, count;
@@ -54,7 +59,8 @@ typedef struct {
     int64_t B, H, group, Lq, length, origin, threads;
     Cached keys, values;
 } Call;
-typedef struct { const Call *call; float *partial; int64_t blocks, splits, tasks, next; } Work;
+/* Blocks start where keys start to be packed, not in the middle of a group: the first may start before 0. */
+typedef struct { const Call *call; float *partial; int64_t begin, blocks, splits, tasks, next; } Work;
 
 /* torch has an OpenMP library loaded: its threads are used, not others beside them. */
 extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
@@ -139,7 +145,7 @@ INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*
     }
 }
 
-/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 where there is none. */
+/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 past the last. */
 static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
     float room[TOKENS * MAX_GROUPS];
     const float *from = load(x, at, n * columns, room);
@@ -147,7 +153,7 @@ static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, fl
     else turned(from, columns, n, to);
 }
 
-/* Words of n tokens, tokens along lanes: to[word][token], 0 where there is no token. */
+/* Words of n tokens, tokens along lanes: to[word][token], 0 past the last. */
 static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t n, int32_t *to) {
     if (W % 4) {
         memset(to, 0, sizeof(int32_t) * W * TOKENS);
@@ -164,7 +170,8 @@ static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t 
     for (int64_t j = 0; j < W / 4; j++)
         for (int64_t t = 0; t < TOKENS; t += LANES) {
             Longs even = *(const Longs *)(fours[j] + t), odd = *(const Longs *)(fours[j] + t + LANES / 2);
-            Bits low = (Bits)((even & 0xffffffff) | (odd << 32)), high = (Bits)((even >> 32) | (odd >> 32 << 32));
+            Bits low = (Bits)((even & 0xffffffff) | (odd << 32));
+            Bits high = (Bits)((even >> 32) | (odd >> 32 << 32));
             Bits *at = (Bits *)(to + j * 4 * TOKENS + t);
             at[0] = low & 0xffff;
             at[TOKENS / LANES] = low >> 16;
@@ -173,33 +180,29 @@ static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t 
         }
 }
 
-/* sums[r][token] += codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
+/* sums[r][token] = codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
 INLINE void dot(const int R, const int32_t *words, const Cached *k, const float *q, int64_t c, int64_t end,
                 float (*sums)[TOKENS]) {
-    Floats low[ROWS], high[ROWS];
-UNROLL
-    for (int r = 0; r < R; r++) low[r] = AT(sums[r]), high[r] = AT(sums[r] + LANES);
+    Floats low[ROWS] = {{0}}, high[ROWS] = {{0}};
     for (int64_t field = c / k->words, j = c % k->words; c < end; field++, j = 0) {
         const int32_t mask = ((1 << k->bits) - 1) << field * k->bits;
         for (const int64_t stop = least(end, c + k->words - j); c < stop; c++, j++) {
             const Ints *at = (const Ints *)(words + j * TOKENS);
             Floats a = to_floats(at[0] & mask), b = to_floats(at[1] & mask);
-UNROLL
             for (int r = 0; r < R; r++) {
                 low[r] += a * q[r * k->D + c];
                 high[r] += b * q[r * k->D + c];
             }
         }
     }
-UNROLL
     for (int r = 0; r < R; r++) AT(sums[r]) = low[r], AT(sums[r] + LANES) = high[r];
 }
 
 /* Functions of their own, one for each number of rows: inlined together they run out of registers. */
-#define ROWS_DOT(R)                                                                                                   \
-    static __attribute__((noinline)) void dot##R(const int32_t *words, const Cached *k, const float *q, int64_t c,    \
-                                                 int64_t end, float (*sums)[TOKENS]) {                                \
-        dot(R, words, k, q, c, end, sums);                                                                            \
+#define ROWS_DOT(R)                                                                                    \
+    static __attribute__((noinline)) void dot##R(const int32_t *words, const Cached *k, const float *q, \
+                                                 int64_t c, int64_t end, float (*sums)[TOKENS]) {       \
+        dot(R, words, k, q, c, end, sums);                                                             \
     }
 ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
 static void (*const DOT[ROWS])(const int32_t *, const Cached *, const float *, int64_t, int64_t,
@@ -209,14 +212,15 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
                           int64_t rows, float *scores) {
     const int64_t D = k->D, W = k->words, G = k->group, span = k->per_channel ? D : G, columns = D / span;
     float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_GROUPS], power[MAX_D], room[2][MAX_D];
-    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
+    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D];
     int32_t words[MAX_D / 2 * TOKENS], masks[MAX_D];
     constants(k, masks, power);
+    for (int64_t c = 0; c < D; c++) ones[c] = 1;
     if (!k->per_channel)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < D; c += LANES) {
                 AT(scaled + r * D + c) = AT(q + r * D + c) * AT(power + c);
-                offset[r * columns + c / G] = (c % G ? offset[r * columns + c / G] : 0) + sum_of(AT(q + r * D + c));
+                if (c % G == 0) offset[r * columns + c / G] = product(q + r * D + c, ones, G);
             }
     for (int64_t done = 0, count, group = -1; done < n; done += count, row += count) {
         count = least(TOKENS, n - done);
@@ -236,12 +240,13 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
             by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
         }
-        transposed((const uint16_t *)k->codes.data + place(&k->codes, b, h, row), k->codes.token, W, count, words);
+        const uint16_t *from = (const uint16_t *)k->codes.data + place(&k->codes, b, h, row);
+        transposed(from, k->codes.token, W, count, words);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
             for (int64_t g = 0; g < columns; g++) {
-                float parts[ROWS][TOKENS] = {{0}};
+                float parts[ROWS][TOKENS];
                 const float *by = scaled + r * D;
                 const int64_t c = g * span;
                 DOT[R - 1](words, k, by, c, c + span, parts);
@@ -270,37 +275,34 @@ static void raw_scores(const Tensor *x, int64_t D, int64_t at, int64_t n, const 
 }
 
 /* sums[r][u] = codes of n tokens times w[r][token], for U vectors of channels that lie `next` apart. */
-INLINE void weigh(const int R, const int U, const int32_t *lanes, int64_t stride, int64_t next, const int32_t *masks,
-                  int64_t n, const float *w, int64_t w_stride, Floats (*sums)[2]) {
+INLINE void weigh(const int R, const int U, const int32_t *lanes, int64_t stride, int64_t next,
+                  const int32_t *masks, int64_t n, const float *w, int64_t w_stride, Floats (*sums)[2]) {
     Floats sum[ROWS][2] = {{{0}}};
     for (int64_t t = 0; t < n; t++)
-UNROLL
         for (int u = 0; u < U; u++) {
-            Floats code = to_floats(*(const Ints *)(lanes + t * stride + u * next) & *(const Ints *)(masks + u * LANES));
-UNROLL
+            const Ints *words = (const Ints *)(lanes + t * stride + u * next);
+            Floats code = to_floats(*words & *(const Ints *)(masks + u * LANES));
             for (int r = 0; r < R; r++) sum[r][u] += code * w[r * w_stride + t];
         }
-UNROLL
     for (int r = 0; r < R; r++)
-UNROLL
         for (int u = 0; u < U; u++) sums[r][u] = sum[r][u];
 }
 
-#define ROWS_WEIGH(R, U)                                                                                              \
-    static __attribute__((noinline)) void weigh##R##U(const int32_t *lanes, int64_t stride, int64_t next,             \
-                                                      const int32_t *masks, int64_t n, const float *w,                \
-                                                      int64_t w_stride, Floats (*sums)[2]) {                          \
-        weigh(R, U, lanes, stride, next, masks, n, w, w_stride, sums);                                                \
+#define ROWS_WEIGH(R, U)                                                                               \
+    static __attribute__((noinline)) void weigh##R##U(const int32_t *lanes, int64_t stride, int64_t next, \
+                                                      const int32_t *masks, int64_t n, const float *w,  \
+                                                      int64_t w_stride, Floats (*sums)[2]) {            \
+        weigh(R, U, lanes, stride, next, masks, n, w, w_stride, sums);                                 \
     }
 ROWS_WEIGH(1, 1) ROWS_WEIGH(2, 1) ROWS_WEIGH(3, 1) ROWS_WEIGH(4, 1)
 ROWS_WEIGH(1, 2) ROWS_WEIGH(2, 2) ROWS_WEIGH(3, 2) ROWS_WEIGH(4, 2)
-static void (*const WEIGH[2][ROWS])(const int32_t *, int64_t, int64_t, const int32_t *, int64_t, const float *,
-                                    int64_t, Floats (*)[2]) = {
+static void (*const WEIGH[2][ROWS])(const int32_t *, int64_t, int64_t, const int32_t *, int64_t,
+                                    const float *, int64_t, Floats (*)[2]) = {
     {weigh11, weigh21, weigh31, weigh41}, {weigh12, weigh22, weigh32, weigh42}};
 
 /* Words of n tokens as vectors of channels find them; see `packed_values`. */
-INLINE void spread(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride, int64_t n,
-                   int32_t *to) {
+INLINE void spread(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride,
+                   int64_t n, int32_t *to) {
     for (int64_t t = 0; t < n; t++, from += from_stride, to += stride)
         for (int64_t c = 0; c < stride; c += W)
             for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
@@ -332,9 +334,9 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
         }
         const uint16_t *from = (const uint16_t *)v->codes.data + place(&v->codes, b, h, row);
         if (is_shifted)
-            for (int64_t t = 0; t < count; t++)
+            for (int64_t t = 0; t < count; t++, from += v->codes.token)
                 for (int64_t c = 0, shift = 0; c < D; c += W, shift += v->bits)
-                    for (int64_t j = 0; j < W; j++) lanes[t * D + c + j] = from[t * v->codes.token + j] >> shift;
+                    for (int64_t j = 0; j < W; j++) lanes[t * D + c + j] = from[j] >> shift;
         else
             switch (W) {
             case 4: spread(from, v->codes.token, 4, LANES, count, lanes); break;
@@ -383,8 +385,10 @@ static void raw_values(const Tensor *x, int64_t D, int64_t at, int64_t n, const 
     float room[MAX_D];
     for (int64_t t = 0; t < n; t++) {
         const float *value = load(x, at + t * x->token, D, room);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < D; c += LANES) AT(out + r * D + c) += weights[r * BLOCK + t] * AT(value + c);
+        for (int64_t r = 0; r < rows; r++) {
+            const float w = weights[r * BLOCK + t];
+            for (int64_t c = 0; c < D; c += LANES) AT(out + r * D + c) += w * AT(value + c);
+        }
     }
 }
 
@@ -397,8 +401,10 @@ static void over_runs(const Cached *x, int64_t b, int64_t h, int64_t first, int6
         const int64_t slot = run->slot + begin - run->first;
         float *at = scores + begin - first;
         const Tensor *raw = run->kind == FRESH ? &x->fresh : &x->residual;
-        if (run->kind == PACKED)
-            out ? packed_values(x, b, h, slot, n, at, rows, out) : packed_scores(x, b, h, slot, n, q, rows, at);
+        if (run->kind == PACKED && out)
+            packed_values(x, b, h, slot, n, at, rows, out);
+        else if (run->kind == PACKED)
+            packed_scores(x, b, h, slot, n, q, rows, at);
         else if (out)
             raw_values(raw, x->D, place(raw, b, h, slot), n, at, rows, out);
         else
@@ -423,7 +429,7 @@ static void apply_mask(const Call *call, int64_t b, int64_t h, int64_t row, int6
 /* Partial result: per row the best score, the sum of weights, and Dv weighted sums. */
 static void task(const Work *work, int64_t index) {
     const Call *call = work->call;
-    const int64_t part = index % work->splits, b = index / work->splits / call->H, h = index / work->splits % call->H;
+    const int64_t part = index % work->splits, bh = index / work->splits, b = bh / call->H, h = bh % call->H;
     const int64_t rows = call->group * call->Lq, D = call->keys.D, Dv = call->values.D;
     float q[MAX_ROWS * MAX_D], scores[MAX_ROWS * BLOCK], room[MAX_D];
     float *best = work->partial + index * rows * (Dv + 2), *total = best + rows, *out = total + rows;
@@ -436,9 +442,8 @@ static void task(const Work *work, int64_t index) {
     }
     const int64_t end = work->blocks * (part + 1) / work->splits;
     for (int64_t block = work->blocks * part / work->splits; block < end; block++) {
-        /* blocks start where keys start to be packed, not in the middle of a group */
-        const int64_t origin = call->origin % BLOCK - (call->origin % BLOCK ? BLOCK : 0) + block * BLOCK;
-        const int64_t first = most(0, origin), last = least(call->length, origin + BLOCK), n = last - first;
+        const int64_t at = work->begin + block * BLOCK;
+        const int64_t first = most(0, at), last = least(call->length, at + BLOCK), n = last - first;
         over_runs(&call->keys, b, h, first, last, q, rows, scores, 0);
         for (int64_t r = 0; r < rows; r++) {
             float *s = scores + r * BLOCK, highest = best[r];
@@ -449,8 +454,7 @@ static void task(const Work *work, int64_t index) {
             Floats sum = {0};
             for (int64_t t = 0; t < n; t += LANES) sum += AT(s + t) = exponential(AT(s + t) - highest);
             const float shrink = exponential1(best[r] - highest);
-            total[r] *= shrink, best[r] = highest;
-            total[r] += sum_of(sum);
+            best[r] = highest, total[r] = total[r] * shrink + sum_of(sum);
             for (int64_t c = 0; c < Dv; c += LANES) AT(out + r * Dv + c) *= shrink;
         }
         over_runs(&call->values, b, h, first, last, 0, rows, scores, out);
@@ -465,11 +469,12 @@ static void tasks(void *argument) {
 /* 0, or 1 if there was no memory. */
 int kvmix_attend(const Call *call) {
     const int64_t heads = call->B * call->H, rows = call->group * call->Lq, Dv = call->values.D;
-    const int64_t partial = rows * (Dv + 2), origin = call->origin % BLOCK;
-    Work work = {call, 0, (call->length - origin + BLOCK - 1) / BLOCK + (origin > 0), 1, heads, 0};
-    if (call->length <= origin) work.blocks = 1;
+    const int64_t partial = rows * (Dv + 2), begin = call->origin % BLOCK ? call->origin % BLOCK - BLOCK : 0;
+    const int64_t blocks = (call->length - begin + BLOCK - 1) / BLOCK;
+    Work work = {.call = call, .begin = begin, .blocks = blocks, .splits = 1};
     /* to wake the other threads costs as much as some 2^16 elements */
-    const int alone = call->threads == 1 || !GOMP_parallel || heads * call->length * (call->keys.D + Dv) < 1 << 16;
+    const int is_small = heads * call->length * (call->keys.D + Dv) < 1 << 16;
+    const int alone = call->threads == 1 || !GOMP_parallel || is_small;
     if (!alone) work.splits = most(1, least(work.blocks, 8 * call->threads / heads));
     work.tasks = heads * work.splits;
     work.partial = (float *)malloc(sizeof(float) * work.tasks * partial);
@@ -480,7 +485,8 @@ int kvmix_attend(const Call *call) {
     for (int64_t i = 0; i < heads * rows; i++) {
         const float *first = work.partial + i / rows * work.splits * partial + i % rows;
         float highest = LOWEST, total = 0, *out = call->out + i * Dv;
-        for (int64_t s = 0; s < work.splits; s++) highest = first[s * partial] > highest ? first[s * partial] : highest;
+        for (int64_t s = 0; s < work.splits; s++)
+            if (first[s * partial] > highest) highest = first[s * partial];
         memset(out, 0, sizeof(float) * Dv);
         for (int64_t s = 0; s < work.splits; s++) {
             const float *best = first + s * partial, *sums = best - i % rows + 2 * rows + i % rows * Dv;

@@ -1,4 +1,6 @@
-"""Decode attention for CPUs, in few and long vectorised ops.
+"""Decode attention for CPUs: the C kernel of `native`, and what it leaves in few and long vectorised ops.
+
+The kernel needs a C compiler and takes no 3 bits. What follows is about the ops.
 
 The reference unpacks tokens into rows of D channels. Its fields are then slices of D * bits / 16
 channels, 8 for 64 channels at 2 bits, and an op over such short rows spends its time between rows.
@@ -36,7 +38,7 @@ Six bytes of scratch each. Smaller chunks would stay in a core's own cache, but 
 ops, about 2 us each, outweighs that.
 """
 
-MAX_ROWS = 32
+MAX_ROWS = native.MAX_ROWS
 """Query rows per KV head (grouped heads x query length). The reference takes more: it keeps no scores."""
 
 
@@ -54,8 +56,8 @@ def attend(
 ) -> Tensor:
     """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
 
-    Scratch: CHUNK_ELEMENTS elements, and the scores of all tokens, float32 [B, Hq, Lq, length + Ln]. The
-    history never exists in 16 bits.
+    Scratch without the kernel: CHUNK_ELEMENTS elements, and the scores of all tokens, float32 [B, Hq, Lq,
+    length + Ln]. The history never exists in 16 bits.
     """
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]

@@ -35,7 +35,7 @@ SOURCE = Path(__file__).with_name("attend.c")
 FLAGS = ("-x", "c", "-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
 FLAGS += ("-fno-math-errno", "-fno-trapping-math")
 COMPILERS = ("gcc", "cc", "g++", "clang")
-"""Tried in this order when the environment names none in CC or CXX."""
+"""Tried in this order where the environment names none, in CC or CXX, that exists."""
 
 # as in attend.c
 MAX_ROWS = 32
@@ -208,14 +208,14 @@ def kernel() -> Kernel | None:
 
 
 def _load() -> Kernel | None:
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or sys.byteorder != "little":
         return None
     try:
         function = ctypes.CDLL(str(build())).kvmix_attend
     except (OSError, AttributeError, subprocess.SubprocessError) as failure:
         said = getattr(failure, "stderr", None) or failure
         warnings.warn(
-            f"no compiled kernel for packed caches on CPU, decoding takes slower PyTorch ops instead: {said}. "
+            f"no compiled kernel for packed caches on CPU, slower PyTorch ops instead: {said}. "
             "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a writable directory",
             stacklevel=2,
         )
