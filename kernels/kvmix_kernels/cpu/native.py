@@ -163,14 +163,14 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         return None
     words = group = 0
     if not fmt.is_raw:
-        planes = layout.planes(fmt.bits, head_dim)
+        planes = layout.plane_words(fmt.bits, head_dim)
         by_channel = fmt.axis == AXIS_CHANNEL
         group = fmt.group_size if by_channel else layout.channel_group(fmt, head_dim)
         # formats come as plain integers, which nobody need have checked
         whole = group > 0 and not (fmt.tile % group if by_channel else head_dim % group or group % _LANES)
         if len(planes) > 1 or not whole:
             return None
-        words = planes[0][2]
+        words = planes[0]
     sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
     parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
     if tiles:
