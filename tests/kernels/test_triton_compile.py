@@ -110,9 +110,10 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     k = make_format(case["bits"], "channel", group, 128, 0, 128)
     v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
     like = {"dtype": torch.bfloat16, "device": "meta"}
-    new = torch.empty(64, 8, 1, D, **like)
-    query = torch.empty(64, 32, 1, D, **like)
-    mask = torch.empty(64, 1, 1, 8192, dtype=torch.bool, device="meta") if case.get("mask") else None
+    Lq = case.get("queries", 1)
+    new = torch.empty(64, 8, Lq, D, **like)
+    query = torch.empty(64, 32, Lq, D, **like)
+    mask = torch.empty(64, 1, Lq, 8192, dtype=torch.bool, device="meta") if case.get("mask") else None
     start = torch.empty((), dtype=torch.int64, device="meta")
     cache = [
         part
@@ -127,7 +128,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             recorded(attention, "attend_kernel", "combine_kernel") as found,
         ):
             patch.setattr(configs, "device_name", lambda _: case["gpu"])
-            config = configs.attend_config(case["gpu"], case["bits"], case["bits"], D, group, 8, True)
+            columns = min(max(8, 4 * Lq), attention.MAX_BULK_COLUMNS)
+            config = configs.attend_config(case["gpu"], case["bits"], case["bits"], D, group, columns, True)
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
@@ -162,6 +164,7 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 90, 3, gpu=HOPPER),
         case("attend", 90, 4, gpu=HOPPER, mask=True),
         case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
+        case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
         case("attend", 90, 16, gpu=HOPPER),
         case("append_", 90, 2),
         case("quantize_pack", 90, 4),

@@ -15,6 +15,7 @@ from kvmix_kernels.triton.attention_kernels import attend_kernel, combine_kernel
 from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, portable, starts_early
 
 MAX_BULK_COLUMNS = 16
+"""Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
 MAX_COLUMNS = 64
 MIN_GROUPS = 16
 """Groups a program has registers for: the rows of a dot."""
@@ -26,10 +27,10 @@ REST_SHARE = 128
 """Tokens outside the bulk that one program should not fall below."""
 
 
-def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int, rows: int) -> bool:
-    """Whether packed tokens of these formats can take the fast path for `rows` query rows."""
+def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int) -> bool:
+    """Whether packed tokens of these formats can take the fast path."""
     k, v = key_format, value_format
-    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_BULK_COLUMNS:
+    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN:
         return False
     group = layout.channel_group(v, Dv)
     return (
@@ -83,11 +84,12 @@ def attend(
     query = inner_dense(query)
     new_k = inner_dense(new_keys) if has_new else query
     new_v = inner_dense(new_values) if has_new else query
-    # the running maximum of the bulk assumes that larger products are larger scores
-    bulk = scale > 0 and has_bulk_path(k, v, Dv, rows)
+    # the running maximum of the bulk assumes that larger products are larger scores; where most tokens are the
+    # step's own, wide blocks of query rows matter more
+    bulk = scale > 0 and has_bulk_path(k, v, Dv) and new_count <= length
     k_group = 1 if k.is_raw else layout.channel_group(k, D) if k.axis == AXIS_TOKEN else k.group_size
     v_group = 1 if v.is_raw else layout.channel_group(v, Dv) if v.axis == AXIS_TOKEN else v.group_size
-    N = max(8, min(MAX_COLUMNS, fields.next_power_of_2(rows)))
+    N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, fields.next_power_of_2(rows)))
     column_blocks = -(-rows // N)
     if config is None:
         config = configs.attend_config(configs.device_name(query), k.bits, v.bits, D, k_group, N, bulk)
@@ -137,6 +139,8 @@ def attend(
     if mask is not None:
         while mask.dim() < 4:
             mask = mask.unsqueeze(0)
+        if mask.shape[3] * mask.stride(3) >= 1 << 31:
+            mask = mask.contiguous()  # places in a row are 32-bit numbers
         mask_strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
         additive = mask.dtype != torch.bool
         mask_kind = 2 if additive else 1

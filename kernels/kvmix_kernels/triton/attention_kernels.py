@@ -63,15 +63,17 @@ def _masked_scores(
 ):
     """Scores [tokens, columns] under the mask. SHARED: all columns have the same mask.
 
-    `position` and `ok` are [tokens]; `mask_at` is the offset of each column.
+    `position` and `ok` are [tokens]; `mask_at` is the offset of each column from the first.
     """
     if MASK == 0:
         return tl.where(ok[:, None], score, -float("inf"))
     # a shared mask is loaded as a vector: the compiler then moves the mask to where the scores are, not the
     # scores to where a tile of the mask is
-    entry_ptr = mask_ptr + position.to(tl.int64) * mask_stride
-    if not SHARED:
-        entry_ptr = entry_ptr[:, None] + mask_at[None, :]
+    if SHARED:
+        entry_ptr = mask_ptr + position.to(tl.int64) * mask_stride
+    else:
+        # one number an entry instead of two for an address
+        entry_ptr = mask_ptr + ((position * mask_stride)[:, None] + mask_at[None, :])
         ok = ok[:, None] & column_ok[None, :]
     if MASK == 1:
         seen = tl.load(entry_ptr, mask=ok, other=0) != 0
@@ -577,12 +579,14 @@ def attend_kernel(
     column_ok = column < rows
     query_head = head * (rows // query_length) + column // query_length
     query_at = batch * query_sb + query_head * query_sh + (column % query_length) * query_sl
-    mask_at = query_at
+    mask_at = column
     if MASK != 0:
-        if MASK_SHARED:
-            mask_ptr += batch * mask_sb
-        else:
-            mask_at = batch * mask_sb + query_head * mask_sh + (column % query_length) * mask_sl
+        mask_ptr += batch * mask_sb
+        if not MASK_SHARED:
+            first_head = head * (rows // query_length) + block * N // query_length
+            mask_ptr += first_head * mask_sh + (block * N % query_length).to(tl.int64) * mask_sl
+            mask_at = (column // query_length - block * N // query_length) * mask_sh
+            mask_at += (column % query_length - block * N % query_length) * mask_sl
 
     k_qdata_ptr += batch * k_qdata_sb + head * k_qdata_sh
     k_scale_ptr += batch * k_scale_sb + head * k_scale_sh
