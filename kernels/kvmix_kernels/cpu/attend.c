@@ -30,7 +30,8 @@ enum {
     BLOCK = 256,  /* tokens whose scores are kept */
     MAX_ROWS = 32,
     MAX_D = 256,
-    MAX_GROUPS = MAX_D / 16
+    MAX_GROUPS = MAX_D / 16,
+    MAX_FIELDS = 16
 };
 enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
 enum { RESIDUAL, PACKED, FRESH };
@@ -39,6 +40,7 @@ static const float LOWEST = -3.402823466e38f;
 typedef float Floats __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(WIDTH / 2), aligned(2), may_alias));
 typedef float Fours __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias));
 #define INLINE static inline __attribute__((always_inline))
@@ -49,7 +51,9 @@ typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
 typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie from `slot` on */
 typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
-    int64_t D, bits, words, per_channel, group, count;
+    int64_t D, per_channel, group;
+    int64_t words, masks[MAX_FIELDS];  /* channel f * words + j is what mask f leaves of word j */
+    int64_t count;
     Run runs[6];
 } Cached;
 typedef struct {
@@ -131,10 +135,10 @@ INLINE float product(const float *a, const float *b, int64_t n) {
 
 /* Per channel: the mask of its field, and what makes the masked field its code. */
 static void constants(const Cached *x, int32_t *masks, float *power) {
-    for (int64_t c = 0, shift = 0; c < x->D; shift += x->bits)
+    for (int64_t c = 0, field = 0; c < x->D; field++)
         for (int64_t j = 0; j < x->words; j++, c++) {
-            masks[c] = ((1 << x->bits) - 1) << shift;
-            power[c] = 1.0f / (float)(1 << shift);
+            masks[c] = (int32_t)x->masks[field];
+            power[c] = 1.0f / (float)(masks[c] & -masks[c]);
         }
 }
 
@@ -185,7 +189,7 @@ INLINE void dot(const int R, const int32_t *words, const Cached *k, const float 
                 float (*sums)[TOKENS]) {
     Floats low[ROWS] = {{0}}, high[ROWS] = {{0}};
     for (int64_t field = c / k->words, j = c % k->words; c < end; field++, j = 0) {
-        const int32_t mask = ((1 << k->bits) - 1) << field * k->bits;
+        const int32_t mask = (int32_t)k->masks[field];
         for (const int64_t stop = least(end, c + k->words - j); c < stop; c++, j++) {
             const Ints *at = (const Ints *)(words + j * TOKENS);
             Floats a = to_floats(at[0] & mask), b = to_floats(at[1] & mask);
@@ -300,26 +304,40 @@ static void (*const WEIGH[2][ROWS])(const int32_t *, int64_t, int64_t, const int
                                     const float *, int64_t, Floats (*)[2]) = {
     {weigh11, weigh21, weigh31, weigh41}, {weigh12, weigh22, weigh32, weigh42}};
 
-/* Words of n tokens as vectors of channels find them; see `packed_values`. */
-INLINE void spread(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride,
-                   int64_t n, int32_t *to) {
+/* Words of n tokens, again and again until `stride` of them are filled. */
+INLINE void repeated(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride,
+                     int64_t n, int32_t *to) {
     for (int64_t t = 0; t < n; t++, from += from_stride, to += stride)
         for (int64_t c = 0; c < stride; c += W)
             for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
 }
 
+/* The same for any W; may write up to LANES - 1 words more. */
+static void spread(const uint16_t *from, int64_t from_stride, int64_t W, int64_t stride, int64_t n,
+                   int32_t *to) {
+    uint16_t row[MAX_D / 2 + LANES];
+    switch (W) {
+    case 4: repeated(from, from_stride, 4, 16, n, to); return;
+    case 8: repeated(from, from_stride, 8, 16, n, to); return;
+    case 16: repeated(from, from_stride, 16, 16, n, to); return;
+    }
+    for (int64_t t = 0; t < n; t++, from += from_stride, to += stride) {
+        const uint16_t *words = W % LANES ? (const uint16_t *)memcpy(row, from, sizeof(*row) * W) : from;
+        for (int64_t c = 0; c < stride; c += W)
+            for (int64_t j = 0; j < W; j += LANES)
+                *(Ints *)(to + c + j) = __builtin_convertvector(*(const Shorts *)(words + j), Ints);
+    }
+}
+
 static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, const float *weights,
                           int64_t rows, float *out) {
     const int64_t D = v->D, W = v->words, G = v->group, span = v->per_channel ? D : G, columns = D / span;
-    /* words as they are; or repeated, to fill a vector; or one shifted word for each channel */
-    const int64_t stride = W % LANES == 0 ? W : LANES % W == 0 ? LANES : D;
-    const int is_shifted = W % LANES && LANES % W;
-    const int64_t next = stride == LANES ? 0 : LANES;  /* repeated words serve all vectors */
-    int32_t lanes[TOKENS * MAX_D], masks[MAX_D];
+    /* words are repeated to fill whole vectors, at worst to one for each channel */
+    const int64_t stride = 16 % W == 0 ? 16 : W % LANES == 0 ? W : D;
+    const int64_t next = stride == LANES ? 0 : LANES;  /* one vector serves all channels */
+    int32_t lanes[TOKENS * MAX_D + LANES], masks[MAX_D];
     float power[MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
     constants(v, masks, power);
-    if (is_shifted)
-        for (int64_t c = 0; c < D; c++) masks[c] = masks[0], power[c] = 1;
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
     for (int64_t done = 0, count; done < n; done += count, row += count) {
         count = least(TOKENS, n - done);
@@ -333,17 +351,7 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
             by_group(&v->zero_point, place(&v->zero_point, b, h, row), columns, count, zero);
         }
         const uint16_t *from = (const uint16_t *)v->codes.data + place(&v->codes, b, h, row);
-        if (is_shifted)
-            for (int64_t t = 0; t < count; t++, from += v->codes.token)
-                for (int64_t c = 0, shift = 0; c < D; c += W, shift += v->bits)
-                    for (int64_t j = 0; j < W; j++) lanes[t * D + c + j] = from[j] >> shift;
-        else
-            switch (W) {
-            case 4: spread(from, v->codes.token, 4, LANES, count, lanes); break;
-            case 8: spread(from, v->codes.token, 8, LANES > 8 ? LANES : 8, count, lanes); break;
-            case 16: spread(from, v->codes.token, 16, 16, count, lanes); break;
-            default: spread(from, v->codes.token, W, stride, count, lanes);
-            }
+        spread(from, v->codes.token, W, stride, count, lanes);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float w[ROWS * MAX_GROUPS * TOKENS], offset[ROWS][MAX_GROUPS];

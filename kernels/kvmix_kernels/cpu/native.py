@@ -41,6 +41,7 @@ COMPILERS = ("gcc", "cc", "g++", "clang")
 MAX_ROWS = 32
 MAX_HEAD_DIM = 256
 _LANES = 16
+_FIELDS = 16
 _RUNS = 6
 _RESIDUAL, _PACKED, _FRESH = range(3)
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -162,6 +163,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return None
     words = group = 0
+    masks: list[int] = []
     if not fmt.is_raw:
         planes = layout.plane_words(fmt.bits, head_dim)
         by_channel = fmt.axis == AXIS_CHANNEL
@@ -171,6 +173,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         if len(planes) > 1 or not whole:
             return None
         words = planes[0]
+        masks = [(1 << f.count) - 1 << f.position for f in layout.bit_fields(fmt.bits, head_dim)]
     sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
     parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
     if tiles:
@@ -181,7 +184,8 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, fmt.bits, words, int(fmt.axis == AXIS_CHANNEL), group, len(parts)]
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group]
+    numbers += [words, *masks, *[0] * (_FIELDS - len(masks)), len(parts)]
     for part in parts:
         numbers += part
     numbers += [0] * (4 * (_RUNS - len(parts)))
