@@ -49,10 +49,13 @@ typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias)
 /* Everything comes from Python as int64, `scale` apart. Strides count elements; the last one is 1. */
 typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
 typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie from `slot` on */
+typedef struct { int64_t wide, narrow, high; } Cut;  /* bits, as in layout.py */
 typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
     int64_t D, per_channel, group;
-    int64_t words, masks[MAX_FIELDS];  /* channel f * words + j is what mask f leaves of word j */
+    int64_t words, masks[MAX_FIELDS];  /* unpacked: channel f * words + j is what mask f leaves of word j */
+    int64_t planes[2], block;  /* stored: words of a token in each plane; tokens whose planes lie together, 2^i */
+    Cut cut;
     int64_t count;
     Run runs[6];
 } Cached;
@@ -142,6 +145,27 @@ static void constants(const Cached *x, int32_t *masks, float *power) {
         }
 }
 
+/* How many of n tokens from `row` on are unpacked together: no more than lie in a block and in a group. */
+INLINE int64_t at_once(const Cached *x, int64_t row, int64_t n) {
+    if (x->per_channel) n = least(n, x->group - row % x->group);
+    return least(TOKENS, least(n, x->block - (row & (x->block - 1))));
+}
+
+/* The words of tokens from `row` on in a plane. */
+INLINE const uint16_t *plane(const Cached *x, int64_t b, int64_t h, int64_t row, int which) {
+    const int64_t at = row & (x->block - 1), before = which ? x->planes[0] * x->block : 0;
+    const uint16_t *codes = (const uint16_t *)x->codes.data + place(&x->codes, b, h, row - at);
+    return codes + before + at * x->planes[which];
+}
+
+/* Words of two planes from their pieces, which may have others above them. The narrow one comes lowest and
+   the wide one's topmost bits next to it, so that the code that is in both is whole. */
+INLINE Bits joined(const Cut cut, Bits wide, Bits narrow) {
+    const int bits = (int)cut.narrow, high = (int)cut.high;
+    const Bits top = wide >> ((int)cut.wide - high) & ((1u << high) - 1);
+    return (narrow & ((1u << bits) - 1)) | top << bits | wide << (bits + high);
+}
+
 INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*to)[TOKENS]) {
     for (int64_t g = 0; g < columns; g++) {
         for (int64_t t = 0; t < n; t++) to[g][t] = from[t * columns + g];
@@ -158,17 +182,17 @@ static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, fl
 }
 
 /* Words of n tokens, tokens along lanes: to[word][token], 0 past the last. */
-static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t n, int32_t *to) {
+static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) {
     if (W % 4) {
         memset(to, 0, sizeof(int32_t) * W * TOKENS);
-        for (int64_t t = 0; t < n; t++, from += stride)
+        for (int64_t t = 0; t < n; t++, from += W)
             for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
         return;
     }
     /* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
     uint64_t fours[MAX_D / 8][TOKENS];
     if (n < TOKENS) memset(fours, 0, sizeof(uint64_t) * W / 4 * TOKENS);
-    for (int64_t t = 0; t < n; t++, from += stride)
+    for (int64_t t = 0; t < n; t++, from += W)
         for (int64_t j = 0; j < W / 4; j++)
             memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
     for (int64_t j = 0; j < W / 4; j++)
@@ -182,6 +206,25 @@ static void transposed(const uint16_t *from, int64_t stride, int64_t W, int64_t 
             at[2 * TOKENS / LANES] = high & 0xffff;
             at[3 * TOKENS / LANES] = high >> 16;
         }
+}
+
+/* Words of n tokens from `row` on, tokens along lanes; behind them is room for those of the planes. */
+static void key_words(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, int32_t *to) {
+    const int64_t W = k->planes[1];
+    const Cut cut = k->cut;
+    int32_t *wide = W ? to + k->words * TOKENS : to, *narrow = wide + k->planes[0] * TOKENS;
+    transposed(plane(k, b, h, row, 0), k->planes[0], n, wide);
+    if (!W) return;
+    transposed(plane(k, b, h, row, 1), W, n, narrow);
+    for (int64_t word = 0, piece = 0; word < k->words; piece++) {
+        const int shift = (int)(piece / 2 * cut.wide), narrow_shift = (int)(piece * cut.narrow);
+        for (int64_t j = 0; j < W; j++, word++)
+            for (int t = 0; t < TOKENS; t += LANES) {
+                const Bits *high = (const Bits *)(wide + (piece % 2 * W + j) * TOKENS + t);
+                const Bits *low = (const Bits *)(narrow + j * TOKENS + t);
+                *(Bits *)(to + word * TOKENS + t) = joined(cut, *high >> shift, *low >> narrow_shift);
+            }
+    }
 }
 
 /* sums[r][token] = codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
@@ -214,7 +257,7 @@ static void (*const DOT[ROWS])(const int32_t *, const Cached *, const float *, i
 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
-    const int64_t D = k->D, W = k->words, G = k->group, span = k->per_channel ? D : G, columns = D / span;
+    const int64_t D = k->D, G = k->group, span = k->per_channel ? D : G, columns = D / span;
     float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_GROUPS], power[MAX_D], room[2][MAX_D];
     float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D];
     int32_t words[MAX_D / 2 * TOKENS], masks[MAX_D];
@@ -227,9 +270,8 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
                 if (c % G == 0) offset[r * columns + c / G] = product(q + r * D + c, ones, G);
             }
     for (int64_t done = 0, count, group = -1; done < n; done += count, row += count) {
-        count = least(TOKENS, n - done);
+        count = at_once(k, row, n - done);
         if (k->per_channel) {
-            count = least(count, G - row % G);
             if (row / G != group) {
                 group = row / G;
                 const float *s = load(&k->scale, place(&k->scale, b, h, group), D, room[0]);
@@ -244,8 +286,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
             by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
         }
-        const uint16_t *from = (const uint16_t *)k->codes.data + place(&k->codes, b, h, row);
-        transposed(from, k->codes.token, W, count, words);
+        key_words(k, b, h, row, count, words);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
@@ -305,28 +346,47 @@ static void (*const WEIGH[2][ROWS])(const int32_t *, int64_t, int64_t, const int
     {weigh11, weigh21, weigh31, weigh41}, {weigh12, weigh22, weigh32, weigh42}};
 
 /* Words of n tokens, again and again until `stride` of them are filled. */
-INLINE void repeated(const uint16_t *from, int64_t from_stride, const int64_t W, const int64_t stride,
-                     int64_t n, int32_t *to) {
-    for (int64_t t = 0; t < n; t++, from += from_stride, to += stride)
+INLINE void repeated(const uint16_t *from, int64_t next, const int64_t W, const int64_t stride, int64_t n,
+                     int32_t *to) {
+    for (int64_t t = 0; t < n; t++, from += next, to += stride)
         for (int64_t c = 0; c < stride; c += W)
             for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
 }
 
-/* The same for any W; may write up to LANES - 1 words more. */
-static void spread(const uint16_t *from, int64_t from_stride, int64_t W, int64_t stride, int64_t n,
-                   int32_t *to) {
+/* The same for any W; may write up to LANES - 1 words more. `next` is W, which gcc must not know: it would
+   shuffle many tokens at once, which is slower. */
+static __attribute__((noinline)) void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride,
+                                             int64_t n, int32_t *to) {
     uint16_t row[MAX_D / 2 + LANES];
-    switch (W) {
-    case 4: repeated(from, from_stride, 4, 16, n, to); return;
-    case 8: repeated(from, from_stride, 8, 16, n, to); return;
-    case 16: repeated(from, from_stride, 16, 16, n, to); return;
+    switch (stride == 16 ? W : 0) {
+    case 4: repeated(from, next, 4, 16, n, to); return;
+    case 8: repeated(from, next, 8, 16, n, to); return;
+    case 16: repeated(from, next, 16, 16, n, to); return;
     }
-    for (int64_t t = 0; t < n; t++, from += from_stride, to += stride) {
+    for (int64_t t = 0; t < n; t++, from += W, to += stride) {
         const uint16_t *words = W % LANES ? (const uint16_t *)memcpy(row, from, sizeof(*row) * W) : from;
         for (int64_t c = 0; c < stride; c += W)
             for (int64_t j = 0; j < W; j += LANES)
                 *(Ints *)(to + c + j) = __builtin_convertvector(*(const Shorts *)(words + j), Ints);
     }
+}
+
+/* Words of n tokens from `row` on, each token's again and again until `stride` of them are filled. */
+static void value_words(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, int64_t stride,
+                        int32_t *to) {
+    spread(plane(v, b, h, row, 0), v->planes[0], v->planes[0], stride, n, to);
+    if (!v->planes[1]) return;
+    const Cut cut = v->cut;
+    int32_t narrow[TOKENS * MAX_D + LANES], shifts[2][MAX_D];
+    spread(plane(v, b, h, row, 1), v->planes[1], v->planes[1], stride, n, narrow);
+    for (int p = 0; p < 2; p++)
+        for (int64_t c = 0, shift = 0; c < stride; shift = (shift + (p ? cut.narrow : cut.wide)) % 16)
+            for (int64_t j = 0; j < v->planes[p]; j++) shifts[p][c++] = (int32_t)shift;
+    for (int64_t at = 0; at < n * stride; at += stride)
+        for (int64_t c = 0; c < stride; c += LANES) {
+            Bits *high = (Bits *)(to + at + c), *low = (Bits *)(narrow + at + c);
+            *high = joined(cut, *high >> *(Bits *)(shifts[0] + c), *low >> *(Bits *)(shifts[1] + c));
+        }
 }
 
 static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, const float *weights,
@@ -340,18 +400,16 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
     constants(v, masks, power);
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
     for (int64_t done = 0, count; done < n; done += count, row += count) {
-        count = least(TOKENS, n - done);
+        count = at_once(v, row, n - done);
         const float *s = 0, *z = 0;
         if (v->per_channel) {
-            count = least(count, G - row % G);
             s = load(&v->scale, place(&v->scale, b, h, row / G), D, room[0]);
             z = load(&v->zero_point, place(&v->zero_point, b, h, row / G), D, room[1]);
         } else {
             by_group(&v->scale, place(&v->scale, b, h, row), columns, count, step);
             by_group(&v->zero_point, place(&v->zero_point, b, h, row), columns, count, zero);
         }
-        const uint16_t *from = (const uint16_t *)v->codes.data + place(&v->codes, b, h, row);
-        spread(from, v->codes.token, W, stride, count, lanes);
+        value_words(v, b, h, row, count, stride, lanes);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float w[ROWS * MAX_GROUPS * TOKENS], offset[ROWS][MAX_GROUPS];

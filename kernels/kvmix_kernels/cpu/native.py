@@ -42,7 +42,9 @@ MAX_ROWS = 32
 MAX_HEAD_DIM = 256
 _LANES = 16
 _FIELDS = 16
+_PACKING = _FIELDS + 7
 _RUNS = 6
+_ENDLESS = 1 << 62
 _RESIDUAL, _PACKED, _FRESH = range(3)
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MASKS = {**_FLOATS, torch.bool: 3}
@@ -135,11 +137,13 @@ def _describe_cache(
         codes = _describe(buffers.qdata, (B, H, placed.rows, placed.words), _CODES)
         step = _describe(buffers.scale, (B, H, *placed.grid), _FLOATS)
         zero_point = _describe(buffers.zero_point, (B, H, *placed.grid), _FLOATS)
-        if step is None or zero_point is None or not step[3] == zero_point[3] == placed.grid[1]:
+        if codes is None or step is None or zero_point is None:
+            return None
+        if codes[3] != placed.words or not step[3] == zero_point[3] == placed.grid[1]:
             return None
     residual = _describe(buffers.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
-    if codes is None or step is None or zero_point is None or residual is None or fresh is None:
+    if residual is None or fresh is None:
         return None
     return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh) + placed.rest
 
@@ -162,18 +166,17 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     """
     if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return None
-    words = group = 0
-    masks: list[int] = []
+    group = words = 0
+    packing = [0] * _PACKING
     if not fmt.is_raw:
-        planes = layout.plane_words(fmt.bits, head_dim)
         by_channel = fmt.axis == AXIS_CHANNEL
         group = fmt.group_size if by_channel else layout.channel_group(fmt, head_dim)
         # formats come as plain integers, which nobody need have checked
         whole = group > 0 and not (fmt.tile % group if by_channel else head_dim % group or group % _LANES)
-        if len(planes) > 1 or not whole:
+        if not whole:
             return None
-        words = planes[0]
-        masks = [(1 << f.count) - 1 << f.position for f in layout.bit_fields(fmt.bits, head_dim)]
+        words = layout.words_per_token(fmt.bits, head_dim)
+        packing = _packing(fmt, head_dim)
     sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
     parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
     if tiles:
@@ -184,8 +187,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group]
-    numbers += [words, *masks, *[0] * (_FIELDS - len(masks)), len(parts)]
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, *packing, len(parts)]
     for part in parts:
         numbers += part
     numbers += [0] * (4 * (_RUNS - len(parts)))
@@ -196,6 +198,28 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         slots=max((p[3] + p[2] - p[1] for p in parts if p[0] == _RESIDUAL), default=0),
         rest=struct.pack(f"={len(numbers)}q", *numbers),
     )
+
+
+def _packing(fmt: TensorFormat, head_dim: int) -> list[int]:
+    """Which words the kernel unpacks, and from what: `words` to `high` of its `Cached`.
+
+    These words are those stored, or for 3 bits whole columns, which have the narrow piece below the wide one and
+    the code that is cut in one piece between them.
+    """
+    planes, fields = layout.plane_words(fmt.bits, head_dim), layout.bit_fields(fmt.bits, head_dim)
+    if len(planes) == 1:
+        masks = [(1 << f.count) - 1 << f.position for f in fields]
+        rest = [planes[0], 0, _ENDLESS, 0, 0, 0]
+        words = planes[0]
+    else:
+        copies = layout.fold_copies(fmt.bits, head_dim)
+        cut = layout.cut_column(copies)
+        words = copies * planes[0]
+        whole = (f.position for f in fields if f.plane == 0 and f.count == 3 and f.position < cut.wide)
+        lower = (f.position for f in fields if f.plane == 1 and f.position < cut.narrow)
+        masks = [7 << cut.narrow + cut.high + p for p in whole] + [7 << p for p in lower]
+        rest = [*planes, layout.plane_block(fmt), cut.wide, cut.narrow, cut.high]
+    return [words, *masks, *[0] * (_FIELDS - len(masks)), *rest]
 
 
 _compiling = threading.Lock()
