@@ -44,6 +44,7 @@ typedef uint16_t Shorts __attribute__((vector_size(WIDTH / 2), aligned(2), may_a
 typedef float Fours __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias));
 #define INLINE static inline __attribute__((always_inline))
+#define ALIGNED __attribute__((aligned(WIDTH)))  /* not to load from two cache lines at once */
 #define AT(pointer) (*(Floats *)(pointer))
 
 /* Everything comes from Python as int64, `scale` apart. Strides count elements; the last one is 1. */
@@ -145,9 +146,8 @@ static void constants(const Cached *x, int32_t *masks, float *power) {
         }
 }
 
-/* How many of n tokens from `row` on are unpacked together: no more than lie in a block and in a group. */
+/* How many of n tokens from `row` on are unpacked together, if their groups do not end before. */
 INLINE int64_t at_once(const Cached *x, int64_t row, int64_t n) {
-    if (x->per_channel) n = least(n, x->group - row % x->group);
     return least(TOKENS, least(n, x->block - (row & (x->block - 1))));
 }
 
@@ -190,7 +190,7 @@ static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) 
         return;
     }
     /* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
-    uint64_t fours[MAX_D / 8][TOKENS];
+    uint64_t fours[MAX_D / 8][TOKENS] ALIGNED;
     if (n < TOKENS) memset(fours, 0, sizeof(uint64_t) * W / 4 * TOKENS);
     for (int64_t t = 0; t < n; t++, from += W)
         for (int64_t j = 0; j < W / 4; j++)
@@ -213,9 +213,9 @@ static void key_words(const Cached *k, int64_t b, int64_t h, int64_t row, int64_
     const int64_t W = k->planes[1];
     const Cut cut = k->cut;
     int32_t *wide = W ? to + k->words * TOKENS : to, *narrow = wide + k->planes[0] * TOKENS;
-    transposed(plane(k, b, h, row, 0), k->planes[0], n, wide);
+    for (int p = 0; p < 2 && k->planes[p]; p++)
+        transposed(plane(k, b, h, row, p), k->planes[p], n, p ? narrow : wide);
     if (!W) return;
-    transposed(plane(k, b, h, row, 1), W, n, narrow);
     for (int64_t word = 0, piece = 0; word < k->words; piece++) {
         const int shift = (int)(piece / 2 * cut.wide), narrow_shift = (int)(piece * cut.narrow);
         for (int64_t j = 0; j < W; j++, word++)
@@ -260,7 +260,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
     const int64_t D = k->D, G = k->group, span = k->per_channel ? D : G, columns = D / span;
     float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_GROUPS], power[MAX_D], room[2][MAX_D];
     float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D];
-    int32_t words[MAX_D / 2 * TOKENS], masks[MAX_D];
+    int32_t words[MAX_D / 2 * TOKENS] ALIGNED, masks[MAX_D];
     constants(k, masks, power);
     for (int64_t c = 0; c < D; c++) ones[c] = 1;
     if (!k->per_channel)
@@ -272,6 +272,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
     for (int64_t done = 0, count, group = -1; done < n; done += count, row += count) {
         count = at_once(k, row, n - done);
         if (k->per_channel) {
+            count = least(count, G - row % G);
             if (row / G != group) {
                 group = row / G;
                 const float *s = load(&k->scale, place(&k->scale, b, h, group), D, room[0]);
@@ -353,17 +354,15 @@ INLINE void repeated(const uint16_t *from, int64_t next, const int64_t W, const 
             for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
 }
 
-/* The same for any W; may write up to LANES - 1 words more. `next` is W, which gcc must not know: it would
-   shuffle many tokens at once, which is slower. */
-static __attribute__((noinline)) void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride,
-                                             int64_t n, int32_t *to) {
+/* The same for any W; may write up to LANES - 1 words more. */
+static void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride, int64_t n, int32_t *to) {
     uint16_t row[MAX_D / 2 + LANES];
     switch (stride == 16 ? W : 0) {
     case 4: repeated(from, next, 4, 16, n, to); return;
     case 8: repeated(from, next, 8, 16, n, to); return;
     case 16: repeated(from, next, 16, 16, n, to); return;
     }
-    for (int64_t t = 0; t < n; t++, from += W, to += stride) {
+    for (int64_t t = 0; t < n; t++, from += next, to += stride) {
         const uint16_t *words = W % LANES ? (const uint16_t *)memcpy(row, from, sizeof(*row) * W) : from;
         for (int64_t c = 0; c < stride; c += W)
             for (int64_t j = 0; j < W; j += LANES)
@@ -371,14 +370,18 @@ static __attribute__((noinline)) void spread(const uint16_t *from, int64_t next,
     }
 }
 
-/* Words of n tokens from `row` on, each token's again and again until `stride` of them are filled. */
+/* Words of n tokens from `row` on, each token's again and again until `stride` of them are filled;
+   behind them is room for as many. */
 static void value_words(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, int64_t stride,
                         int32_t *to) {
-    spread(plane(v, b, h, row, 0), v->planes[0], v->planes[0], stride, n, to);
+    int32_t *narrow = to + TOKENS * stride, shifts[2][MAX_D];
+    for (int p = 0; p < 2 && v->planes[p]; p++) {
+        /* gcc that knows this to be W shuffles many tokens together, which is slower */
+        const int64_t next = v->planes[1] ? v->planes[p] : v->codes.token;
+        spread(plane(v, b, h, row, p), next, v->planes[p], stride, n, p ? narrow : to);
+    }
     if (!v->planes[1]) return;
     const Cut cut = v->cut;
-    int32_t narrow[TOKENS * MAX_D + LANES], shifts[2][MAX_D];
-    spread(plane(v, b, h, row, 1), v->planes[1], v->planes[1], stride, n, narrow);
     for (int p = 0; p < 2; p++)
         for (int64_t c = 0, shift = 0; c < stride; shift = (shift + (p ? cut.narrow : cut.wide)) % 16)
             for (int64_t j = 0; j < v->planes[p]; j++) shifts[p][c++] = (int32_t)shift;
@@ -395,7 +398,7 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
     /* words are repeated to fill whole vectors, at worst to one for each channel */
     const int64_t stride = 16 % W == 0 ? 16 : W % LANES == 0 ? W : D;
     const int64_t next = stride == LANES ? 0 : LANES;  /* one vector serves all channels */
-    int32_t lanes[TOKENS * MAX_D + LANES], masks[MAX_D];
+    int32_t lanes[2 * TOKENS * MAX_D + LANES] ALIGNED, masks[MAX_D];
     float power[MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
     constants(v, masks, power);
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
@@ -403,6 +406,7 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
         count = at_once(v, row, n - done);
         const float *s = 0, *z = 0;
         if (v->per_channel) {
+            count = least(count, G - row % G);
             s = load(&v->scale, place(&v->scale, b, h, row / G), D, room[0]);
             z = load(&v->zero_point, place(&v->zero_point, b, h, row / G), D, room[1]);
         } else {
