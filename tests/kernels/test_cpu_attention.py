@@ -309,6 +309,7 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         {"new_keys": new[..., :32]},
         {"keys": k._replace(qdata=k.qdata[:, :, :100])},
         {"keys": k._replace(qdata=k.qdata.int())},
+        {"keys": k._replace(qdata=k.qdata.repeat(1, 1, 1, 2)[..., :8])},
         {"keys": k._replace(scale=k.scale[:, :, :1])},
         {"keys": k._replace(zero_point=k.zero_point[:, :1])},
         {"values": v._replace(scale=v.scale.repeat_interleave(2, 3)[..., ::2])},

@@ -1,6 +1,6 @@
 """Decode attention for CPUs: the C kernel of `native`, and what it leaves in few and long vectorised ops.
 
-The kernel needs a C compiler and takes no 3 bits. What follows is about the ops.
+The kernel needs a C compiler. What follows is about the ops.
 
 The reference unpacks tokens into rows of D channels. Its fields are then slices of D * bits / 16
 channels, 8 for 64 channels at 2 bits, and an op over such short rows spends its time between rows.

@@ -201,16 +201,16 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
 
 
 def _packing(fmt: TensorFormat, head_dim: int) -> list[int]:
-    """Which words the kernel unpacks, and from what: `words` to `high` of its `Cached`.
+    """Which words the kernel unpacks, and from what: `words` to `cut` of its `Cached`.
 
-    These words are those stored, or for 3 bits whole columns, which have the narrow piece below the wide one and
-    the code that is cut in one piece between them.
+    These are the words stored, or for 3 bits whole columns: the narrow piece lowest, then the high bits of
+    the code that was cut, which makes it whole, then the codes of the wide piece.
     """
     planes, fields = layout.plane_words(fmt.bits, head_dim), layout.bit_fields(fmt.bits, head_dim)
     if len(planes) == 1:
-        masks = [(1 << f.count) - 1 << f.position for f in fields]
-        rest = [planes[0], 0, _ENDLESS, 0, 0, 0]
         words = planes[0]
+        masks = [(1 << f.count) - 1 << f.position for f in fields]
+        rest = [words, 0, _ENDLESS, 0, 0, 0]
     else:
         copies = layout.fold_copies(fmt.bits, head_dim)
         cut = layout.cut_column(copies)
