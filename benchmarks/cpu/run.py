@@ -29,7 +29,7 @@ from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.smollm2 import random_smollm2
 
 PLAIN = "transformers"
-NAMES = ("k2v2 g32 w32", "k4v2 g32 w32", "k4v4 g32 w32")
+NAMES = ("k2v2 g32 w32", "k3v3 g32 w32", "k4v2 g32 w32", "k4v4 g32 w32")
 CASES = ((1, 1024), (1, 2048), (1, 4096), (8, 1024), (8, 2048), (8, 4096))
 PROFILED = (8, 2048)
 TURN = 3
