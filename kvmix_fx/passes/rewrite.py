@@ -350,14 +350,13 @@ class _Rewriter:
 
 
 def _asks_shape(node: fx.Node) -> bool:
-    by_method = node.op == "call_method" and node.target == "size"
-    return by_method or (node.op == "call_function" and node.target is getattr and node.args[1] == "shape")
+    return node.op == "call_method" and node.target == "size"
 
 
 def _asked_dim(node: fx.Node, asked: fx.Node) -> int | None:
     """The one dimension that `node` reads: as `x.size(dim)`, or from all sizes, which are `asked`."""
     if node is asked:
-        dim = node.args[1] if node.op == "call_method" and len(node.args) > 1 else node.kwargs.get("dim")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     else:
         dim = node.args[1] if node.target is operator.getitem else None
     return dim if isinstance(dim, int) else None

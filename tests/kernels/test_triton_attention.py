@@ -210,7 +210,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
 def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
     g = torch.Generator().manual_seed(3)
     k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in ("channel", "token"))
-    assert attention.has_bulk_path(k, v, 64)
+    assert attention.has_bulk_path(k, v, 64, 1)
     x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
     caches = []
     for tokens, fmt in zip(x, (k, v), strict=True):
@@ -232,8 +232,8 @@ def test_an_empty_cache_without_new_tokens_gives_zeros() -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "bool", "bool heads", "additive inf heads"])
-@pytest.mark.parametrize("L", [20, 300])
-def test_more_query_rows_than_columns_use_several_blocks(L: int, mask: str) -> None:
-    """With more new tokens than stored ones, and with fewer: then packed ones take the fast path."""
+@pytest.mark.parametrize(("Lq", "L"), [(33, 20), (33, 300), (13, 300)])
+def test_more_query_rows_than_columns_use_several_blocks(Lq: int, L: int, mask: str) -> None:
+    """On the general path, and with up to 64 rows on the fast one."""
     k, v = make_format(4, "channel", 32, 32, 0, 0), make_format(4, "token", 0, 32, 0, 0)
-    check(k, v, B=1, Hkv=2, group=4, Lq=33, D=32, Dv=32, L=L, mask=mask)
+    check(k, v, B=1, Hkv=2, group=4, Lq=Lq, D=32, Dv=32, L=L, mask=mask)

@@ -17,6 +17,7 @@ from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, por
 MAX_BULK_COLUMNS = 16
 """Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
 MAX_COLUMNS = 64
+"""Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
 MIN_GROUPS = 16
 """Groups a program has registers for: the rows of a dot."""
 
@@ -27,10 +28,10 @@ REST_SHARE = 128
 """Tokens outside the bulk that one program should not fall below."""
 
 
-def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int) -> bool:
-    """Whether packed tokens of these formats can take the fast path."""
+def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int, rows: int) -> bool:
+    """Whether packed tokens of these formats can take the fast path for `rows` query rows."""
     k, v = key_format, value_format
-    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN:
+    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_COLUMNS:
         return False
     group = layout.channel_group(v, Dv)
     return (
@@ -84,9 +85,8 @@ def attend(
     query = inner_dense(query)
     new_k = inner_dense(new_keys) if has_new else query
     new_v = inner_dense(new_values) if has_new else query
-    # the running maximum of the bulk assumes that larger products are larger scores; where most tokens are the
-    # step's own, wide blocks of query rows matter more
-    bulk = scale > 0 and has_bulk_path(k, v, Dv) and new_count <= length
+    # the running maximum of the bulk assumes that larger products are larger scores
+    bulk = scale > 0 and has_bulk_path(k, v, Dv, rows)
     k_group = 1 if k.is_raw else layout.channel_group(k, D) if k.axis == AXIS_TOKEN else k.group_size
     v_group = 1 if v.is_raw else layout.channel_group(v, Dv) if v.axis == AXIS_TOKEN else v.group_size
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, fields.next_power_of_2(rows)))
