@@ -129,7 +129,9 @@ def launches(case: dict[str, Any]) -> list[Launch]:
         ):
             patch.setattr(configs, "device_name", lambda _: case["gpu"])
             columns = min(max(8, 4 * Lq), attention.MAX_BULK_COLUMNS)
-            config = configs.attend_config(case["gpu"], case["bits"], case["bits"], D, group, columns, True)
+            config = configs.attend_config(
+                case["gpu"], case["bits"], case["bits"], D, group, columns, True, 512
+            )
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
@@ -160,10 +162,12 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 80, 2, gpu="default"),
         case("attend", 100, 4, gpu="default"),
         case("attend", 90, 2, gpu=HOPPER),
-        case("attend", 90, 2, gpu=HOPPER, registers=208),
+        case("attend", 90, 2, gpu=HOPPER, registers=232),
         case("attend", 90, 3, gpu=HOPPER),
+        case("attend", 90, 3, gpu=HOPPER, mask=True),
         case("attend", 90, 4, gpu=HOPPER, mask=True),
         case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
+        case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
         case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
         case("attend", 90, 16, gpu=HOPPER),
         case("append_", 90, 2),

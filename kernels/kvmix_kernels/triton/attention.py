@@ -92,7 +92,9 @@ def attend(
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, fields.next_power_of_2(rows)))
     column_blocks = -(-rows // N)
     if config is None:
-        config = configs.attend_config(configs.device_name(query), k.bits, v.bits, D, k_group, N, bulk)
+        config = configs.attend_config(
+            configs.device_name(query), k.bits, v.bits, D, k_group, N, bulk, B * Hkv
+        )
 
     # shares: fixed by the capacity, filled evenly by however many tokens are alive
     heads = B * Hkv * column_blocks

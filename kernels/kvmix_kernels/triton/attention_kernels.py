@@ -34,6 +34,7 @@ from kvmix_kernels.triton.fields import (
     plane_words,
     stored_values,
     word_at,
+    words_per_token,
 )
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -90,25 +91,37 @@ def _masked_scores(
 @triton.jit
 def _load_words(
     base_ptr,
-    row,
+    first,
+    token,
     column,
-    ok,
     BITS: tl.constexpr,
     D: tl.constexpr,
     PLANE: tl.constexpr,
     BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """Words of a plane at broadcastable indices, folded copies side by side but not yet shifted."""
+    """A plane's words at broadcastable indices, folded copies side by side but not yet shifted.
+
+    `token` counts from row `first`, a multiple of ALIGN.
+    """
     WORDS: tl.constexpr = plane_words(BITS, D, PLANE)
     COPIES: tl.constexpr = fold_copies(BITS, D, PLANE)
-    word = column if COPIES == 1 else column % WORDS
-    at = word_at(row, BITS, D, PLANE, BLOCK) + word
+    word = column
+    if COPIES > 1:
+        # two threads of a copy that read the same 16 bytes are slow; pieces of 8 go through L1, which serves both
+        if column.shape[0] == 1:
+            word = tl.max_contiguous(column % WORDS, [1, 4])
+        else:
+            word = tl.max_contiguous(column % WORDS, [4, 1])
+    if ALIGN % BLOCK == 0:
+        # places from the first are the same in every step
+        base_ptr += first * words_per_token(BITS, D)
+        at = word_at(token, BITS, D, PLANE, BLOCK) + word
+    else:
+        at = word_at(first + token, BITS, D, PLANE, BLOCK) + word
     if fold_width(BITS, D) == WORDS * COPIES:
-        if MASKED:
-            return tl.load(base_ptr + at, mask=ok, other=0)
         return tl.load(base_ptr + at)
-    return tl.load(base_ptr + at, mask=ok & (column < WORDS * COPIES), other=0)
+    return tl.load(base_ptr + at, mask=(token >= 0) & (column < WORDS * COPIES), other=0)
 
 
 @triton.jit
@@ -160,6 +173,7 @@ def _bulk(
     VW: tl.constexpr = fold_width(V_BITS, DV)
     VG: tl.constexpr = DV // V_GROUP
     STEPS: tl.constexpr = K_GROUP // TOKENS
+    ALIGN: tl.constexpr = min(TOKENS, V_ALIGN)
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // K_GROUP * K_GROUP
     first_v_row = first_v_row // V_ALIGN * V_ALIGN
@@ -243,23 +257,38 @@ def _bulk(
 
     for i in tl.range(0, groups * STEPS, num_stages=STAGES):
         first = i * TOKENS
-        k_row = first_k_row + first + token
         v_row = first_v_row + first + token
-        ok = token[:, None] >= 0
-        v_ok = token[None, :] >= 0
-        k_word = _load_words(k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 0, K_BLOCK, False)
+        k_word = _load_words(
+            k_qdata_ptr, first_k_row + first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
+        )
         k_low = k_word
         if K_BITS == 3:
             k_low = _load_words(
-                k_qdata_ptr, k_row[:, None], k_column[None, :], ok, K_BITS, D, 1, K_BLOCK, False
+                k_qdata_ptr,
+                first_k_row + first,
+                token[:, None],
+                k_column[None, :],
+                K_BITS,
+                D,
+                1,
+                K_BLOCK,
+                TOKENS,
             )
         v_word = _load_words(
-            v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 0, V_BLOCK, False
+            v_qdata_ptr, first_v_row + first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
         )
         v_low = v_word
         if V_BITS == 3:
             v_low = _load_words(
-                v_qdata_ptr, v_row[None, :], v_column[:, None], v_ok, V_BITS, DV, 1, V_BLOCK, False
+                v_qdata_ptr,
+                first_v_row + first,
+                token[None, :],
+                v_column[:, None],
+                V_BITS,
+                DV,
+                1,
+                V_BLOCK,
+                ALIGN,
             )
         step_ptr = k_scale_ptr + (first_group + i // STEPS) * D + k_column[:, None]
 

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FEW_HEADS = 16
+"""Up to so many heads, `max_splits` shares of each are fewer programs than a GPU has room for."""
+
 
 class AttendConfig(NamedTuple):
     """Parameters of one attention launch.
@@ -60,14 +63,20 @@ def entries(name: str) -> tuple[dict[str, dict[str, Any]], ...]:
     return tuple(found)
 
 
-@cache
 def attend_config(
-    name: str, k_bits: int, v_bits: int, head_dim: int, group: int, columns: int, bulk: bool
+    name: str, k_bits: int, v_bits: int, head_dim: int, group: int, columns: int, bulk: bool, heads: int
 ) -> AttendConfig:
-    """The committed parameters for a case."""
+    """The committed parameters for a case; `heads` counts the KV heads of all sequences."""
+    return _attend_config(name, k_bits, v_bits, head_dim, group, columns, bulk, heads <= FEW_HEADS)
+
+
+@cache
+def _attend_config(
+    name: str, k_bits: int, v_bits: int, head_dim: int, group: int, columns: int, bulk: bool, few_heads: bool
+) -> AttendConfig:
     case = {
         "k_bits": k_bits, "v_bits": v_bits, "bits": max(k_bits, v_bits), "head_dim": head_dim,
-        "group": group, "columns": columns, "bulk": bulk,
+        "group": group, "columns": columns, "bulk": bulk, "few_heads": few_heads,
     }  # fmt: skip
     for entry in entries(name):
         if all(case[key] == value for key, value in entry["match"].items()):

@@ -1,7 +1,7 @@
 """Find launch parameters for this GPU: `python -m kvmix_kernels.triton.tune --help`.
 
 Candidates are compiled by several processes first, then timed one after the other on every case.
-The winner of each (bits, head size, group, columns) is written to `configs/<GPU name>.json`.
+The winner of each (bits, head size, group, columns, few or many heads) is written to `configs/<GPU name>.json`.
 """
 
 from __future__ import annotations
@@ -83,15 +83,16 @@ def tune(
         for config in candidates(setting, sweep)
     ]
     failed = {job: error for job, error in zip(jobs, compile_all(jobs, processes), strict=True) if error}
-    # the winner minimizes the geometric mean over the cases of one head size and group
-    scores: dict[tuple[Setting, int, int], dict[configs.AttendConfig, list[float]]] = {}
+    # the winner minimizes the geometric mean over the cases of one head size and group, and of few or many heads
+    scores: dict[tuple[Setting, int, int, bool], dict[configs.AttendConfig, list[float]]] = {}
     for setting in settings:
         for case in cases:
             timed = time_config(case, setting)
             for config in candidates(setting, sweep):
                 job = (case, setting, config)
                 micros = math.inf if job in failed else timed(config)
-                key = (setting, case.head_dim, max(8, case.group))
+                few = case.batch * case.heads <= configs.FEW_HEADS
+                key = (setting, case.head_dim, max(8, case.group), few)
                 scores.setdefault(key, {}).setdefault(config, []).append(micros)
                 print(
                     case.name, *setting, *config, f"{micros:.1f}", failed.get(job, ""), file=log, flush=True
@@ -99,11 +100,11 @@ def tune(
             del timed
             torch.cuda.empty_cache()
     entries = []
-    for (setting, head_dim, columns), found in scores.items():
+    for (setting, head_dim, columns, few), found in scores.items():
         best = min(found, key=lambda config: math.prod(found[config]))
         match = {
             "k_bits": setting[0], "v_bits": setting[1], "head_dim": head_dim, "group": setting[2], "columns": columns,
-            "bulk": True,
+            "bulk": True, "few_heads": few,
         }  # fmt: skip
         entries.append({"match": match, "use": best._asdict()})
     return entries
