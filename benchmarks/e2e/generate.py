@@ -308,9 +308,10 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         kvmix_fx.compile(model, plan, inner=options.inner)
 
     def first_call(case: str, ids: torch.Tensor, _new: int) -> list[Row]:
+        rows = [warm_up(model, case, provider, ids, settings)]
         if plan is not None and options.loop:
             loop(model, plan, ids, COLD_TOKENS)
-        return [warm_up(model, case, provider, ids, settings)]
+        return rows
 
     def timings(case: str, ids: torch.Tensor, new: int) -> list[Row]:
         profiled = any(name == "all" or f" {name}" in case for name in options.profile)
