@@ -206,6 +206,14 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
     )
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("D", [32, 80, 96, 192, 256])
+def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
+    k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
+    assert attention.has_bulk_path(k, v, D, 1)
+    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])
 def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
     g = torch.Generator().manual_seed(3)

@@ -250,10 +250,10 @@ def _bulk(
     for f in tl.static_range(VF):
         outs = outs + (tl.zeros([VW, N], tl.float32),)
 
-    k_shift = tl.load(shifts_ptr + (k_column % 16)[None, :])
-    k_low_shift = tl.load(shifts_ptr + 16 + (k_column % 16)[None, :])
-    v_shift = tl.load(shifts_ptr + 32 + (v_column % 16)[:, None])
-    v_low_shift = tl.load(shifts_ptr + 48 + (v_column % 16)[:, None])
+    k_shift = tl.load(shifts_ptr + k_column[None, :])
+    k_low_shift = tl.load(shifts_ptr + KW + k_column[None, :])
+    v_shift = tl.load(shifts_ptr + 2 * KW + v_column[:, None])
+    v_low_shift = tl.load(shifts_ptr + 2 * KW + VW + v_column[:, None])
 
     for i in tl.range(0, groups * STEPS, num_stages=STAGES):
         first = i * TOKENS

@@ -176,7 +176,7 @@ def fold_shifts(bits: int, head_dim: int) -> list[int]:
         index = min(index, len(layout.PLANES[bits]) - 1)
         words, copies = layout.plane_words(bits, head_dim)[index], fold_copies(bits, head_dim, index)
         step = layout.WORD_BITS // copies if bits == 3 else bits
-        rows += [column // words % copies * step for column in range(MIN_DOT)]
+        rows += [column // words % copies * step for column in range(fold_width(bits, head_dim))]
     return rows
 
 
