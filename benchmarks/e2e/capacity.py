@@ -382,10 +382,13 @@ def run_provider(provider: str, options: argparse.Namespace) -> None:
         take_memory_back(model)
         for case in options.case:
             measure(model, make, case, provider, plan, guess(case), options)
-    if plan is not None:
-        graphs = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
-        print(f"{provider}: graphs {graphs}", flush=True)
-    torch._dynamo.reset()
+        if plan is not None:
+            graphs = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
+            print(f"{provider}: graphs {graphs}", flush=True)
+            kvmix_fx.restore(model)
+        torch._dynamo.reset()
+        # before the next process has its turn
+        give_memory_away(model)
 
 
 def measure(
