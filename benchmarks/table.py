@@ -216,7 +216,7 @@ def capacity() -> str:
     for (case, machine), providers in grouped(load("generate")).items():
         for provider, by in providers.items():
             for size in (by[metric] for metric in SIZES if metric in by):
-                speed = by["tokens_per_second"]
+                speed = by.get("tokens_per_second")
                 body.append(
                     [
                         f"{case}, {machine}",
@@ -224,7 +224,7 @@ def capacity() -> str:
                         number(size.effective_bits, ".2f"),
                         f"{size.value:,.0f} {size.unit}",
                         "-" if size.ratio is None else f"{size.ratio:.2f}x",
-                        number(speed.value, ".1f"),
+                        number(speed and speed.value, ".1f"),
                         *(f"{count / 2**30:.1f}" for count in (size.bytes or 0, by["peak_bytes"].value)),
                     ]
                 )
