@@ -42,7 +42,9 @@ CASES = (
 )
 PROVIDERS = (
     "k2v2 g128", "k3v3 g128", "k4v4 g128", "k4v2 g128", "k2v4 g128", "k3v2 g128",
-    "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32", "k2v2 g128 w128", "k4v4 g128 w128",
+    "k3v4 g128", "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32",
+    "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
+    "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -51,18 +53,37 @@ RAW_CONFIGS = tuple(
 )
 RAW = make_format(16)
 LIMIT = 2e-2
+MASKS = ("padded", "added")
+"""Words of a provider's name."""
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
     """Formats of "k2v2 g64 w128": bits, group of keys and values, recent window (default 0)."""
     bits, group, *rest = provider.split()
     size = int(group[1:])
-    window = int(rest[0][1:]) if rest else 0
+    window = next((int(word[1:]) for word in rest if word[0] == "w"), 0)
     v_group = layout.WHOLE_HEAD if size >= head_dim else size
     return (
         make_format(int(bits[1]), "channel", size, 128, 0, window),
         make_format(int(bits[3]), "token", v_group, 128, 0, window),
     )
+
+
+def inputs(case: Case, provider: str) -> list[object]:
+    """Arguments of `attend`; "padded" and "added" in the provider hide other padding in every sequence.
+
+    Up to an eighth of the tokens is padding on the left, told by a boolean mask or by one to be added.
+    """
+    args = decode_inputs(case, *formats(provider, case.head_dim))
+    kind = provider.split()[-1]
+    if kind in MASKS:
+        first = torch.arange(case.batch, device="cuda") * (case.tokens // 8) // max(1, case.batch - 1)
+        seen = (torch.arange(case.tokens + 1, device="cuda") >= first[:, None])[:, None, None]
+        args[11] = seen
+        if kind == "added":
+            lowest = torch.finfo(torch.bfloat16).min
+            args[11] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
+    return args
 
 
 def poisoned_attend(args: list[object]) -> torch.Tensor:
@@ -105,15 +126,15 @@ def baselines(case: Case) -> dict[str, Timing]:
     ):
         try:
             with sdpa_kernel(backend):
-                calls = [functools.partial(F.scaled_dot_product_attention, *inputs) for inputs in sets]
+                calls = [functools.partial(F.scaled_dot_product_attention, *three) for three in sets]
                 times[name] = graph_time(calls)
         except RuntimeError as problem:
             print(f"{case.name}: {name} does not run: {str(problem)[:80]}", file=sys.stderr)
     del sets, calls
-    inputs = [decode_inputs(case, RAW, RAW) for _ in range(input_sets(one))]
+    raw = [decode_inputs(case, RAW, RAW) for _ in range(input_sets(one))]
     split = []
     for config in RAW_CONFIGS:
-        calls = [functools.partial(attention.attend, *args, config=config) for args in inputs]
+        calls = [functools.partial(attention.attend, *args, config=config) for args in raw]
         split.append(graph_time(calls))
     times["triton-16bit"] = min(split)
     return times
@@ -122,12 +143,12 @@ def baselines(case: Case) -> dict[str, Timing]:
 def measure(case: Case, provider: str) -> tuple[Timing, float, int] | str:
     """(time, effective bits, bytes read), or why there is none."""
     k, v = formats(provider, case.head_dim)
-    args = decode_inputs(case, k, v)
+    args = inputs(case, provider)
     found = error(args)
     if not found < LIMIT:
         return f"WRONG: relative error {found:.3g} against the reference"
     size = nbytes(args)
-    sets = [args] + [decode_inputs(case, k, v) for _ in range(input_sets(size) - 1)]
+    sets = [args] + [inputs(case, provider) for _ in range(input_sets(size) - 1)]
     timing = graph_time([functools.partial(attention.attend, *one) for one in sets])
     elements = case.batch * case.heads * case.head_dim
     raw = sum(case.tokens - fmt.packed_tiles(case.tokens) * fmt.tile for fmt in (k, v)) * elements * 16
@@ -148,7 +169,7 @@ def compile_only(cases: Iterable[str], providers: Iterable[str]) -> int:
             attention.attend(*raw, config=config)
         for provider in providers:
             if int(provider.split()[1][1:]) <= case.tokens:
-                wrong |= not error(decode_inputs(case, *formats(provider, case.head_dim))) < LIMIT
+                wrong |= not error(inputs(case, provider)) < LIMIT
     return wrong
 
 
