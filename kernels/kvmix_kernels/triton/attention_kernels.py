@@ -109,10 +109,11 @@ def _load_words(
     word = column
     if COPIES > 1:
         # two threads of a copy that read the same 16 bytes are slow; pieces of 8 go through L1, which serves both
+        PIECE: tl.constexpr = min(4, WORDS & -WORDS)
         if column.shape[0] == 1:
-            word = tl.max_contiguous(column % WORDS, [1, 4])
+            word = tl.max_contiguous(column % WORDS, [1, PIECE])
         else:
-            word = tl.max_contiguous(column % WORDS, [4, 1])
+            word = tl.max_contiguous(column % WORDS, [PIECE, 1])
     if ALIGN % BLOCK == 0:
         # places from the first are the same in every step
         base_ptr += first * words_per_token(BITS, D)
@@ -257,38 +258,24 @@ def _bulk(
 
     for i in tl.range(0, groups * STEPS, num_stages=STAGES):
         first = i * TOKENS
-        v_row = first_v_row + first + token
+        k_first = first_k_row + first
+        v_first = first_v_row + first
+        v_row = v_first + token
         k_word = _load_words(
-            k_qdata_ptr, first_k_row + first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
+            k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
         )
         k_low = k_word
         if K_BITS == 3:
             k_low = _load_words(
-                k_qdata_ptr,
-                first_k_row + first,
-                token[:, None],
-                k_column[None, :],
-                K_BITS,
-                D,
-                1,
-                K_BLOCK,
-                TOKENS,
+                k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, TOKENS
             )
         v_word = _load_words(
-            v_qdata_ptr, first_v_row + first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
+            v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
         )
         v_low = v_word
         if V_BITS == 3:
             v_low = _load_words(
-                v_qdata_ptr,
-                first_v_row + first,
-                token[None, :],
-                v_column[:, None],
-                V_BITS,
-                DV,
-                1,
-                V_BLOCK,
-                ALIGN,
+                v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 1, V_BLOCK, ALIGN
             )
         step_ptr = k_scale_ptr + (first_group + i // STEPS) * D + k_column[:, None]
 
