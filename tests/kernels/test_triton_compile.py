@@ -5,98 +5,19 @@ Kernels are compiled in fresh processes, where Triton's interpreter is off.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernels.compiled import Launch, compiled, recorded, spilled_bytes
+
 ROOT = Path(__file__).resolve().parents[2]
-_POINTERS = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16",
-    torch.uint8: "*u8", torch.int64: "*i64",
-}  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-
-
-class Launch(NamedTuple):
-    """One recorded kernel launch."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Recorder:
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: object) -> Any:
-        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
-
-
-@contextlib.contextmanager
-def recorded(module: Any, *names: str) -> Iterator[list[Launch]]:
-    """Catch launches instead of starting them: compiling needs no driver, launching does."""
-    launches: list[Launch] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(module, name, _Recorder(getattr(module, name), launches))
-        yield launches
-
-
-def compiled(launch: Launch, capability: int) -> Any:
-    """The compiled kernel of a launch."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    given |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
-    if "PORTABLE" in given:
-        given["PORTABLE"] = False
-    if "EARLY" in given:
-        given["EARLY"] = capability >= 90
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or (
-            isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        ):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def spilled_bytes(binary: Any) -> int:
-    """Stack and local memory per thread, as the machine code declares them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sum(int(found) for found in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
 
 
 def launches(case: dict[str, Any]) -> list[Launch]:

@@ -1,0 +1,131 @@
+"""Kernels compiled for GPUs that are not there, and what their machine code says.
+
+Compiling needs no driver, launching does: launches are caught and their arguments compiled for.
+Triton's interpreter must be off (no TRITON_INTERPRET in the environment).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+_POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16",
+    torch.uint8: "*u8", torch.int64: "*i64",
+}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, args, kwargs))
+
+
+@contextlib.contextmanager
+def recorded(module: Any, *names: str) -> Iterator[list[Launch]]:
+    """Catch launches of a module's kernels instead of starting them."""
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as patches:
+        for name in names:
+            recorder = _Recorder(getattr(module, name), launches)
+            patches.enter_context(mock.patch.object(module, name, recorder))
+        yield launches
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """The compiled kernel of a launch; `capability` such as 90 for sm_90."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    given |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
+    if "PORTABLE" in given:
+        given["PORTABLE"] = False
+    if "EARLY" in given:
+        given["EARLY"] = capability >= 90
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or (
+            isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        ):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _dump(binary: Any, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        done = subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """What the machine code declares: "REG" a thread, "STACK" and "LOCAL" bytes a thread."""
+    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", _dump(binary, "--dump-resource-usage"))
+    return {name: int(number) for name, number in found}
+
+
+def spilled_bytes(binary: Any) -> int:
+    """Stack and local memory per thread."""
+    declared = resources(binary)
+    return declared["STACK"] + declared["LOCAL"]
+
+
+def loops(binary: Any) -> list[Counter[str]]:
+    """Instructions by name of each loop of the machine code, as a warp executes them in one turn.
+
+    A loop is what lies between a branch back and its target; code that a loop may skip is counted.
+    """
+    places: dict[int, int] = {}
+    code: list[str] = []
+    for address, text in re.findall(
+        r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", _dump(binary, "-sass"), re.MULTILINE
+    ):
+        places[int(address, 16)] = len(code)
+        code.append(text)
+    found = []
+    for index, text in enumerate(code):
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        start = places.get(int(target[1], 16)) if target else None
+        # an endless loop of one instruction pads the end
+        if start is not None and start < index:
+            names = (re.sub(r"^@!?U?P\w+\s+", "", line) for line in code[start : index + 1])
+            found.append(Counter(name.split()[0].split(".")[0] for name in names))
+    return found
