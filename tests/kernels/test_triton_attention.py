@@ -208,7 +208,8 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
         spread=data.draw(st.sampled_from((0.0, 8.0))),
         seed=data.draw(st.integers(0, 2**31)),
         config=configs.AttendConfig(
-            tokens=data.draw(st.sampled_from((32, 64))),
+            tokens=data.draw(st.sampled_from((32, 64, 128))),
+            spread=data.draw(st.sampled_from((1, 2, 4))),
             warps=data.draw(st.sampled_from((2, 4))),
             programs=data.draw(st.sampled_from((2, 8))),
             rest_tokens=16,
@@ -222,6 +223,16 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
     assert attention.has_bulk_path(k, v, D, 1)
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
+
+
+@pytest.mark.parametrize("mask", ["none", "bool heads", "additive"])
+@pytest.mark.parametrize(("group", "Lq"), [(1, 1), (3, 1), (2, 2), (8, 1)])
+@pytest.mark.parametrize("L", [33, 130, 250])
+def test_columns_without_a_query_row_take_other_groups(L: int, group: int, Lq: int, mask: str) -> None:
+    """Fewer groups than a step has, some that fill no step, and no free columns."""
+    k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(3, "token", 32, 32, 0, 0)
+    config = configs.AttendConfig(tokens=128, spread=4, programs=4, rest_tokens=16)
+    check(k, v, B=1, Hkv=2, group=group, Lq=Lq, D=64, Dv=64, L=L, mask=mask, extra=40, config=config)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])

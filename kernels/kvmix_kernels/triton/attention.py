@@ -96,6 +96,11 @@ def attend(
             configs.device_name(query), k.bits, v.bits, D, k_group, N, bulk, B * Hkv
         )
 
+    # columns that rows do not need take other groups of keys
+    spread = 1
+    if bulk and column_blocks == 1:
+        spread = max(1, min(N // fields.next_power_of_2(rows), config.tokens // k_group, config.spread))
+
     # shares: fixed by the capacity, filled evenly by however many tokens are alive
     heads = B * Hkv * column_blocks
     bulk_splits, max_groups = 0, MIN_GROUPS
@@ -171,7 +176,7 @@ def attend(
             K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, K_BLOCK=layout.plane_block(k), DP=DP,
             V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP,
             REST_PACKED=rest_packed, N=N,
-            BULK_TOKENS=min(k_group, config.tokens) if bulk else 16, BULK_STAGES=config.stages,
+            BULK_TOKENS=min(k_group * spread, config.tokens) if bulk else 16, BULK_SPREAD=spread, BULK_STAGES=config.stages,
             MAX_GROUPS=max_groups, V_ALIGN=math.gcd(k_group, k.sink - v.sink), BULK_PRECISION="tf32" if exact_half else "tf32x3",
             REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
             REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query), EARLY=early,

@@ -126,6 +126,183 @@ def _load_words(
 
 
 @triton.jit
+def _sweep(
+    k_qdata_ptr,
+    k_scale_ptr,
+    v_qdata_ptr,
+    v_scale_ptr,
+    v_zero_ptr,
+    mask_ptr,
+    shifts_ptr,
+    mask_at,
+    mask_stride,
+    column_ok,
+    first_position,
+    first_k_row,
+    first_v_row,
+    begin,
+    steps,
+    queries,
+    offsets,
+    restore,
+    headroom,
+    k_unit,
+    v_unit,
+    top,
+    total,
+    shifts,
+    outs,
+    K_BITS: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    D: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    DV: tl.constexpr,
+    V_BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_SHARED: tl.constexpr,
+    N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    MAX_GROUPS: tl.constexpr,
+    V_ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """`steps` steps of TOKENS tokens from group `begin` of the share; returns (top, total, shifts, outs) after them.
+
+    SPREAD: over how many sets of columns the groups of a step are spread; each has the queries once, sees
+    its group alone and is summed up by itself. A step has as many groups or one.
+    """
+    KF: tl.constexpr = fold_fields(K_BITS, D)
+    KC: tl.constexpr = fold_channels(K_BITS, D)
+    KW: tl.constexpr = fold_width(K_BITS, D)
+    VF: tl.constexpr = fold_fields(V_BITS, DV)
+    VC: tl.constexpr = fold_channels(V_BITS, DV)
+    VW: tl.constexpr = fold_width(V_BITS, DV)
+    VG: tl.constexpr = DV // V_GROUP
+    STEPS: tl.constexpr = max(1, K_GROUP // TOKENS)
+    SLOTS: tl.constexpr = max(1, TOKENS // K_GROUP)
+    ALIGN: tl.constexpr = min(TOKENS, V_ALIGN)
+    K_HALF: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.float16
+    V_HALF: tl.constexpr = v_scale_ptr.dtype.element_ty == tl.float16
+    k_column = tl.arange(0, KW)
+    v_column = tl.arange(0, VW)
+    token = tl.arange(0, TOKENS)
+    group = tl.arange(0, MAX_GROUPS)
+    k_column_ok = k_column < KC
+    first_group = first_k_row // K_GROUP
+    slot = tl.arange(0, N) // (N // SPREAD)
+    own = (token // K_GROUP)[:, None] == slot[None, :]
+
+    k_shift = tl.load(shifts_ptr + k_column[None, :])
+    k_low_shift = tl.load(shifts_ptr + KW + k_column[None, :])
+    v_shift = tl.load(shifts_ptr + 2 * KW + v_column[:, None])
+    v_low_shift = tl.load(shifts_ptr + 2 * KW + VW + v_column[:, None])
+
+    for i in tl.range(0, steps, num_stages=STAGES):
+        step_group = begin + i // STEPS * SLOTS
+        first = begin * K_GROUP + i * TOKENS
+        k_first = first_k_row + first
+        v_first = first_v_row + first
+        v_row = v_first + token
+        k_word = _load_words(
+            k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
+        )
+        k_low = k_word
+        if K_BITS == 3:
+            k_low = _load_words(
+                k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, TOKENS
+            )
+        v_word = _load_words(
+            v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
+        )
+        v_low = v_word
+        if V_BITS == 3:
+            v_low = _load_words(
+                v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 1, V_BLOCK, ALIGN
+            )
+        # of each column, if the columns have several groups
+        if SPREAD > 1:
+            own_group = step_group + tl.minimum(slot, SLOTS - 1)
+            step_ptr = k_scale_ptr + (first_group + own_group)[None, :] * D + k_column[:, None]
+        else:
+            step_ptr = k_scale_ptr + (first_group + step_group) * D + k_column[:, None]
+
+        # scores
+        k_word = fold(k_word, k_shift, fold_copies(K_BITS, D, 0), PORTABLE)
+        if K_BITS == 3:
+            k_low = fold(k_low, k_low_shift, fold_copies(K_BITS, D, 1), PORTABLE)
+        score = tl.zeros([TOKENS, N], tl.float32)
+        for f in tl.static_range(KF):
+            if KC == KW:
+                step = tl.load(step_ptr + f * KC)
+            else:
+                step = tl.load(step_ptr + f * KC, mask=k_column_ok[:, None], other=0.0)
+            if not K_HALF:
+                step = (step.to(tl.float32) * k_unit).to(tl.float16)
+            score = tl.dot(field(k_word, k_low, f, K_BITS, D, PORTABLE), queries[f] * step, score)
+        if SPREAD > 1:
+            offset = tl.sum(tl.where(group[:, None] == own_group[None, :], offsets, 0.0), 0)
+        else:
+            offset = tl.sum(tl.where((group == step_group)[:, None], offsets, 0.0), 0)
+
+        # online softmax
+        if MASK != 2:
+            if MASK == 1:
+                # what is hidden stays at minus infinity: `restore` is positive
+                score = _masked_scores(
+                    score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
+                    MASK, MASK_SHARED,
+                )  # fmt: skip
+            if SPREAD > 1:
+                score = tl.where(own, score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
+            weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
+        else:
+            score = _masked_scores(
+                score * restore[None, :] + offset[None, :], mask_ptr, mask_at, mask_stride,
+                first_position + first + token, token >= 0, column_ok, MASK, MASK_SHARED,
+            )  # fmt: skip
+            if SPREAD > 1:
+                score = tl.where(own, score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, 0) - headroom)
+            weight = _exp(score - new_top[None, :], MASK)
+        fade = _exp(top - new_top, MASK)
+        top = new_top
+        # sums over tokens stay apart by the token's place among 8: no exchange between threads
+        total = total * fade[None, :] + tl.sum(tl.reshape(weight, [TOKENS // 8, 8, N]), 0)
+
+        v_word = fold(v_word, v_shift, fold_copies(V_BITS, DV, 0), PORTABLE)
+        if V_BITS == 3:
+            v_low = fold(v_low, v_low_shift, fold_copies(V_BITS, DV, 1), PORTABLE)
+        half = weight.to(tl.float16)
+        new_shifts = ()
+        scaled = ()
+        for g in tl.static_range(VG):
+            v_step = tl.load(v_scale_ptr + v_row * VG + g)
+            if not V_HALF:
+                v_step = (v_step.to(tl.float32) * v_unit).to(tl.float16)
+            v_zero = tl.load(v_zero_ptr + v_row * VG + g).to(tl.float32)
+            shift = tl.sum(tl.reshape(weight * v_zero[:, None], [TOKENS // 8, 8, N]), 0)
+            new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
+            scaled = scaled + (half * v_step[:, None],)
+        shifts = new_shifts
+        new_outs = ()
+        for f in tl.static_range(VF):
+            new_outs = new_outs + (
+                tl.dot(
+                    field(v_word, v_low, f, V_BITS, DV, PORTABLE),
+                    scaled[f * VC // V_GROUP],
+                    outs[f] * fade[None, :],
+                ),
+            )
+        outs = new_outs
+    return top, total, shifts, outs
+
+
+@triton.jit
 def _bulk(
     query_ptr,
     k_qdata_ptr,
@@ -159,6 +336,7 @@ def _bulk(
     MASK_SHARED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
+    SPREAD: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     V_ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -173,15 +351,12 @@ def _bulk(
     VC: tl.constexpr = fold_channels(V_BITS, DV)
     VW: tl.constexpr = fold_width(V_BITS, DV)
     VG: tl.constexpr = DV // V_GROUP
-    STEPS: tl.constexpr = K_GROUP // TOKENS
-    ALIGN: tl.constexpr = min(TOKENS, V_ALIGN)
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // K_GROUP * K_GROUP
     first_v_row = first_v_row // V_ALIGN * V_ALIGN
 
     k_column = tl.arange(0, KW)
     v_column = tl.arange(0, VW)
-    token = tl.arange(0, TOKENS)
     group = tl.arange(0, MAX_GROUPS)
     k_column_ok = k_column < KC
     first_group = first_k_row // K_GROUP
@@ -251,110 +426,46 @@ def _bulk(
     for f in tl.static_range(VF):
         outs = outs + (tl.zeros([VW, N], tl.float32),)
 
-    k_shift = tl.load(shifts_ptr + k_column[None, :])
-    k_low_shift = tl.load(shifts_ptr + KW + k_column[None, :])
-    v_shift = tl.load(shifts_ptr + 2 * KW + v_column[:, None])
-    v_low_shift = tl.load(shifts_ptr + 2 * KW + VW + v_column[:, None])
+    full = groups // SPREAD if SPREAD > 1 else groups * (K_GROUP // TOKENS)
+    top, total, shifts, outs = _sweep(
+        k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at, mask_stride,
+        column_ok, first_position, first_k_row, first_v_row, 0, full,
+        queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+        K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, TOKENS, SPREAD, MAX_GROUPS,
+        V_ALIGN, STAGES, PORTABLE,
+    )  # fmt: skip
+    if SPREAD > 1:
+        # groups that do not fill a step
+        top, total, shifts, outs = _sweep(
+            k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
+            mask_stride, column_ok, first_position, first_k_row, first_v_row, full * SPREAD, groups - full * SPREAD,
+            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, K_GROUP, SPREAD,
+            MAX_GROUPS, V_ALIGN, 1, PORTABLE,
+        )  # fmt: skip
 
-    for i in tl.range(0, groups * STEPS, num_stages=STAGES):
-        first = i * TOKENS
-        k_first = first_k_row + first
-        v_first = first_v_row + first
-        v_row = v_first + token
-        k_word = _load_words(
-            k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
-        )
-        k_low = k_word
-        if K_BITS == 3:
-            k_low = _load_words(
-                k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, TOKENS
-            )
-        v_word = _load_words(
-            v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
-        )
-        v_low = v_word
-        if V_BITS == 3:
-            v_low = _load_words(
-                v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 1, V_BLOCK, ALIGN
-            )
-        step_ptr = k_scale_ptr + (first_group + i // STEPS) * D + k_column[:, None]
-
-        # scores
-        k_word = fold(k_word, k_shift, fold_copies(K_BITS, D, 0), PORTABLE)
-        if K_BITS == 3:
-            k_low = fold(k_low, k_low_shift, fold_copies(K_BITS, D, 1), PORTABLE)
-        score = tl.zeros([TOKENS, N], tl.float32)
-        for f in tl.static_range(KF):
-            if KC == KW:
-                step = tl.load(step_ptr + f * KC)
-            else:
-                step = tl.load(step_ptr + f * KC, mask=k_column_ok[:, None], other=0.0)
-            if not K_HALF:
-                step = (step.to(tl.float32) * k_unit).to(tl.float16)
-            score = tl.dot(field(k_word, k_low, f, K_BITS, D, PORTABLE), queries[f] * step, score)
-        offset = tl.sum(tl.where((group == i // STEPS)[:, None], offsets, 0.0), 0)
-
-        # online softmax
-        if MASK != 2:
-            if MASK == 1:
-                # what is hidden stays at minus infinity: `restore` is positive
-                score = _masked_scores(
-                    score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
-                    MASK, MASK_SHARED,
-                )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
-            weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
-        else:
-            score = _masked_scores(
-                score * restore[None, :] + offset[None, :], mask_ptr, mask_at, mask_stride,
-                first_position + first + token, token >= 0, column_ok, MASK, MASK_SHARED,
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(score, 0) - headroom)
-            weight = _exp(score - new_top[None, :], MASK)
-        fade = _exp(top - new_top, MASK)
-        top = new_top
-        # sums over tokens stay apart by the token's place among 8: no exchange between threads
-        total = total * fade[None, :] + tl.sum(tl.reshape(weight, [TOKENS // 8, 8, N]), 0)
-
-        v_word = fold(v_word, v_shift, fold_copies(V_BITS, DV, 0), PORTABLE)
-        if V_BITS == 3:
-            v_low = fold(v_low, v_low_shift, fold_copies(V_BITS, DV, 1), PORTABLE)
-        half = weight.to(tl.float16)
-        new_shifts = ()
-        scaled = ()
-        for g in tl.static_range(VG):
-            v_step = tl.load(v_scale_ptr + v_row * VG + g)
-            if not V_HALF:
-                v_step = (v_step.to(tl.float32) * v_unit).to(tl.float16)
-            v_zero = tl.load(v_zero_ptr + v_row * VG + g).to(tl.float32)
-            shift = tl.sum(tl.reshape(weight * v_zero[:, None], [TOKENS // 8, 8, N]), 0)
-            new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
-            scaled = scaled + (half * v_step[:, None],)
-        shifts = new_shifts
-        new_outs = ()
-        for f in tl.static_range(VF):
-            new_outs = new_outs + (
-                tl.dot(
-                    field(v_word, v_low, f, V_BITS, DV, PORTABLE),
-                    scaled[f * VC // V_GROUP],
-                    outs[f] * fade[None, :],
-                ),
-            )
-        outs = new_outs
-
-    column = tl.arange(0, N)
+    ROWS: tl.constexpr = N // SPREAD
+    row = tl.arange(0, ROWS)
+    sums = tl.sum(total, 0)
+    if SPREAD > 1:
+        whole_top = tl.max(tl.reshape(top, [SPREAD, ROWS]), 0)
+        share = _exp(tl.reshape(top, [SPREAD, ROWS]) - whole_top[None, :], MASK)
+        sums = tl.sum(tl.reshape(sums, [SPREAD, ROWS]) * share, 0)
+        share = tl.reshape(share, [N])
+        top = whole_top
     unit = 16777216.0
     if not V_HALF:
         unit = unit * v_top
     for f in tl.static_range(VF):
         out = outs[f] * (unit * field_factor(V_BITS, DV, f)) + tl.sum(shifts[f * VC // V_GROUP], 0)[None, :]
-        tl.store(
-            partial_ptr + column[None, :] * DV + f * VC + v_column[:, None],
-            out,
-            mask=(v_column < VC)[:, None] & column_ok[None, :],
-        )
-    tl.store(stats_ptr + column, top)
-    tl.store(stats_ptr + N + column, tl.sum(total, 0))
+        if SPREAD > 1:
+            out = tl.sum(tl.reshape(out * share[None, :], [VW, SPREAD, ROWS]), 1)
+            ok = (v_column < VC)[:, None]
+        else:
+            ok = (v_column < VC)[:, None] & column_ok[None, :]
+        tl.store(partial_ptr + row[None, :] * DV + f * VC + v_column[:, None], out, mask=ok)
+    tl.store(stats_ptr + row, top)
+    tl.store(stats_ptr + N + row, sums)
 
 
 @triton.jit
@@ -552,6 +663,7 @@ def attend_kernel(
     REST_PACKED: tl.constexpr,
     N: tl.constexpr,
     BULK_TOKENS: tl.constexpr,
+    BULK_SPREAD: tl.constexpr,
     BULK_STAGES: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     V_ALIGN: tl.constexpr,
@@ -591,7 +703,7 @@ def attend_kernel(
     partial_ptr += place * (N * DV)
     stats_ptr += place * (2 * N)
 
-    column = block * N + tl.arange(0, N)
+    column = block * N + tl.arange(0, N) % (N // BULK_SPREAD)
     column_ok = column < rows
     query_head = head * (rows // query_length) + column // query_length
     query_at = batch * query_sb + query_head * query_sh + (column % query_length) * query_sl
@@ -635,7 +747,8 @@ def attend_kernel(
                     query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr,
                     mask_ptr, shifts_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
                     begin, begin - k_sink, begin - v_sink, groups, scale,
-                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, BULK_TOKENS, MAX_GROUPS, V_ALIGN,
+                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, BULK_TOKENS, BULK_SPREAD,
+                    MAX_GROUPS, V_ALIGN,
                     BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 

@@ -26,7 +26,7 @@ class AttendConfig(NamedTuple):
     tokens: per step of the bulk (at most the key group); warps, stages: of every program;
     programs: how many the launch should have; max_groups: key groups a program may take; max_splits:
     shares a head may be cut into, before merging them takes longer than they save; registers: most that a
-    thread may have, so that more programs fit (0: as many as it likes); rest_tokens, rest_stages: per step
+    thread may have, so that more programs fit (0: as many as it likes); spread: most key groups of a step (if query rows leave columns for them); rest_tokens, rest_stages: per step
     of the rest.
     """
 
@@ -37,6 +37,7 @@ class AttendConfig(NamedTuple):
     max_groups: int = 32
     max_splits: int = 64
     registers: int = 0
+    spread: int = 1
     rest_tokens: int = 16
     rest_stages: int = 1
 
