@@ -40,7 +40,7 @@ def candidates(setting: Setting, sweep: dict[str, list[int]]) -> Iterator[config
     """Combinations of a sweep; unspecified parameters keep their defaults."""
     for values in itertools.product(*sweep.values()):
         config = configs.AttendConfig(**dict(zip(sweep, values, strict=True)))
-        if config.tokens <= setting[2]:
+        if config.tokens <= setting[2] * config.spread:
             yield config
 
 
