@@ -747,9 +747,8 @@ def attend_kernel(
                     query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr,
                     mask_ptr, shifts_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
                     begin, begin - k_sink, begin - v_sink, groups, scale,
-                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, BULK_TOKENS, BULK_SPREAD,
-                    MAX_GROUPS, V_ALIGN,
-                    BULK_STAGES, BULK_PRECISION, PORTABLE,
+                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N,
+                    BULK_TOKENS, BULK_SPREAD, MAX_GROUPS, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 
     if split >= bulk_splits:

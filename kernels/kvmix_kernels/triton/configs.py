@@ -23,11 +23,12 @@ FEW_HEADS = 16
 class AttendConfig(NamedTuple):
     """Parameters of one attention launch.
 
-    tokens: per step of the bulk (at most the key group); warps, stages: of every program;
+    tokens: per step of the bulk (at most the key group, or `spread` of them); warps, stages: of every program;
     programs: how many the launch should have; max_groups: key groups a program may take; max_splits:
     shares a head may be cut into, before merging them takes longer than they save; registers: most that a
-    thread may have, so that more programs fit (0: as many as it likes); spread: most key groups of a step (if query rows leave columns for them); rest_tokens, rest_stages: per step
-    of the rest.
+    thread may have, so that more programs fit (0: as many as it likes); spread: most key groups of a step,
+    if the query rows leave columns for them (then `tokens` may be as many groups); rest_tokens, rest_stages:
+    per step of the rest.
     """
 
     tokens: int = 128
