@@ -17,6 +17,8 @@ settings.register_profile(
 settings.register_profile(
     "thorough", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow]
 )
+# on a GPU nearly every example compiles a kernel of its own
+settings.register_profile("brief", settings.get_profile("tests"), max_examples=6)
 settings.load_profile(os.environ.get("KVMIX_HYPOTHESIS_PROFILE", "tests"))
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
