@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 
@@ -31,6 +32,8 @@ quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[He
 # the bulk rounds the scaled query and the scaled probabilities to half precision; outputs are
 # rounded to the model dtype, and raw tokens of a bfloat16 model get bfloat16 probabilities
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 def poisoned_empty(*size: object, **options: object) -> torch.Tensor:
@@ -96,13 +99,17 @@ def check(
     *,
     dtype: torch.dtype = torch.float32,
     mask: str = "none",
+    hidden: Ranges = (),
     extra: int = 0,
     new: bool = True,
     spread: float = 0.0,
     seed: int = 0,
     config: configs.AttendConfig | None = None,
 ) -> None:
-    """Compare once; `extra` > 0 makes the cache fixed, with that much spare capacity."""
+    """Compare once; `extra` > 0 makes the cache fixed, with that much spare capacity.
+
+    The mask hides random tokens, or the ranges `hidden` alone, 5 tokens later in each further sequence.
+    """
     g = torch.Generator().manual_seed(seed)
     capacity = L + extra
     keys = filled(B, Hkv, D, L, capacity, k, dtype, spread, g)
@@ -118,11 +125,16 @@ def check(
         seen[0, :, 0] = False
         seen[-1, :, -1] = False
         seen[-1, :, -1, L - 1 if not new else L] = True
+        if hidden:
+            seen[:] = True
+            for row, (first, end) in itertools.product(range(B), hidden):
+                seen[row, :, :, first + 5 * row : end + 5 * row] = False
         seen = seen.to(DEVICE)
         if "stride 0" in mask:
             seen = seen[:1, :1, :1].expand(B, Hkv * group, Lq, S)
         if "additive" in mask:
-            added = torch.randn(seen.shape, generator=g).to(DEVICE)
+            added = torch.zeros(seen.shape) if hidden else torch.randn(seen.shape, generator=g)
+            added = added.to(DEVICE)
             seen = added.masked_fill(~seen, -torch.inf if "inf" in mask else torch.finfo(torch.float32).min)
     start = torch.tensor(L, device=DEVICE) if extra else None
     args = (
@@ -233,6 +245,22 @@ def test_columns_without_a_query_row_take_other_groups(L: int, group: int, Lq: i
     k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(3, "token", 32, 32, 0, 0)
     config = configs.AttendConfig(tokens=128, spread=4, programs=4, rest_tokens=16)
     check(k, v, B=1, Hkv=2, group=group, Lq=Lq, D=64, Dv=64, L=L, mask=mask, extra=40, config=config)
+
+
+@pytest.mark.parametrize("mask", ["bool", "additive", "additive inf"])
+@pytest.mark.parametrize("group", [2, 8])
+@pytest.mark.parametrize(
+    "hidden",
+    [((0, 3),), ((0, 32),), ((0, 100),), ((0, 150), (170, 171)), ((130, 131),), ((40, 400),), ((0, 400),)],
+)
+def test_tokens_hidden_from_all_query_rows(hidden: Ranges, group: int, mask: str) -> None:
+    """Groups that are hidden are left out, and behind the last hidden token the mask is not read."""
+    k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(4, "token", 0, 32, 0, 0)
+    config = configs.AttendConfig(tokens=64, spread=2, programs=4, max_groups=4, rest_tokens=16)
+    check(
+        k, v, B=2, Hkv=1, group=group, Lq=1, D=64, Dv=64, L=330, mask=mask, hidden=hidden, extra=40,
+        config=config,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])

@@ -89,6 +89,28 @@ def _masked_scores(
 
 
 @triton.jit
+def _reach(mask_ptr, mask_stride, first_position, tokens, MASK: tl.constexpr):
+    """(how many tokens from the first are hidden, up to where the mask changes anything) of a shared mask."""
+    LOOK: tl.constexpr = 1024
+    look = tl.arange(0, LOOK)
+    unseen = tl.zeros([LOOK], tl.int32) + tokens
+    changed = tl.zeros([LOOK], tl.int32)
+    for part in range(0, tokens, LOOK):
+        token = part + look
+        ok = token < tokens
+        entry = tl.load(mask_ptr + (first_position + token).to(tl.int64) * mask_stride, mask=ok, other=0)
+        if MASK == 1:
+            seen = entry != 0
+            plain = seen
+        else:
+            seen = entry != -float("inf")
+            plain = entry == 0
+        unseen = tl.minimum(unseen, tl.where(ok & seen, token, tokens))
+        changed = tl.maximum(changed, tl.where(ok & (plain == 0), token + 1, 0))
+    return tl.min(unseen, 0), tl.max(changed, 0)
+
+
+@triton.jit
 def _load_words(
     base_ptr,
     first,
@@ -161,6 +183,7 @@ def _sweep(
     DV: tl.constexpr,
     V_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
+    MASKED: tl.constexpr,
     MASK_SHARED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -172,8 +195,9 @@ def _sweep(
 ):
     """`steps` steps of TOKENS tokens from group `begin` of the share; returns (top, total, shifts, outs) after them.
 
-    SPREAD: over how many sets of columns the groups of a step are spread; each has the queries once, sees
-    its group alone and is summed up by itself. A step has as many groups or one.
+    MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
+    of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
+    up by itself. A step has as many groups or one.
     """
     KF: tl.constexpr = fold_fields(K_BITS, D)
     KC: tl.constexpr = fold_channels(K_BITS, D)
@@ -231,9 +255,9 @@ def _sweep(
             step_ptr = k_scale_ptr + (first_group + step_group) * D + k_column[:, None]
 
         # scores
-        k_word = fold(k_word, k_shift, fold_copies(K_BITS, D, 0), PORTABLE)
+        k_word = fold(k_word, k_shift, K_BITS, D, 0, PORTABLE)
         if K_BITS == 3:
-            k_low = fold(k_low, k_low_shift, fold_copies(K_BITS, D, 1), PORTABLE)
+            k_low = fold(k_low, k_low_shift, K_BITS, D, 1, PORTABLE)
         score = tl.zeros([TOKENS, N], tl.float32)
         for f in tl.static_range(KF):
             if KC == KW:
@@ -250,7 +274,7 @@ def _sweep(
 
         # online softmax
         if MASK != 2:
-            if MASK == 1:
+            if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
                 score = _masked_scores(
                     score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
@@ -261,10 +285,12 @@ def _sweep(
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
             weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
         else:
-            score = _masked_scores(
-                score * restore[None, :] + offset[None, :], mask_ptr, mask_at, mask_stride,
-                first_position + first + token, token >= 0, column_ok, MASK, MASK_SHARED,
-            )  # fmt: skip
+            score = score * restore[None, :] + offset[None, :]
+            if MASKED:
+                score = _masked_scores(
+                    score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
+                    MASK, MASK_SHARED,
+                )  # fmt: skip
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)
@@ -274,9 +300,9 @@ def _sweep(
         # sums over tokens stay apart by the token's place among 8: no exchange between threads
         total = total * fade[None, :] + tl.sum(tl.reshape(weight, [TOKENS // 8, 8, N]), 0)
 
-        v_word = fold(v_word, v_shift, fold_copies(V_BITS, DV, 0), PORTABLE)
+        v_word = fold(v_word, v_shift, V_BITS, DV, 0, PORTABLE)
         if V_BITS == 3:
-            v_low = fold(v_low, v_low_shift, fold_copies(V_BITS, DV, 1), PORTABLE)
+            v_low = fold(v_low, v_low_shift, V_BITS, DV, 1, PORTABLE)
         half = weight.to(tl.float16)
         new_shifts = ()
         scaled = ()
@@ -426,21 +452,43 @@ def _bulk(
     for f in tl.static_range(VF):
         outs = outs + (tl.zeros([VW, N], tl.float32),)
 
-    full = groups // SPREAD if SPREAD > 1 else groups * (K_GROUP // TOKENS)
-    top, total, shifts, outs = _sweep(
-        k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at, mask_stride,
-        column_ok, first_position, first_k_row, first_v_row, 0, full,
-        queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
-        K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, TOKENS, SPREAD, MAX_GROUPS,
-        V_ALIGN, STAGES, PORTABLE,
-    )  # fmt: skip
+    # groups that no query sees are left out, the mask is read up to the last token that it changes
+    skipped = 0
+    masked = 0
+    if MASK != 0:
+        masked = groups
+        if MASK_SHARED:
+            unseen, changed = _reach(mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK)
+            skipped = unseen // K_GROUP
+            masked = tl.maximum((changed + K_GROUP - 1) // K_GROUP, skipped)
+    STEPS: tl.constexpr = max(1, K_GROUP // TOKENS)
+    full = (groups - skipped) // SPREAD
+    if MASK != 0:
+        masked = tl.minimum((masked - skipped + SPREAD - 1) // SPREAD, full)
+        top, total, shifts, outs = _sweep(
+            k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
+            mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
+            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, True, MASK_SHARED, N, TOKENS, SPREAD,
+            MAX_GROUPS, V_ALIGN, STAGES, PORTABLE,
+        )  # fmt: skip
+    if MASK == 0 or MASK_SHARED:
+        top, total, shifts, outs = _sweep(
+            k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
+            mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + masked * SPREAD,
+            (full - masked) * STEPS,
+            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, False, MASK_SHARED, N, TOKENS, SPREAD,
+            MAX_GROUPS, V_ALIGN, STAGES, PORTABLE,
+        )  # fmt: skip
     if SPREAD > 1:
         # groups that do not fill a step
         top, total, shifts, outs = _sweep(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
-            mask_stride, column_ok, first_position, first_k_row, first_v_row, full * SPREAD, groups - full * SPREAD,
+            mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + full * SPREAD,
+            groups - skipped - full * SPREAD,
             queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
-            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N, K_GROUP, SPREAD,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK != 0, MASK_SHARED, N, K_GROUP, SPREAD,
             MAX_GROUPS, V_ALIGN, 1, PORTABLE,
         )  # fmt: skip
 

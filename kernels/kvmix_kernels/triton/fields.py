@@ -181,15 +181,16 @@ def fold_shifts(bits: int, head_dim: int) -> list[int]:
 
 
 @triton.jit
-def fold(word, shift, COPIES: tl.constexpr, PORTABLE: tl.constexpr):
-    """Shift copy r of the words right by r fields; `shift` broadcasts against `word`.
+def fold(word, shift, BITS: tl.constexpr, D: tl.constexpr, PLANE: tl.constexpr, PORTABLE: tl.constexpr):
+    """Shift copy r of a plane's words right by r fields; `shift` broadcasts against `word`.
 
     The shifts come from memory: the compiler keeps words in registers as operands of a dot only if
     everything that they are combined with is a plain load.
     """
-    if COPIES == 1:
+    if fold_copies(BITS, D, PLANE) == 1:
         return word
-    if PORTABLE:
+    # a register has two words side by side, which an odd number of words puts into two copies
+    if PORTABLE or plane_words(BITS, D, PLANE) % 2 == 1:
         return (word >> shift).to(tl.int16)
     _, shift = tl.broadcast(word, shift)
     # bits that cross from the upper half land above the lower half's last field
