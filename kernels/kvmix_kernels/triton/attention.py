@@ -18,12 +18,10 @@ MAX_BULK_COLUMNS = 16
 """Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
 MAX_COLUMNS = 64
 """Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
-MIN_GROUPS = 16
-"""Groups a program has registers for: the rows of a dot."""
-
+MIN_PART, MAX_PART = 16, 32
+"""Groups whose offsets a program multiplies with its queries at a time: rows of a dot, and what registers hold."""
 FEW_SPLITS = 8
 """Up to here one warp merges a row."""
-
 REST_SHARE = 128
 """Tokens outside the bulk that one program should not fall below."""
 
@@ -103,7 +101,7 @@ def attend(
 
     # shares: fixed by the capacity, filled evenly by however many tokens are alive
     heads = B * Hkv * column_blocks
-    bulk_splits, max_groups = 0, MIN_GROUPS
+    bulk_splits, part, room = 0, MIN_PART, 0
     outside = length + new_count
     if bulk:
         groups = max(0, min(k.packed_end(length), v.packed_end(length)) - max(k.sink, v.sink)) // k_group
@@ -112,7 +110,8 @@ def attend(
         bulk_splits = max(
             1, min(groups, config.programs // heads, config.max_splits), -(-groups // config.max_groups)
         )
-        max_groups = max(MIN_GROUPS, fields.next_power_of_2(-(-groups // bulk_splits)))
+        part = max(MIN_PART, min(MAX_PART, fields.next_power_of_2(-(-groups // bulk_splits))))
+        room = -(-groups // bulk_splits // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
         # values differ the edges of groups
         apart = 0 if (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window) else 2 * k_group
@@ -159,26 +158,28 @@ def attend(
     early = starts_early(query)
     partial = torch.empty(heads * splits * N * Dv, dtype=torch.float32, device=query.device)
     stats = torch.empty(heads * splits * 2 * N, dtype=torch.float32, device=query.device)
+    offsets = torch.empty(heads * bulk_splits * room * N, dtype=torch.float32, device=query.device)
     with device_of(query):
         attend_kernel[(heads * splits,)](
             query, new_k, new_v, k_qdata, k_scale, k_zero_point, k_residual,
             v_qdata, v_scale, v_zero_point, v_residual,
             query if mask is None else mask, query if start is None else start,
-            shift_table(k.bits, v.bits, D, Dv, query.device) if bulk else query, partial, stats,
+            shift_table(k.bits, v.bits, D, Dv, query.device) if bulk else query, offsets, partial, stats,
             *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3],
             *k_qdata.stride()[:2], *k_scale.stride()[:2], *k_residual.stride()[:2],
             *v_qdata.stride()[:2], *v_scale.stride()[:2], *v_residual.stride()[:2],
             *mask_strides,
             Hkv, rows, Lq, length, new_count,
             k.tile, k.sink, k.window, k.ring, v.tile, v.sink, v.window, v.ring,
-            bulk_splits, splits, column_blocks, units,
+            bulk_splits, splits, column_blocks, room, units,
             BULK=bulk, ON_DEVICE=start is not None, NEW=has_new, MASK=mask_kind, MASK_SHARED=shared,
             K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, K_BLOCK=layout.plane_block(k), DP=DP,
             V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP,
             REST_PACKED=rest_packed, N=N,
             BULK_TOKENS=min(k_group * spread, config.tokens) if bulk else 16,
             BULK_SPREAD=spread, BULK_STAGES=config.stages,
-            MAX_GROUPS=max_groups, V_ALIGN=math.gcd(k_group, k.sink - v.sink), BULK_PRECISION="tf32" if exact_half else "tf32x3",
+            PART=part, V_ALIGN=math.gcd(k_group, k.sink - v.sink),
+            BULK_PRECISION="tf32" if exact_half else "tf32x3",
             REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
             REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query), EARLY=early,
             num_warps=config.warps, maxnreg=config.registers or None,

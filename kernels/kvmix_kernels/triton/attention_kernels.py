@@ -165,7 +165,7 @@ def _sweep(
     begin,
     steps,
     queries,
-    offsets,
+    offset_ptr,
     restore,
     headroom,
     k_unit,
@@ -188,7 +188,6 @@ def _sweep(
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
     V_ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     PORTABLE: tl.constexpr,
@@ -214,10 +213,10 @@ def _sweep(
     k_column = tl.arange(0, KW)
     v_column = tl.arange(0, VW)
     token = tl.arange(0, TOKENS)
-    group = tl.arange(0, MAX_GROUPS)
     k_column_ok = k_column < KC
     first_group = first_k_row // K_GROUP
-    slot = tl.arange(0, N) // (N // SPREAD)
+    column = tl.arange(0, N)
+    slot = column // (N // SPREAD)
     own = (token // K_GROUP)[:, None] == slot[None, :]
 
     k_shift = tl.load(shifts_ptr + k_column[None, :])
@@ -268,9 +267,9 @@ def _sweep(
                 step = (step.to(tl.float32) * k_unit).to(tl.float16)
             score = tl.dot(field(k_word, k_low, f, K_BITS, D, PORTABLE), queries[f] * step, score)
         if SPREAD > 1:
-            offset = tl.sum(tl.where(group[:, None] == own_group[None, :], offsets, 0.0), 0)
+            offset = tl.load(offset_ptr + own_group * N + column)
         else:
-            offset = tl.sum(tl.where((group == step_group)[:, None], offsets, 0.0), 0)
+            offset = tl.load(offset_ptr + step_group * N + column)
 
         # online softmax
         if MASK != 2:
@@ -339,6 +338,7 @@ def _bulk(
     v_zero_ptr,
     mask_ptr,
     shifts_ptr,
+    offset_ptr,
     partial_ptr,
     stats_ptr,
     query_at,
@@ -363,13 +363,16 @@ def _bulk(
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
+    PART: tl.constexpr,
     V_ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
-    """One share of the packed tokens: `groups` groups of K_GROUP tokens."""
+    """One share of the packed tokens: `groups` groups of K_GROUP tokens; at `offset_ptr` is room for N numbers of each.
+
+    PART: groups whose offsets are multiplied with the queries at a time.
+    """
     KF: tl.constexpr = fold_fields(K_BITS, D)
     KC: tl.constexpr = fold_channels(K_BITS, D)
     KW: tl.constexpr = fold_width(K_BITS, D)
@@ -383,34 +386,38 @@ def _bulk(
 
     k_column = tl.arange(0, KW)
     v_column = tl.arange(0, VW)
-    group = tl.arange(0, MAX_GROUPS)
     k_column_ok = k_column < KC
     first_group = first_k_row // K_GROUP
 
-    # over all groups of the share: q . offset, and the largest scales
+    # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
+    # picking those of a step takes longer than loading them
     largest = tl.zeros([N], tl.float32) + TINY
-    largest_k = tl.zeros([MAX_GROUPS, KW], tl.float32)
-    offsets = tl.zeros([MAX_GROUPS, N], tl.float32)
-    for f in tl.static_range(KF):
-        q = tl.load(
-            query_ptr + query_at[None, :] + f * KC + k_column[:, None],
-            mask=column_ok[None, :] & k_column_ok[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
-        at = (first_group + group)[:, None] * D + f * KC + k_column[None, :]
-        at_ok = (group < groups)[:, None] & k_column_ok[None, :]
-        largest_k = tl.maximum(largest_k, tl.load(k_scale_ptr + at, mask=at_ok, other=0.0).to(tl.float32))
-        zero = tl.load(k_zero_ptr + at, mask=at_ok, other=0.0).to(tl.float32)
-        offsets = tl.dot(zero, q, offsets, input_precision=PRECISION)
-    offsets = offsets * scale
+    largest_k = tl.zeros([PART, KW], tl.float32)
+    for part in tl.range(0, groups, PART, num_stages=1):
+        group = part + tl.arange(0, PART)
+        offsets = tl.zeros([PART, N], tl.float32)
+        for f in tl.static_range(KF):
+            q = tl.load(
+                query_ptr + query_at[None, :] + f * KC + k_column[:, None],
+                mask=column_ok[None, :] & k_column_ok[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
+            at = (first_group + group)[:, None] * D + f * KC + k_column[None, :]
+            at_ok = (group < groups)[:, None] & k_column_ok[None, :]
+            k_steps = tl.load(k_scale_ptr + at, mask=at_ok, other=0.0)
+            largest_k = tl.maximum(largest_k, k_steps.to(tl.float32))
+            zero = tl.load(k_zero_ptr + at, mask=at_ok, other=0.0).to(tl.float32)
+            offsets = tl.dot(zero, q, offsets, input_precision=PRECISION)
+        tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
+    tl.debug_barrier()
     LOOK: tl.constexpr = 1024
     look = tl.arange(0, LOOK)
     largest_v = tl.zeros([LOOK], tl.float32)
-    for part in tl.static_range(MAX_GROUPS * K_GROUP * VG // LOOK + (MAX_GROUPS * K_GROUP * VG % LOOK > 0)):
+    for part in tl.range(0, groups * K_GROUP * VG, LOOK, num_stages=1):
         v_steps = tl.load(
-            v_scale_ptr + first_v_row * VG + part * LOOK + look,
-            mask=part * LOOK + look < groups * K_GROUP * VG,
+            v_scale_ptr + first_v_row * VG + part + look,
+            mask=part + look < groups * K_GROUP * VG,
             other=0.0,
         )
         largest_v = tl.maximum(largest_v, v_steps.to(tl.float32))
@@ -468,18 +475,18 @@ def _bulk(
         top, total, shifts, outs = _sweep(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
-            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
             K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, True, MASK_SHARED, N, TOKENS, SPREAD,
-            MAX_GROUPS, V_ALIGN, STAGES, PORTABLE,
+            V_ALIGN, STAGES, PORTABLE,
         )  # fmt: skip
     if MASK == 0 or MASK_SHARED:
         top, total, shifts, outs = _sweep(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + masked * SPREAD,
             (full - masked) * STEPS,
-            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
             K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, False, MASK_SHARED, N, TOKENS, SPREAD,
-            MAX_GROUPS, V_ALIGN, STAGES, PORTABLE,
+            V_ALIGN, STAGES, PORTABLE,
         )  # fmt: skip
     if SPREAD > 1:
         # groups that do not fill a step
@@ -487,9 +494,9 @@ def _bulk(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + full * SPREAD,
             groups - skipped - full * SPREAD,
-            queries, offsets, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
             K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK != 0, MASK_SHARED, N, K_GROUP, SPREAD,
-            MAX_GROUPS, V_ALIGN, 1, PORTABLE,
+            V_ALIGN, 1, PORTABLE,
         )  # fmt: skip
 
     ROWS: tl.constexpr = N // SPREAD
@@ -647,6 +654,7 @@ def attend_kernel(
     mask_ptr,
     start_ptr,
     shifts_ptr,
+    offset_ptr,
     partial_ptr,
     stats_ptr,
     query_sb,
@@ -690,6 +698,7 @@ def attend_kernel(
     bulk_splits,
     splits,
     column_blocks,
+    room,
     scale,
     BULK: tl.constexpr,
     ON_DEVICE: tl.constexpr,
@@ -713,7 +722,7 @@ def attend_kernel(
     BULK_TOKENS: tl.constexpr,
     BULK_SPREAD: tl.constexpr,
     BULK_STAGES: tl.constexpr,
-    MAX_GROUPS: tl.constexpr,
+    PART: tl.constexpr,
     V_ALIGN: tl.constexpr,
     BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr,
@@ -791,12 +800,13 @@ def attend_kernel(
                 tl.store(stats_ptr + N + tl.arange(0, N), tl.zeros([N], tl.float32))
             else:
                 begin = bulk_begin + first * K_GROUP
+                offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
                 _bulk(
                     query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr,
-                    mask_ptr, shifts_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
+                    mask_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
                     begin, begin - k_sink, begin - v_sink, groups, scale,
                     K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N,
-                    BULK_TOKENS, BULK_SPREAD, MAX_GROUPS, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
+                    BULK_TOKENS, BULK_SPREAD, PART, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 
     if split >= bulk_splits:
