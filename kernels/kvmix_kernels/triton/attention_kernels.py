@@ -48,6 +48,9 @@ PEAK = tl.constexpr(16384.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+MAX_LOOK = tl.constexpr(4096)
+"""Numbers that a program reads at a time before its loop; each time it waits for the memory."""
+
 
 @triton.jit
 def _exp(x, MASK: tl.constexpr):
@@ -89,25 +92,25 @@ def _masked_scores(
 
 
 @triton.jit
-def _reach(mask_ptr, mask_stride, first_position, tokens, MASK: tl.constexpr):
+def _reach(mask_ptr, mask_stride, first_position, tokens, MASK: tl.constexpr, LOOK: tl.constexpr):
     """(how many tokens from the first are hidden, up to where the mask changes anything) of a shared mask."""
-    LOOK: tl.constexpr = 1024
-    look = tl.arange(0, LOOK)
-    unseen = tl.zeros([LOOK], tl.int32) + tokens
-    changed = tl.zeros([LOOK], tl.int32)
-    for part in range(0, tokens, LOOK):
-        token = part + look
-        ok = token < tokens
-        entry = tl.load(mask_ptr + (first_position + token).to(tl.int64) * mask_stride, mask=ok, other=0)
+    unseen = tokens
+    changed = tokens * 0
+    for part in tl.range(0, tokens, LOOK, num_stages=1):
+        token = part + tl.arange(0, LOOK)
+        entry_ptr = mask_ptr + (first_position + token).to(tl.int64) * mask_stride
+        # behind the last token, what changes nothing
         if MASK == 1:
+            entry = tl.load(entry_ptr, mask=token < tokens, other=1)
             seen = entry != 0
             plain = seen
         else:
+            entry = tl.load(entry_ptr, mask=token < tokens, other=0.0)
             seen = entry != -float("inf")
             plain = entry == 0
-        unseen = tl.minimum(unseen, tl.where(ok & seen, token, tokens))
-        changed = tl.maximum(changed, tl.where(ok & (plain == 0), token + 1, 0))
-    return tl.min(unseen, 0), tl.max(changed, 0)
+        unseen = tl.minimum(unseen, tl.min(tl.where(seen, token, tokens), 0))
+        changed = tl.maximum(changed, tl.max(tl.where(plain, 0, token + 1), 0))
+    return unseen, changed
 
 
 @triton.jit
@@ -411,18 +414,15 @@ def _bulk(
             offsets = tl.dot(zero, q, offsets, input_precision=PRECISION)
         tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     tl.debug_barrier()
-    LOOK: tl.constexpr = 1024
-    look = tl.arange(0, LOOK)
-    largest_v = tl.zeros([LOOK], tl.float32)
+    LOOK: tl.constexpr = min(MAX_LOOK, PART * K_GROUP * VG)
+    v_top = TINY
     for part in tl.range(0, groups * K_GROUP * VG, LOOK, num_stages=1):
+        place = part + tl.arange(0, LOOK)
         v_steps = tl.load(
-            v_scale_ptr + first_v_row * VG + part + look,
-            mask=part + look < groups * K_GROUP * VG,
-            other=0.0,
+            v_scale_ptr + first_v_row * VG + place, mask=place < groups * K_GROUP * VG, other=0.0
         )
-        largest_v = tl.maximum(largest_v, v_steps.to(tl.float32))
+        v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
     k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY)
-    v_top = tl.maximum(tl.max(largest_v, 0), TINY)
 
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
     K_HALF: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.float16
@@ -465,7 +465,9 @@ def _bulk(
     if MASK != 0:
         masked = groups
         if MASK_SHARED:
-            unseen, changed = _reach(mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK)
+            unseen, changed = _reach(
+                mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK, min(MAX_LOOK, PART * K_GROUP)
+            )  # fmt: skip
             skipped = unseen // K_GROUP
             masked = tl.maximum((changed + K_GROUP - 1) // K_GROUP, skipped)
     STEPS: tl.constexpr = max(1, K_GROUP // TOKENS)
