@@ -8,6 +8,9 @@ up; the time of that is a row of its own. In the next, tokens are timed one by o
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
 included; `cache_bytes` what the cache's tensors take.
 
+A StaticCache's step takes as long as its capacity asks for, so `--capacity 131072` with a short prompt times
+its step at that length where reading such a prompt does not fit.
+
 `--loop` also times kvmix without `generate()`: greedy calls of the model over a `KVMixStaticCache`, as
 provider "... loop".
 
@@ -115,8 +118,7 @@ def cache_bytes(cache: Any) -> int:
 
 def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any]) -> tuple[Clock, int, int]:
     """One generate(): (times, peak bytes, cache bytes)."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     torch.cuda.reset_peak_memory_stats()
     clock = Clock()
     generate: Any = model.generate
@@ -130,8 +132,7 @@ def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any])
 
 def loop(model: nn.Module, plan: KVPlan, ids: torch.Tensor, new: int) -> tuple[Clock, int, int]:
     """The same without generate()."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     torch.cuda.reset_peak_memory_stats()
     clock = Clock()
     cache = KVMixStaticCache(plan, model.config, ids.shape[1] + new)
@@ -284,6 +285,11 @@ def main() -> None:
         help="a case, or all: also say where its time goes; repeatable",
     )
     parser.add_argument("--prefill-chunk", type=int, help="read the prompt in pieces of so many tokens")
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        help="tokens of a StaticCache, which it attends to whatever it holds; default: what is asked for",
+    )
     parser.add_argument("--memory", type=float, help="GB that the process may take; default: all")
     parser.add_argument("--loop", action="store_true", help="also time kvmix in a loop without generate()")
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turns share")
@@ -303,6 +309,9 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
     if options.prefill_chunk:
         settings["prefill_chunk_size"] = options.prefill_chunk
         suffix = f" chunk{options.prefill_chunk}"
+    static = provider == "transformers static"
+    if static and options.capacity:
+        suffix += f" of {options.capacity}"
     plan = KVMIX[provider](model) if provider in KVMIX else None
     if plan is not None:
         kvmix_fx.compile(model, plan, inner=options.inner)
@@ -325,28 +334,34 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
             rows += profile_part(model, case, provider, ids, settings, prefill)
         return rows
 
-    warm: set[object] = set()
-    for alone, rows_of in ((False, first_call), (True, timings)):
-        with turn(options.turns, alone):
-            for text in options.case:
-                batch, context, new = (int(part[1:]) for part in text.split())
-                # a StaticCache is compiled for every size, kvmix for one row and for several
-                kind = text if provider == "transformers static" else batch > 1
-                if not alone and kind in warm:
-                    continue
-                warm.add(kind)
-                case = f"{options.shape} {text}{suffix}"
-                ids = torch.randint(
-                    1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)
-                ).cuda()
-                try:
-                    save(rows_of(case, ids, new), options.output)
-                except (RuntimeError, ImportError, ValueError) as problem:
-                    reason = f"{type(problem).__name__}: {str(problem)[:300]}"
-                    print(f"{case:32} {provider:28} {reason}", flush=True)
-            # others may need the memory while they measure
-            gc.collect()
-            torch.cuda.empty_cache()
+    # a StaticCache is compiled for every size and keeps the largest it ever had: one case at a time
+    for texts in [[text] for text in options.case] if static else [options.case]:
+        # kvmix compiles once for one row and once for several
+        warm: set[bool] = set()
+        for alone, rows_of in ((False, first_call), (True, timings)):
+            with turn(options.turns, alone):
+                for text in texts:
+                    batch, context, new = (int(part[1:]) for part in text.split())
+                    if not alone and (batch > 1) in warm:
+                        continue
+                    warm.add(batch > 1)
+                    if static:
+                        # what the first call compiles is what is timed
+                        model._previous_max_cache_length = max(options.capacity or 0, context + new)
+                    case = f"{options.shape} {text}{suffix}"
+                    ids = torch.randint(
+                        1, 30000, (batch, context), generator=torch.Generator().manual_seed(1)
+                    ).cuda()
+                    try:
+                        save(rows_of(case, ids, new), options.output)
+                    except (RuntimeError, ImportError, ValueError) as problem:
+                        reason = f"{type(problem).__name__}: {str(problem)[:300]}"
+                        print(f"{case:32} {provider:28} {reason}", flush=True)
+                # others may need the memory while they measure
+                free()
+        if static:
+            torch._dynamo.reset()
+            free()
     if plan is not None:
         replays = [graph.replay or "replayed" for graph in kvmix_fx.compiled(model).report.graphs]
         print(f"{provider}: graphs {replays}", flush=True)
@@ -356,6 +371,11 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         print(f"{provider}: {name} artefacts {found}", flush=True)
     counters.clear()
     torch._dynamo.reset()
+    free()
+
+
+def free() -> None:
+    """Give memory back that nothing refers to."""
     gc.collect()
     torch.cuda.empty_cache()
 
