@@ -19,7 +19,7 @@ MAX_BULK_COLUMNS = 16
 MAX_COLUMNS = 64
 """Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
 MIN_PART, MAX_PART = 16, 32
-"""Groups whose offsets a program multiplies with its queries at a time: rows of a dot, and what registers hold."""
+"""Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
 FEW_SPLITS = 8
 """Up to here one warp merges a row."""
 REST_SHARE = 128
@@ -110,7 +110,8 @@ def attend(
         bulk_splits = max(
             1, min(groups, config.programs // heads, config.max_splits), -(-groups // config.max_groups)
         )
-        part = max(MIN_PART, min(MAX_PART, fields.next_power_of_2(-(-groups // bulk_splits))))
+        most = fields.next_power_of_2(-(-groups // bulk_splits))
+        part = max(MIN_PART, min(most, MAX_PART * config.warps * 128 // fields.next_power_of_2(max(128, D))))
         room = -(-groups // bulk_splits // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
         # values differ the edges of groups
@@ -178,7 +179,7 @@ def attend(
             REST_PACKED=rest_packed, N=N,
             BULK_TOKENS=min(k_group * spread, config.tokens) if bulk else 16,
             BULK_SPREAD=spread, BULK_STAGES=config.stages,
-            PART=part, V_ALIGN=math.gcd(k_group, k.sink - v.sink),
+            PART=part, SINGLE=room <= part, V_ALIGN=math.gcd(k_group, k.sink - v.sink),
             BULK_PRECISION="tf32" if exact_half else "tf32x3",
             REST_TOKENS=rest_tokens, REST_STAGES=rest_stages,
             REST_DTYPE=rest_dtype, REST_PRECISION=rest_precision, PORTABLE=portable(query), EARLY=early,

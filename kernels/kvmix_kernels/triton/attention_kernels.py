@@ -48,8 +48,8 @@ PEAK = tl.constexpr(16384.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-MAX_LOOK = tl.constexpr(4096)
-"""Numbers that a program reads at a time before its loop; each time it waits for the memory."""
+MAX_LOOK = tl.constexpr(128)
+"""Numbers that a program reads at a time before its loop, for each group of PART."""
 
 
 @triton.jit
@@ -367,6 +367,7 @@ def _bulk(
     TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
     PART: tl.constexpr,
+    SINGLE: tl.constexpr,
     V_ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -374,7 +375,7 @@ def _bulk(
 ):
     """One share of the packed tokens: `groups` groups of K_GROUP tokens; at `offset_ptr` is room for N numbers of each.
 
-    PART: groups whose offsets are multiplied with the queries at a time.
+    PART: groups whose offsets are multiplied with the queries at a time. SINGLE: no share has more.
     """
     KF: tl.constexpr = fold_fields(K_BITS, D)
     KC: tl.constexpr = fold_channels(K_BITS, D)
@@ -396,7 +397,8 @@ def _bulk(
     # picking those of a step takes longer than loading them
     largest = tl.zeros([N], tl.float32) + TINY
     largest_k = tl.zeros([PART, KW], tl.float32)
-    for part in tl.range(0, groups, PART, num_stages=1):
+    # a loop of one turn is none: what is read at first is then on its way together
+    for part in tl.range(0, PART if SINGLE else groups, PART, num_stages=1):
         group = part + tl.arange(0, PART)
         offsets = tl.zeros([PART, N], tl.float32)
         for f in tl.static_range(KF):
@@ -414,9 +416,11 @@ def _bulk(
             offsets = tl.dot(zero, q, offsets, input_precision=PRECISION)
         tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     tl.debug_barrier()
-    LOOK: tl.constexpr = min(MAX_LOOK, PART * K_GROUP * VG)
+    LOOK: tl.constexpr = PART * min(MAX_LOOK, K_GROUP * VG)
     v_top = TINY
-    for part in tl.range(0, groups * K_GROUP * VG, LOOK, num_stages=1):
+    for part in tl.range(
+        0, LOOK if SINGLE and K_GROUP * VG <= MAX_LOOK else groups * K_GROUP * VG, LOOK, num_stages=1
+    ):
         place = part + tl.arange(0, LOOK)
         v_steps = tl.load(
             v_scale_ptr + first_v_row * VG + place, mask=place < groups * K_GROUP * VG, other=0.0
@@ -466,7 +470,7 @@ def _bulk(
         masked = groups
         if MASK_SHARED:
             unseen, changed = _reach(
-                mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK, min(MAX_LOOK, PART * K_GROUP)
+                mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK, PART * min(MAX_LOOK, K_GROUP)
             )  # fmt: skip
             skipped = unseen // K_GROUP
             masked = tl.maximum((changed + K_GROUP - 1) // K_GROUP, skipped)
@@ -725,6 +729,7 @@ def attend_kernel(
     BULK_SPREAD: tl.constexpr,
     BULK_STAGES: tl.constexpr,
     PART: tl.constexpr,
+    SINGLE: tl.constexpr,
     V_ALIGN: tl.constexpr,
     BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr,
@@ -808,7 +813,7 @@ def attend_kernel(
                     mask_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
                     begin, begin - k_sink, begin - v_sink, groups, scale,
                     K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N,
-                    BULK_TOKENS, BULK_SPREAD, PART, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
+                    BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 
     if split >= bulk_splits:
