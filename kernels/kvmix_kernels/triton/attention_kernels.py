@@ -470,7 +470,7 @@ def _bulk(
         masked = groups
         if MASK_SHARED:
             unseen, changed = _reach(
-                mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK, PART * min(MAX_LOOK, K_GROUP)
+                mask_ptr, mask_stride, first_position, groups * K_GROUP, MASK, PART * min(MAX_LOOK // 2, K_GROUP)
             )  # fmt: skip
             skipped = unseen // K_GROUP
             masked = tl.maximum((changed + K_GROUP - 1) // K_GROUP, skipped)
