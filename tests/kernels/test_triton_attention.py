@@ -237,6 +237,26 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
 
 
+@pytest.mark.parametrize(
+    ("D", "bits", "size"),
+    [
+        (96, 1, 32),
+        (96, 2, 32),
+        (96, 3, 32),
+        (96, 4, 32),
+        (80, 4, 16),
+        (128, 8, 32),
+        (192, 3, 64),
+        (256, 4, 32),
+    ],
+)
+def test_the_bulk_path_where_a_field_has_channels_of_several_groups(D: int, bits: int, size: int) -> None:
+    k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", size, 32, 0, 0)
+    assert attention.has_bulk_path(k, v, D, 1)
+    config = configs.AttendConfig(tokens=64, spread=2)
+    check(k, v, B=1, Hkv=2, group=3, Lq=1, D=D, Dv=D, L=170, spread=8.0, config=config)
+
+
 @pytest.mark.parametrize("mask", ["none", "bool heads", "additive"])
 @pytest.mark.parametrize(("group", "Lq"), [(1, 1), (3, 1), (2, 2), (8, 1)])
 @pytest.mark.parametrize("L", [33, 130, 250])

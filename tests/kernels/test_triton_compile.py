@@ -95,6 +95,8 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 90, 2, group=64, gpu=HOPPER, mask=True),
         case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
         case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True),
+        case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
+        case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True),
         case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
         case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True),
         case("attend", 90, 8, gpu=HOPPER, mask=True),

@@ -32,12 +32,7 @@ def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int,
     if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_COLUMNS:
         return False
     group = layout.channel_group(v, Dv)
-    return (
-        k.group_size >= fields.MIN_DOT
-        and k.group_size & (k.group_size - 1) == 0
-        and group % fields.fold_channels(v.bits, Dv) == 0
-        and Dv // group <= 8
-    )
+    return k.group_size >= fields.MIN_DOT and k.group_size & (k.group_size - 1) == 0 and Dv // group <= 8
 
 
 @cache

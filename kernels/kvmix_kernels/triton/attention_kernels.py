@@ -24,12 +24,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels.triton.fields import (
     field,
+    field_end,
     field_factor,
+    field_first,
+    field_sum,
     fold,
     fold_channels,
     fold_copies,
     fold_fields,
     fold_width,
+    next_power_of_2,
     packed_end_of,
     plane_words,
     stored_values,
@@ -205,7 +209,6 @@ def _sweep(
     KC: tl.constexpr = fold_channels(K_BITS, D)
     KW: tl.constexpr = fold_width(K_BITS, D)
     VF: tl.constexpr = fold_fields(V_BITS, DV)
-    VC: tl.constexpr = fold_channels(V_BITS, DV)
     VW: tl.constexpr = fold_width(V_BITS, DV)
     VG: tl.constexpr = DV // V_GROUP
     STEPS: tl.constexpr = max(1, K_GROUP // TOKENS)
@@ -319,13 +322,10 @@ def _sweep(
         shifts = new_shifts
         new_outs = ()
         for f in tl.static_range(VF):
-            new_outs = new_outs + (
-                tl.dot(
-                    field(v_word, v_low, f, V_BITS, DV, PORTABLE),
-                    scaled[f * VC // V_GROUP],
-                    outs[f] * fade[None, :],
-                ),
-            )
+            tile = field(v_word, v_low, f, V_BITS, DV, PORTABLE)
+            for g in tl.static_range(field_first(V_BITS, DV, V_GROUP, f), field_end(V_BITS, DV, V_GROUP, f)):
+                out = outs[field_sum(V_BITS, DV, V_GROUP, f, g)] * fade[None, :]
+                new_outs = new_outs + (tl.dot(tile, scaled[g], out),)
         outs = new_outs
     return top, total, shifts, outs
 
@@ -416,7 +416,7 @@ def _bulk(
             offsets = tl.dot(zero, q, offsets, input_precision=PRECISION)
         tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     tl.debug_barrier()
-    LOOK: tl.constexpr = PART * min(MAX_LOOK, K_GROUP * VG)
+    LOOK: tl.constexpr = PART * min(MAX_LOOK, K_GROUP * next_power_of_2(VG))
     v_top = TINY
     for part in tl.range(
         0, LOOK if SINGLE and K_GROUP * VG <= MAX_LOOK else groups * K_GROUP * VG, LOOK, num_stages=1
@@ -459,8 +459,9 @@ def _bulk(
     shifts = ()
     for g in tl.static_range(VG):
         shifts = shifts + (tl.zeros([8, N], tl.float32),)
+    # a field that has channels of several groups is summed up with the scales of each
     outs = ()
-    for f in tl.static_range(VF):
+    for f in tl.static_range(field_sum(V_BITS, DV, V_GROUP, VF, VG)):
         outs = outs + (tl.zeros([VW, N], tl.float32),)
 
     # groups that no query sees are left out, the mask is read up to the last token that it changes
@@ -518,7 +519,13 @@ def _bulk(
     if not V_HALF:
         unit = unit * v_top
     for f in tl.static_range(VF):
-        out = outs[f] * (unit * field_factor(V_BITS, DV, f)) + tl.sum(shifts[f * VC // V_GROUP], 0)[None, :]
+        for g in tl.static_range(field_first(V_BITS, DV, V_GROUP, f), field_end(V_BITS, DV, V_GROUP, f)):
+            summed = outs[field_sum(V_BITS, DV, V_GROUP, f, g)] * (unit * field_factor(V_BITS, DV, f))
+            summed += tl.sum(shifts[g], 0)[None, :]
+            if g == field_first(V_BITS, DV, V_GROUP, f):
+                out = summed
+            else:
+                out = tl.where((f * VC + v_column < g * V_GROUP)[:, None], out, summed)
         if SPREAD > 1:
             out = tl.sum(tl.reshape(out * share[None, :], [VW, SPREAD, ROWS]), 1)
             ok = (v_column < VC)[:, None]

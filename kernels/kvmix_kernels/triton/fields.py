@@ -81,6 +81,27 @@ def fold_fields(bits, head_dim):
 
 
 @constexpr_function
+def field_first(bits, head_dim, group, field):
+    """Group of a folded field's first channel."""
+    return field * fold_channels(bits, head_dim) // group
+
+
+@constexpr_function
+def field_end(bits, head_dim, group, field):
+    """The group behind that of a folded field's last channel."""
+    return ((field + 1) * fold_channels(bits, head_dim) - 1) // group + 1
+
+
+@constexpr_function
+def field_sum(bits, head_dim, group, field, of):
+    """Place of (field, group `of`) among the pairs of a field and a group that it has channels of."""
+    before = [
+        field_end(bits, head_dim, group, f) - field_first(bits, head_dim, group, f) for f in range(field)
+    ]
+    return sum(before) + of - field_first(bits, head_dim, group, field)
+
+
+@constexpr_function
 def _field_place(bits, head_dim, field):
     """(position in the word, how far the word is shifted right first), so that the field may be read as a subnormal."""
     if bits == 3:
