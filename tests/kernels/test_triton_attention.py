@@ -267,6 +267,12 @@ def test_columns_without_a_query_row_take_other_groups(L: int, group: int, Lq: i
     check(k, v, B=1, Hkv=2, group=group, Lq=Lq, D=64, Dv=64, L=L, mask=mask, extra=40, config=config)
 
 
+def test_steps_of_several_groups_that_begin_within_a_block_of_planes() -> None:
+    k, v = make_format(3, "channel", 16, 32, 0, 0), make_format(3, "token", 0, 32, 0, 0)
+    config = configs.AttendConfig(tokens=32, spread=2, programs=4, max_groups=3, rest_tokens=16)
+    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=170, config=config)
+
+
 @pytest.mark.parametrize("mask", ["bool", "additive", "additive inf"])
 @pytest.mark.parametrize("group", [2, 8])
 @pytest.mark.parametrize(

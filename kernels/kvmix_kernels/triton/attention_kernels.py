@@ -213,7 +213,8 @@ def _sweep(
     VG: tl.constexpr = DV // V_GROUP
     STEPS: tl.constexpr = max(1, K_GROUP // TOKENS)
     SLOTS: tl.constexpr = max(1, TOKENS // K_GROUP)
-    ALIGN: tl.constexpr = min(TOKENS, V_ALIGN)
+    # rows that a step may begin with are multiples of it
+    K_ALIGN: tl.constexpr = min(TOKENS, K_GROUP)
     K_HALF: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.float16
     V_HALF: tl.constexpr = v_scale_ptr.dtype.element_ty == tl.float16
     k_column = tl.arange(0, KW)
@@ -237,20 +238,36 @@ def _sweep(
         v_first = first_v_row + first
         v_row = v_first + token
         k_word = _load_words(
-            k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, TOKENS
+            k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 0, K_BLOCK, K_ALIGN
         )
         k_low = k_word
         if K_BITS == 3:
             k_low = _load_words(
-                k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, TOKENS
+                k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, K_ALIGN
             )
         v_word = _load_words(
-            v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
+            v_qdata_ptr,
+            v_first,
+            token[None, :],
+            v_column[:, None],
+            V_BITS,
+            DV,
+            0,
+            V_BLOCK,
+            min(K_ALIGN, V_ALIGN),
         )
         v_low = v_word
         if V_BITS == 3:
             v_low = _load_words(
-                v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 1, V_BLOCK, ALIGN
+                v_qdata_ptr,
+                v_first,
+                token[None, :],
+                v_column[:, None],
+                V_BITS,
+                DV,
+                1,
+                V_BLOCK,
+                min(K_ALIGN, V_ALIGN),
             )
         # of each column, if the columns have several groups
         if SPREAD > 1:
