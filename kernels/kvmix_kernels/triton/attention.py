@@ -105,6 +105,7 @@ def attend(
         bulk_splits = max(
             1, min(groups, config.programs // heads, config.max_splits), -(-groups // config.max_groups)
         )
+        # of a share, which has room for the offsets of as many groups
         most = fields.next_power_of_2(-(-groups // bulk_splits))
         part = max(MIN_PART, min(most, MAX_PART * config.warps * 128 // fields.next_power_of_2(max(128, D))))
         room = -(-groups // bulk_splits // part) * part

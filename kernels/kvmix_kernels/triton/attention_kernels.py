@@ -215,6 +215,7 @@ def _sweep(
     SLOTS: tl.constexpr = max(1, TOKENS // K_GROUP)
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, K_GROUP)
+    ALIGN: tl.constexpr = min(K_ALIGN, V_ALIGN)
     K_HALF: tl.constexpr = k_scale_ptr.dtype.element_ty == tl.float16
     V_HALF: tl.constexpr = v_scale_ptr.dtype.element_ty == tl.float16
     k_column = tl.arange(0, KW)
@@ -246,28 +247,12 @@ def _sweep(
                 k_qdata_ptr, k_first, token[:, None], k_column[None, :], K_BITS, D, 1, K_BLOCK, K_ALIGN
             )
         v_word = _load_words(
-            v_qdata_ptr,
-            v_first,
-            token[None, :],
-            v_column[:, None],
-            V_BITS,
-            DV,
-            0,
-            V_BLOCK,
-            min(K_ALIGN, V_ALIGN),
+            v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 0, V_BLOCK, ALIGN
         )
         v_low = v_word
         if V_BITS == 3:
             v_low = _load_words(
-                v_qdata_ptr,
-                v_first,
-                token[None, :],
-                v_column[:, None],
-                V_BITS,
-                DV,
-                1,
-                V_BLOCK,
-                min(K_ALIGN, V_ALIGN),
+                v_qdata_ptr, v_first, token[None, :], v_column[:, None], V_BITS, DV, 1, V_BLOCK, ALIGN
             )
         # of each column, if the columns have several groups
         if SPREAD > 1:
@@ -411,7 +396,7 @@ def _bulk(
     first_group = first_k_row // K_GROUP
 
     # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
-    # picking those of a step takes longer than loading them
+    # small groups would spill
     largest = tl.zeros([N], tl.float32) + TINY
     largest_k = tl.zeros([PART, KW], tl.float32)
     # a loop of one turn is none: what is read at first is then on its way together
