@@ -61,7 +61,7 @@ def launch(case: Case, provider: str, config: configs.AttendConfig | None, gpu: 
             case.head_dim**-0.5,
             list(k),
             list(v),
-            config,
+            config=config,
         )
     return found[0]
 

@@ -47,7 +47,7 @@ _library.define(
 )
 _library.define(
     f"attend(Tensor query, Tensor? new_keys, Tensor? new_values, {_READ}, Tensor? mask, Tensor? start, "
-    "SymInt length, float scale, int[] key_format, int[] value_format) -> Tensor",
+    "SymInt length, float scale, int[] key_format, int[] value_format, float softcap=0.0) -> Tensor",
 )
 _library.define(
     "dequantize(Tensor qdata, Tensor scale, Tensor zero_point, Tensor residual, Tensor? start, "
@@ -126,6 +126,7 @@ def _attend(
     scale: float,
     key_format: list[int],
     value_format: list[int],
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention of `query` over the cache and the step's own tokens; see `reference.attention`."""
     return attention.attend(
@@ -139,6 +140,7 @@ def _attend(
         scale,
         TensorFormat(*key_format),
         TensorFormat(*value_format),
+        softcap,
     )
 
 
@@ -160,6 +162,7 @@ def _attend_cpu(
     scale: float,
     key_format: list[int],
     value_format: list[int],
+    softcap: float = 0.0,
 ) -> Tensor:
     """`_attend` for CPU tensors; see `cpu.attention`."""
     return cpu_attention.attend(
@@ -173,6 +176,7 @@ def _attend_cpu(
         scale,
         TensorFormat(*key_format),
         TensorFormat(*value_format),
+        softcap,
     )
 
 

@@ -109,6 +109,7 @@ def cases(draw, longest=200):
         D**-0.5,
         key_format,
         value_format,
+        draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
     )
 
 
@@ -139,7 +140,7 @@ def split_sums_lose(case, out):
         grids = (buffers.scale.double() * (2**fmt.bits - 1), buffers.zero_point.double())
         return sum(g.nan_to_num(0.0).abs().amax().item() for g in grids if g.numel())
 
-    query, _, _, keys, stored, _, _, scale, key_format, value_format = case
+    query, _, _, keys, stored, _, _, scale, key_format, value_format, _ = case
     of_scores = largest(keys, key_format) * query.double().abs().sum(-1).max().item() * scale
     return 2**-22 * (of_scores * out + largest(stored, value_format))
 

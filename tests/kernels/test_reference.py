@@ -192,6 +192,7 @@ def attention_cases(draw):
         "key_format": draw(formats(key_dim)),
         "value_format": draw(formats(key_dim)),
         "mask": draw(st.sampled_from(("none", "bool", "additive", "padding"))),
+        "softcap": draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
         "dtype": draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16))),
         "family": draw(st.sampled_from(("normal", "outlier channels", "constant", "offset"))),
         "seed": draw(st.integers(0, 1000)),
@@ -224,6 +225,16 @@ def make_case(case, device="cpu"):
     return query, x[:, :, case["length"] :], y[:, :, case["length"] :], k, v, mask
 
 
+def capped_attention(query, k, v, mask, scale, softcap):
+    """Attention as Gemma 2 writes it out."""
+    group = query.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.tanh(query @ k.transpose(2, 3) * scale / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1) @ v
+
+
 @given(attention_cases())
 def test_attention_over_packed_equals_sdpa_over_dequantized(case):
     from kvmix_kernels.reference import attention
@@ -234,7 +245,7 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
     old = attention.BLOCK_ELEMENTS
     attention.BLOCK_ELEMENTS = case["block"]
     try:
-        got = ops.attend(query, new_k, new_v, *k, *v, mask, None, length, scale, kf, vf)
+        got = ops.attend(query, new_k, new_v, *k, *v, mask, None, length, scale, kf, vf, case["softcap"])
     finally:
         attention.BLOCK_ELEMENTS = old
 
@@ -242,6 +253,8 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
         full_k = torch.cat([storage.read(Buffers(*k), 0, length, length, kf).to(dtype), new_k.to(dtype)], 2)
         full_v = torch.cat([storage.read(Buffers(*v), 0, length, length, vf).to(dtype), new_v.to(dtype)], 2)
         m = mask.to(dtype) if mask is not None and mask.dtype != torch.bool else mask
+        if case["softcap"]:
+            return capped_attention(query.to(dtype), full_k, full_v, m, scale, case["softcap"])
         return F.scaled_dot_product_attention(
             query.to(dtype), full_k, full_v, attn_mask=m, scale=scale, enable_gqa=True
         )

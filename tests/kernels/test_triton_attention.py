@@ -103,6 +103,7 @@ def check(
     extra: int = 0,
     new: bool = True,
     spread: float = 0.0,
+    softcap: float = 0.0,
     seed: int = 0,
     config: configs.AttendConfig | None = None,
 ) -> None:
@@ -148,6 +149,7 @@ def check(
         D**-0.5,
         list(k),
         list(v),
+        softcap,
     )
     expected = ops._attend(*(a.float() if a is query else a for a in args))
     assert_close(kernels.attend(*args, config=config), expected, TOLERANCE[dtype] * growth(spread))
@@ -190,6 +192,7 @@ def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.Data
         mask=data.draw(st.sampled_from(MASKS)),
         extra=data.draw(st.sampled_from((0, 0, 40))),
         new=new,
+        softcap=data.draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
         seed=data.draw(st.integers(0, 2**31)),
     )
 
@@ -218,6 +221,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
         mask=data.draw(st.sampled_from(MASKS)),
         extra=data.draw(st.sampled_from((0, 300))),
         spread=data.draw(st.sampled_from((0.0, 8.0))),
+        softcap=data.draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
         seed=data.draw(st.integers(0, 2**31)),
         config=configs.AttendConfig(
             tokens=data.draw(st.sampled_from((32, 64, 128))),

@@ -56,7 +56,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
-                limited if case["bits"] < 16 else None,
+                config=limited if case["bits"] < 16 else None,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:

@@ -47,7 +47,7 @@ typedef uint64_t Longs __attribute__((vector_size(WIDTH), aligned(8), may_alias)
 #define ALIGNED __attribute__((aligned(WIDTH)))  /* not to load from two cache lines at once */
 #define AT(pointer) (*(Floats *)(pointer))
 
-/* Everything comes from Python as int64, `scale` apart. Strides count elements; the last one is 1. */
+/* Everything comes from Python as int64, `scale` and `softcap` apart. Strides count elements; the last one is 1. */
 typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
 typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie from `slot` on */
 typedef struct { int64_t wide, narrow, high; } Cut;  /* bits, as in layout.py */
@@ -63,7 +63,7 @@ typedef struct {
 typedef struct {
     Tensor query, mask;
     float *out;  /* [B, H * rows, Dv] */
-    double scale;
+    double scale, softcap;
     int64_t B, H, group, Lq, length, origin, threads;
     Cached keys, values;
 } Call;
@@ -121,6 +121,13 @@ INLINE Floats exponential(Floats x) {
 }
 
 INLINE float exponential1(float x) { return exponential(x - (Floats){0})[0]; }
+
+/* cap * tanh(x / cap): with e = exp(-2 |x| / cap), tanh is (1 - e) / (1 + e) and has the sign of x. */
+INLINE Floats capped(Floats x, float cap) {
+    const Bits sign = (Bits)x & 0x80000000u;
+    const Floats size = (Floats)((Bits)x ^ sign), e = exponential(size * (-2.0f / cap));
+    return (Floats)((Bits)(cap * (1.0f - e) / (1.0f + e)) | sign);
+}
 
 INLINE Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
@@ -517,6 +524,8 @@ static void task(const Work *work, int64_t index) {
         over_runs(&call->keys, b, h, first, last, q, rows, scores, 0);
         for (int64_t r = 0; r < rows; r++) {
             float *s = scores + r * BLOCK, highest = best[r];
+            if (call->softcap > 0)
+                for (int64_t t = 0; t < n; t += LANES) AT(s + t) = capped(AT(s + t), (float)call->softcap);
             if (call->mask.data) apply_mask(call, b, h, r, first, n, s);
             for (int64_t t = n; t % LANES; t++) s[t] = -__builtin_inff();
 #pragma omp simd reduction(max : highest)

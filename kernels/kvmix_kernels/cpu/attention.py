@@ -53,6 +53,7 @@ def attend(
     scale: float,
     key_format: TensorFormat,
     value_format: TensorFormat,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
 
@@ -64,16 +65,18 @@ def attend(
     rows = Hq // Hkv * Lq
     if rows > MAX_ROWS or query.dtype == torch.float64:
         return reference.attend(
-            query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format
+            query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format, softcap
         )
     out = native.attend(
-        query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format
+        query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format, softcap
     )
     if out is not None:
         return out
     # grouped heads share their keys: fold the group into the rows of one product
     q = (query.float() * scale).reshape(B * Hkv, rows, D)
     scores = _scores(q, keys, new_keys, length, key_format)
+    if softcap > 0:
+        scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None and mask.dtype == torch.bool and mask.all():
         mask = None
     if mask is not None:

@@ -49,7 +49,7 @@ _RESIDUAL, _PACKED, _FRESH = range(3)
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MASKS = {**_FLOATS, torch.bool: 3}
 _CODES = {torch.int16: 4}
-_CALL = struct.Struct("=11qd7q")
+_CALL = struct.Struct("=11q2d7q")
 _TENSORS = struct.Struct("=25q")
 
 Kernel = Callable[[bytes], int]
@@ -69,6 +69,7 @@ def attend(
     scale: float,
     key_format: TensorFormat,
     value_format: TensorFormat,
+    softcap: float = 0.0,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
 
@@ -96,7 +97,8 @@ def attend(
     out = torch.empty(B, Hq, Lq, Dv)
     origin = 0 if key_format.is_raw else key_format.sink
     threads = torch.get_num_threads()
-    call = _CALL.pack(*q, *m, out.data_ptr(), scale, B, Hkv, group, Lq, length + new, origin, threads)
+    sizes = B, Hkv, group, Lq, length + new, origin, threads
+    call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
     if function(call + k + v):
         raise MemoryError("no memory for partial results of attention")
     return out.to(query.dtype)

@@ -31,6 +31,7 @@ def attend(
     scale: float,
     key_format: TensorFormat,
     value_format: TensorFormat,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale * Q K^T + mask) V over `length` cached tokens and the step's own.
 
@@ -46,6 +47,8 @@ def attend(
         scale: factor of the scores.
         key_format: how the keys are stored.
         value_format: how the values are stored.
+        softcap: if above 0, scores x become softcap * tanh(x / softcap) ahead of the mask (Gemma 2,
+            arXiv 2408.00118).
 
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
@@ -67,6 +70,8 @@ def attend(
     blocks = _blocks(new_keys, new_values, keys, values, length, key_format, value_format, dtype)
     for number, (first, k, v) in enumerate(blocks):
         scores = rows @ k.transpose(2, 3)  # [B, Hkv, group * Lq, n]
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
         if mask is not None:
             part = mask[..., first : first + k.shape[2]].reshape(B, Hkv, group * Lq, k.shape[2])
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part

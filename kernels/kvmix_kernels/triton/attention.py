@@ -60,6 +60,7 @@ def attend(
     scale: float,
     key_format: list[int],
     value_format: list[int],
+    softcap: float = 0.0,
     config: configs.AttendConfig | None = None,
 ) -> Tensor:
     """The op `attend`; `config` overrides the tuned one (for the tuner and tests)."""
@@ -150,7 +151,7 @@ def attend(
         shared = mask_strides[1] == 0 and (mask_strides[2] == 0 or Lq == 1)
         if not additive:
             mask = mask.view(torch.uint8)
-    units = scale if additive else scale * math.log2(math.e)
+    unit = 1.0 if additive else math.log2(math.e)
 
     early = starts_early(query)
     partial = torch.empty(heads * splits * N * Dv, dtype=torch.float32, device=query.device)
@@ -168,8 +169,8 @@ def attend(
             *mask_strides,
             Hkv, rows, Lq, length, new_count,
             k.tile, k.sink, k.window, k.ring, v.tile, v.sink, v.window, v.ring,
-            bulk_splits, splits, column_blocks, room, units,
-            BULK=bulk, ON_DEVICE=start is not None, NEW=has_new, MASK=mask_kind, MASK_SHARED=shared,
+            bulk_splits, splits, column_blocks, room, scale * unit, softcap * unit,
+            BULK=bulk, ON_DEVICE=start is not None, NEW=has_new, MASK=mask_kind, MASK_SHARED=shared, CAPPED=softcap > 0,
             K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=k_group, D=D, K_BLOCK=layout.plane_block(k), DP=DP,
             V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=v_group, DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP,
             REST_PACKED=rest_packed, N=N,

@@ -66,6 +66,13 @@ def _exp(x, MASK: tl.constexpr):
 
 
 @triton.jit
+def _capped(score, cap):
+    """cap * tanh(score / cap), for a cap in the units of the scores."""
+    # of a large score the exponential is infinite, and what remains of the fraction is 0
+    return cap - 2.0 * cap / (1.0 + tl.exp2(score * (2.0 * LOG2E / cap)))
+
+
+@triton.jit
 def _masked_scores(
     score, mask_ptr, mask_at, mask_stride, position, ok, column_ok, MASK: tl.constexpr, SHARED: tl.constexpr
 ):
@@ -175,6 +182,7 @@ def _sweep(
     offset_ptr,
     restore,
     headroom,
+    cap,
     k_unit,
     v_unit,
     top,
@@ -192,6 +200,7 @@ def _sweep(
     MASK: tl.constexpr,
     MASKED: tl.constexpr,
     MASK_SHARED: tl.constexpr,
+    CAPPED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -280,7 +289,7 @@ def _sweep(
             offset = tl.load(offset_ptr + step_group * N + column)
 
         # online softmax
-        if MASK != 2:
+        if MASK != 2 and not CAPPED:
             if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
                 score = _masked_scores(
@@ -293,6 +302,8 @@ def _sweep(
             weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
         else:
             score = score * restore[None, :] + offset[None, :]
+            if CAPPED:
+                score = _capped(score, cap)
             if MASKED:
                 score = _masked_scores(
                     score, mask_ptr, mask_at, mask_stride, first_position + first + token, token >= 0, column_ok,
@@ -355,6 +366,7 @@ def _bulk(
     first_v_row,
     groups,
     scale,
+    cap,
     K_BITS: tl.constexpr,
     K_GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -365,6 +377,7 @@ def _bulk(
     V_BLOCK: tl.constexpr,
     MASK: tl.constexpr,
     MASK_SHARED: tl.constexpr,
+    CAPPED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -484,8 +497,8 @@ def _bulk(
         top, total, shifts, outs = _sweep(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
-            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
-            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, True, MASK_SHARED, N, TOKENS, SPREAD,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, True, MASK_SHARED, CAPPED, N, TOKENS, SPREAD,
             V_ALIGN, STAGES, PORTABLE,
         )  # fmt: skip
     if MASK == 0 or MASK_SHARED:
@@ -493,8 +506,8 @@ def _bulk(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + masked * SPREAD,
             (full - masked) * STEPS,
-            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
-            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, False, MASK_SHARED, N, TOKENS, SPREAD,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, False, MASK_SHARED, CAPPED, N, TOKENS, SPREAD,
             V_ALIGN, STAGES, PORTABLE,
         )  # fmt: skip
     if SPREAD > 1:
@@ -503,8 +516,8 @@ def _bulk(
             k_qdata_ptr, k_scale_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, mask_ptr, shifts_ptr, mask_at,
             mask_stride, column_ok, first_position, first_k_row, first_v_row, skipped + full * SPREAD,
             groups - skipped - full * SPREAD,
-            queries, offset_ptr, restore, headroom, k_unit, v_unit, top, total, shifts, outs,
-            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK != 0, MASK_SHARED, N, K_GROUP, SPREAD,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK != 0, MASK_SHARED, CAPPED, N, K_GROUP, SPREAD,
             V_ALIGN, 1, PORTABLE,
         )  # fmt: skip
 
@@ -572,6 +585,7 @@ def _rest(
     v_sink,
     v_ring,
     scale,
+    cap,
     K_BITS: tl.constexpr,
     K_AXIS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -588,6 +602,7 @@ def _rest(
     PACKED: tl.constexpr,
     MASK: tl.constexpr,
     MASK_SHARED: tl.constexpr,
+    CAPPED: tl.constexpr,
     N: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -621,6 +636,8 @@ def _rest(
             live, v_end, v_sink, v_ring, V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, NEW, PACKED, DTYPE,
         )  # fmt: skip
         score = tl.dot(k, q, input_precision=PRECISION) * scale
+        if CAPPED:
+            score = _capped(score, cap)
         score = _masked_scores(
             score,
             mask_ptr,
@@ -715,11 +732,13 @@ def attend_kernel(
     column_blocks,
     room,
     scale,
+    cap,
     BULK: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     NEW: tl.constexpr,
     MASK: tl.constexpr,
     MASK_SHARED: tl.constexpr,
+    CAPPED: tl.constexpr,
     K_BITS: tl.constexpr,
     K_AXIS: tl.constexpr,
     K_GROUP: tl.constexpr,
@@ -820,8 +839,8 @@ def attend_kernel(
                 _bulk(
                     query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr,
                     mask_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, query_at, mask_at, mask_ss, column_ok,
-                    begin, begin - k_sink, begin - v_sink, groups, scale,
-                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, N,
+                    begin, begin - k_sink, begin - v_sink, groups, scale, cap,
+                    K_BITS, K_GROUP, D, K_BLOCK, V_BITS, V_GROUP, DV, V_BLOCK, MASK, MASK_SHARED, CAPPED, N,
                     BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE,
                 )  # fmt: skip
 
@@ -843,9 +862,9 @@ def attend_kernel(
                 v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, mask_ptr, partial_ptr, stats_ptr,
                 query_at, mask_at, mask_ss, column_ok, new_k_sl, new_v_sl,
                 first, tl.minimum(first + share, count), bulk_begin, bulk_tokens, live,
-                k_end, k_sink, k_ring, v_end, v_sink, v_ring, scale,
+                k_end, k_sink, k_ring, v_end, v_sink, v_ring, scale, cap,
                 K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, NEW, REST_PACKED, MASK,
-                MASK_SHARED, N,
+                MASK_SHARED, CAPPED, N,
                 REST_TOKENS, REST_STAGES, REST_DTYPE, REST_PRECISION,
             )  # fmt: skip
 
