@@ -237,7 +237,8 @@ def _check_rewritten(state: Compiled, result: Any) -> None:
         return
     if not report.sites:
         raise NoSiteError(
-            "no scaled_dot_product_attention call was found: load the model with "
+            "no attention was found, neither a call of scaled_dot_product_attention nor one written out as "
+            "matmul, softmax, matmul: load the model with "
             'attn_implementation="sdpa", or pass on_nothing="ignore" to run it unquantized'
         )
     if any(site.idiom == "in place" for site in report.sites):

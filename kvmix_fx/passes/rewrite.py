@@ -216,7 +216,7 @@ class _Rewriter:
                 (
                     *(call.query, k.new, v.new, *self.buffers[k.past], *self.buffers[v.past]),
                     *(call.mask, start, self._length(k.tensor), scale),
-                    *(list(k.tensor.format), list(v.tensor.format)),
+                    *(list(k.tensor.format), list(v.tensor.format), call.softcap),
                 ),
             )
         node.meta = dict(call.node.meta)

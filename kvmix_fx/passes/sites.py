@@ -30,7 +30,11 @@ class Update:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One scaled-dot-product-attention node with its arguments by name."""
+    """One scaled-dot-product-attention node with its arguments by name.
+
+    softcap: bound of the scores, 0 for none. inside: what only this attention needs of the graph, last first,
+    where it is written out; `node` is then its last product.
+    """
 
     node: fx.Node
     query: fx.Node
@@ -40,6 +44,8 @@ class AttentionCall:
     dropout_p: Any
     is_causal: Any
     scale: float | None
+    softcap: float = 0.0
+    inside: tuple[fx.Node, ...] = ()
 
 
 # what happens to a site

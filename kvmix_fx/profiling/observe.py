@@ -28,7 +28,7 @@ from kvmix_fx.errors import KVMixError, NoSiteError, ProfileError
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.match import find_sites
-from kvmix_fx.passes.sites import ADOPT, Site
+from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.profiling.projections import Projection, find_projection
 from kvmix_fx.profiling.segments import SegmentedGraph
@@ -208,8 +208,7 @@ class Observer:
         }
         if not usable:
             reasons = "; ".join(sorted(set(self.skipped.values()))) or (
-                "no scaled_dot_product_attention call was found; load the model with "
-                'attn_implementation="sdpa"'
+                'no attention was found; load the model with attn_implementation="sdpa"'
             )
             raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")
         for table in (self._taps, self._shapes, self._segment_of):
@@ -251,14 +250,13 @@ class Observer:
         _, heads, _, head_dim = dynamo.example(site.key_root).shape
         self._shapes[layer] = (int(heads), int(head_dim))
         name = f"kvmix_attention_{layer}"
-        gm.add_submodule(
-            name, _TappedAttention(self, layer, call.dropout_p, bool(call.is_causal), call.scale)
-        )
+        gm.add_submodule(name, _TappedAttention(self, layer, call))
         with gm.graph.inserting_before(call.node):
             node = gm.graph.call_module(name, (call.query, site.key_root, site.value_root, call.mask))
         node.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(node)
-        gm.graph.erase_node(call.node)
+        for dead in (call.node, *call.inside):
+            gm.graph.erase_node(dead)
         return node
 
     def _tap_projection(
@@ -286,13 +284,14 @@ class Observer:
 class _TappedAttention(nn.Module):
     """Attention of one site over far and near copies of its keys and values."""
 
-    def __init__(self, observer: Observer, layer: int, dropout_p: Any, is_causal: bool, scale: Any) -> None:
+    def __init__(self, observer: Observer, layer: int, call: AttentionCall) -> None:
         super().__init__()
         self._observer = [observer]  # in a list, so that the model below is no submodule of this one
         self._layer = layer
-        self._is_causal = is_causal
-        self._scale = scale
-        self._dropout_p = dropout_p
+        self._is_causal = bool(call.is_causal)
+        self._scale = call.scale
+        self._softcap = call.softcap
+        self._dropout_p = call.dropout_p
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention output [B, Hq, L, D]."""
@@ -343,9 +342,22 @@ class _TappedAttention(nn.Module):
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        if self._softcap:
+            return _capped_attention(q, k, v, mask, self._scale, self._softcap)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self._dropout_p, is_causal=is_causal, scale=self._scale
         )
+
+
+def _capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+) -> Tensor:
+    """Attention with capped scores, which SDPA does not know; its mask is explicit."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = softcap * torch.tanh((q @ k.mT).float() * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
 class _ProjectionTap(nn.Module):

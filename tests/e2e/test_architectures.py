@@ -57,12 +57,28 @@ PACKED = {
 }
 
 
-def build(config_name, overrides):
+# attention written out, as it has to be where scores are capped
+WRITTEN_OUT = {
+    "llama": ("LlamaConfig", {}),
+    "gpt2": PACKED["gpt2"],
+    "gpt-neox": PACKED["gpt-neox"],
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "layer_types": ["full_attention"] * 2,
+            "attn_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+}
+
+
+def build(config_name, overrides, attention="sdpa"):
     torch.manual_seed(0)
     settings = {k: v for k, v in TINY.items() if k not in NOT_TAKEN.get(config_name, ())}
     config = getattr(transformers, config_name)(**(settings | overrides))
-    config._attn_implementation = "sdpa"
-    return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+    config._attn_implementation = attention
+    return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention))
 
 
 def tokens(rows=2, length=90):
@@ -70,10 +86,12 @@ def tokens(rows=2, length=90):
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_logits_equal_the_oracle(name, fixed):
+@pytest.mark.parametrize(
+    ("name", "attention"), [(n, "sdpa") for n in PACKED] + [(n, "eager") for n in WRITTEN_OUT]
+)
+def test_packed_logits_equal_the_oracle(name, attention, fixed):
     """Left padded, so that absolute positions and masks are part of the check."""
-    model = build(*PACKED[name])
+    model = build(*(PACKED if attention == "sdpa" else WRITTEN_OUT)[name], attention)
     plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
     ids, mask = tokens(), torch.ones(2, 90, dtype=torch.long)
     ids[0, :11], mask[0, :11] = 0, 0
@@ -156,10 +174,31 @@ def test_hybrid_models_pack_their_full_attention_layers():
     assert {s.layer for s in report.skipped()} == {0}
 
 
-def test_attention_that_is_not_sdpa_is_refused_with_a_way_out():
+def test_caps_change_what_a_model_says():
+    """So the oracle's check of Gemma 2 could fail."""
+    ids = tokens()
+    logits = []
+    for cap in (1.5, 50.0):
+        name, overrides = WRITTEN_OUT["gemma2"]
+        model = build(name, overrides | {"attn_logit_softcapping": cap}, "eager")
+        kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, window=8), inner="eager")
+        logits.append(steps(model, ids, 40)[0])
+    assert worst(*logits) > 5e-3
+
+
+def unknown_attention(module, query, key, value, attention_mask, scaling, **_):
+    key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value), None
+
+
+def test_attention_of_an_unknown_form_is_refused_with_a_way_out():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**TINY)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    transformers.AttentionInterface.register("unknown", unknown_attention)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="unknown").eval()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2), inner="eager")
     with pytest.raises(kvmix_fx.errors.NoSiteError, match='attn_implementation="sdpa"'):
         model.generate(tokens(), max_new_tokens=2)

@@ -201,21 +201,158 @@ def test_a_cache_that_is_only_read():
     assert count_ops(graphs[0], ops.append_) == 0
 
 
-def eager_attention(q, k, v):
-    k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-    return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, -1) @ v
+def as_transformers_writes_it(q, k, v, mask, cap=None):
+    scores = torch.matmul(q, k.transpose(2, 3)) * 32**-0.5
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, p=0.1, training=False), v)
 
 
-def test_attention_written_out_keeps_packed_storage():
+def with_operators(q, k, v, mask, cap=None):
+    scores = (q @ k.mT).float() / 32**0.5
+    if cap is not None:
+        scores = cap * (scores * (1 / cap)).tanh()
+    if mask is not None:
+        scores = mask + scores
+    return scores.softmax(-1) @ v
+
+
+def with_a_scaled_query(q, k, v, mask, cap=None):
+    scores = torch.matmul(q * 32**-0.5, k.permute(0, 1, 3, 2))
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        scores += mask
+    return torch.softmax(scores, 3).matmul(v)
+
+
+@pytest.mark.parametrize("written", [as_transformers_writes_it, with_operators, with_a_scaled_query])
+@pytest.mark.parametrize("cap", [None, 0.2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_written_out_becomes_one_op(written, cap, masked):
+    def decode(q, k, v, past_k, past_v, mask):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (full_k, full_v))
+        return written(q, k, v, mask, cap), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step(3)
+    mask = None
+    if masked:
+        seen = torch.rand(2, 1, 3, 103, generator=torch.Generator().manual_seed(0)) < 0.7
+        mask = torch.zeros(2, 1, 3, 103).masked_fill(~seen, -1e9)
+    whole = [
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    want = as_transformers_writes_it(q, *whole, mask, cap)
+    uncapped = as_transformers_writes_it(q, *whole, mask)
+    (out, new_k, _), graphs, report = run(decode, q, k, v, past_k, past_v, mask)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert cap is None or (out - uncapped).abs().max() > 5e-2
+    assert [s.action for s in report.sites] == [ATTEND]
+    assert count_ops(graphs[0], ops.attend) == 1
+    # nothing of the old way is left
+    for gone in (ops.dequantize, torch.matmul, torch.softmax, F.softmax, torch.tanh, F.dropout):
+        assert count_ops(graphs[0], gone) == 0
+    assert new_k.shape[2] == 103
+
+
+@pytest.mark.parametrize("form", ["written out", "sdpa"])
+def test_factors_that_change_between_calls(form):
+    """Dynamo makes symbols of numbers that it has seen change."""
+    past_k, past_v = caches()
+    q, k, v = step()
+    full_k, full_v = (
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    )
+
+    def decode(q, k, v, past_k, past_v, factor):
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        heads = [t.repeat_interleave(2, dim=1) for t in (k, v)]
+        if form == "sdpa":
+            return F.scaled_dot_product_attention(q, *heads, scale=factor), k, v
+        return torch.softmax(q @ heads[0].mT * factor, -1) @ heads[1], k, v
+
+    backend = KVMixBackend(PLAN, "eager")
+    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    for factor in (0.2, 0.4, 0.1):
+        past_k, past_v = caches()
+        with torch.no_grad():
+            out, _, _ = compiled(q, k, v, past_k, past_v, factor)
+        want = F.scaled_dot_product_attention(q, full_k, full_v, scale=factor)
+        torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert {site.action for site in backend.report.sites} == {ATTEND}
+
+
+def weights_are_read(q, k, v):
+    weights = torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, -1)
+    return weights @ v + weights.amax()
+
+
+def scores_are_read(q, k, v):
+    scores = q @ k.transpose(2, 3) * 32**-0.5
+    return torch.softmax(scores, -1) @ v + scores.amax()
+
+
+def product_is_read(q, k, v):
+    product = q @ k.transpose(2, 3)
+    return torch.softmax(product * 32**-0.5, -1) @ v + product.amax()
+
+
+def some_weights_are_dropped(q, k, v):
+    return F.dropout(torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, -1), 1.0, True) @ v
+
+
+def weights_go_to_a_sink(q, k, v):
+    scores = q @ k.transpose(2, 3) * 32**-0.5
+    return torch.softmax(torch.cat([scores, scores[..., :1] * 0], -1), -1)[..., :-1] @ v
+
+
+def softmax_over_queries(q, k, v):
+    return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, 2) @ v
+
+
+def scaled_by_a_tensor(q, k, v):
+    return torch.softmax(q @ k.transpose(2, 3) * q.amax(), -1) @ v
+
+
+def two_are_added(q, k, v):
+    return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5 + q.amax() + q[..., :1], -1) @ v
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        weights_are_read,
+        scores_are_read,
+        product_is_read,
+        some_weights_are_dropped,
+        weights_go_to_a_sink,
+        softmax_over_queries,
+        scaled_by_a_tensor,
+        two_are_added,
+    ],
+)
+def test_attention_of_another_form_keeps_packed_storage(written):
     def decode(q, k, v, past_k, past_v):
         full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        return eager_attention(q, full_k, full_v), full_k, full_v
+        return written(q, *(t.repeat_interleave(2, dim=1) for t in (full_k, full_v))), full_k, full_v
 
     past_k, past_v = caches()
     q, k, v = step()
-    want = oracle(q, k, v, past_k, past_v)
+    whole = [
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    want = written(q, *whole)
     (out, new_k, new_v), graphs, _ = run(decode, q, k, v, past_k, past_v)
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert count_ops(graphs[0], ops.attend) == 0
     assert count_ops(graphs[0], ops.append_) == 1
     assert count_ops(graphs[0], ops.dequantize) == 2
     assert new_k.shape[2] == new_v.shape[2] == 101
@@ -304,7 +441,7 @@ def test_a_tuple_cache_kept_by_the_caller():
 def test_models_without_attention_are_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
     kvmix_fx.compile(model, PLAN)
-    with torch.no_grad(), pytest.raises(NoSiteError, match="no scaled_dot_product_attention"):
+    with torch.no_grad(), pytest.raises(NoSiteError, match="no attention was found"):
         model(torch.randn(2, 4))
 
 

@@ -18,7 +18,7 @@ from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_fx.testing.simulate import teacher_forced
 from kvmix_fx.testing.strategies import quant_specs
-from tests.e2e.test_architectures import LEFT_ALONE, PACKED, build
+from tests.e2e.test_architectures import LEFT_ALONE, PACKED, WRITTEN_OUT, build
 
 
 def tokens(length: int = 128) -> torch.Tensor:
@@ -49,13 +49,16 @@ def test_padding_does_not_widen_a_group() -> None:
     assert not torch.equal(round_trip(spoiled, spec)[:, :, :35], got)
 
 
-def test_a_far_copy_is_read_as_decoding_reads_a_packed_cache() -> None:
+@pytest.mark.parametrize("name", ["sdpa", "llama", "gemma2"])
+def test_a_far_copy_is_read_as_decoding_reads_a_packed_cache(name: str) -> None:
     """One forward with rounded far copies gives the logits of real decoding, token by token."""
-    model, ids = tiny_llama(), tokens(100)
+    model = tiny_llama() if name == "sdpa" else build(*WRITTEN_OUT[name], "eager")
+    ids = tokens(100)
     layer = LayerPlan(QuantSpec(2, "channel", 32), QuantSpec(3, "token", 16))
     with observing(model):
         observer = Observer(model, window=32)
         plain = observer.read(ids)
+        torch.testing.assert_close(plain, model(ids).logits, rtol=0, atol=1e-4)
         formats = {
             (n, role): spec for n in (0, 1) for role, spec in (("key", layer.key), ("value", layer.value))
         }

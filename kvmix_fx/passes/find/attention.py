@@ -1,4 +1,4 @@
-"""Find calls of scaled_dot_product_attention, in Dynamo's and in ATen's spelling."""
+"""Find attention: calls of scaled_dot_product_attention in two spellings, and what is written out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvmix_fx.passes.find.written_out import find_written_out
 from kvmix_fx.passes.sites import AttentionCall
 
 _TARGETS = {scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
@@ -15,10 +16,13 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def find_attention(graph: fx.Graph) -> list[AttentionCall]:
-    """All calls in graph order, arguments by name."""
+    """All of it in graph order, arguments by name."""
     calls = []
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _TARGETS:
+            written_out = find_written_out(node)
+            if written_out is not None:
+                calls.append(written_out)
             continue
         arguments: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
         calls.append(
