@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from kvmix_kernels import layout, ops
 from kvmix_kernels import triton as kernels
+from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton import attention, configs
@@ -324,3 +325,49 @@ def test_more_query_rows_than_columns_use_several_blocks(Lq: int, L: int, mask: 
     """On the general path, and with up to 64 rows on the fast one."""
     k, v = make_format(4, "channel", 32, 32, 0, 0), make_format(4, "token", 0, 32, 0, 0)
     check(k, v, B=1, Hkv=2, group=4, Lq=Lq, D=32, Dv=32, L=L, mask=mask)
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose third sequence begins 2**31 elements behind the first; what lies between is not used."""
+    out = torch.empty_strided(x.shape, (1 << 30, *x.stride()[1:]), dtype=x.dtype, device=x.device)
+    return out.copy_(x)
+
+
+@pytest.mark.parametrize("fields", [("qdata",), ("scale", "zero_point"), ("residual",)])
+def test_places_that_32_bits_do_not_hold(fields: tuple[str, ...]) -> None:
+    k, v = make_format(2, "channel", 32, 32, 2, 8), make_format(3, "token", 0, 32, 2, 8)
+    g = torch.Generator().manual_seed(5)
+    near = [filled(3, 1, 64, 105, 160, fmt, torch.float16, 0.0, g) for fmt in (k, v)]
+    far = [cache._replace(**{f: far_apart(getattr(cache, f)) for f in fields}) for cache in near]
+    tokens = torch.randn(2, 3, 1, 1, 64, generator=g).half().to(DEVICE)
+    query = torch.randn(3, 2, 1, 64, generator=g).half().to(DEVICE)
+    # the append packs a tile
+    start = torch.tensor(105, device=DEVICE)
+    results = []
+    for keys, stored in (near, far):
+        kernels.append_(*keys, *stored, *tokens, None, start, 160, list(k), list(v))
+        args = (query, None, None, *keys, *stored, None, start + 1, 160, 0.125, list(k), list(v))
+        results.append(kernels.attend(*args))
+        results += [
+            kernels.dequantize(*cache, start + 1, 160, list(f)) for cache, f in ((keys, k), (stored, v))
+        ]
+    expected = ops._attend(query.float(), *args[1:])
+    assert_close(results[0], expected, TOLERANCE[torch.float16])
+    for one, other in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(one, other)
+    assert (expected - ops._attend(query.float(), *args[1:11], None, start, *args[13:])).abs().max() > 1e-3
+
+
+def test_scales_and_offsets_that_lie_differently_are_refused() -> None:
+    fmt = make_format(2, "channel", 32, 32, 0, 0)
+    cache = storage.allocate(2, 1, 64, 2, fmt.residual_slots, fmt, torch.float32, DEVICE)
+    apart = cache._replace(zero_point=cache.zero_point.repeat(1, 2, 1, 1)[:, :1])
+    x = torch.ones(2, 1, 1, 64, device=DEVICE)
+    formats = list(fmt), list(fmt)
+    for keys, values in ((apart, cache), (cache, apart)):
+        with pytest.raises(CacheShapeError, match="zero points"):
+            kernels.attend(x, None, None, *keys, *values, None, None, 64, 1.0, *formats)
+        with pytest.raises(CacheShapeError, match="zero points"):
+            kernels.append_(*keys, *values, x, x, None, None, 0, *formats)
+    with pytest.raises(CacheShapeError, match="zero points"):
+        kernels.dequantize(*apart, None, 64, list(fmt))

@@ -12,7 +12,14 @@ from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs, fields
 from kvmix_kernels.triton.attention_kernels import attend_kernel, combine_kernel
-from kvmix_kernels.triton.common import device_of, inner_dense, model_dtype, portable, starts_early
+from kvmix_kernels.triton.common import (
+    check_grids,
+    device_of,
+    inner_dense,
+    model_dtype,
+    portable,
+    starts_early,
+)
 
 MAX_BULK_COLUMNS = 16
 """Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
@@ -75,6 +82,8 @@ def attend(
         return out
     if length + new_count == 0:
         return out.zero_()
+    check_grids(k_scale, k_zero_point)
+    check_grids(v_scale, v_zero_point)
 
     query = inner_dense(query)
     new_k = inner_dense(new_keys) if has_new else query

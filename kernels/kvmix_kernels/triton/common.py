@@ -35,6 +35,16 @@ def check_rows(*buffers: Tensor) -> None:
             )
 
 
+def check_grids(scale: Tensor, zero_point: Tensor) -> None:
+    """Raise if scales and offsets do not lie alike: kernels compute one place for both."""
+    strides = zip(scale.shape, scale.stride(), zero_point.stride(), strict=True)
+    if any(size > 1 and one != other for size, one, other in strides):
+        raise CacheShapeError(
+            f"scales have strides {list(scale.stride())} and zero points {list(zero_point.stride())}: they "
+            "must be equal; allocate both with reference.storage.allocate"
+        )
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU current; nothing on a CPU (the interpreter)."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_TOKEN, TensorFormat
-from kvmix_kernels.triton.common import device_of, model_dtype
+from kvmix_kernels.triton.common import check_grids, device_of, model_dtype
 from kvmix_kernels.triton.fields import next_power_of_2, packed_end_of, stored_values
 
 
@@ -60,6 +60,7 @@ def dequantize(
     out = residual.new_empty(B, H, length, D)
     if out.numel() == 0:
         return out
+    check_grids(scale, zero_point)
     DP = next_power_of_2(D)
     tokens = max(1, 4096 // DP)
     blocks = -(-length // tokens)

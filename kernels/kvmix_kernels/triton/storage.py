@@ -9,7 +9,14 @@ from kvmix_kernels import layout
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference.quantize import SCALE_DTYPES
-from kvmix_kernels.triton.common import check_rows, device_of, inner_dense, multiprocessors, starts_early
+from kvmix_kernels.triton.common import (
+    check_grids,
+    check_rows,
+    device_of,
+    inner_dense,
+    multiprocessors,
+    starts_early,
+)
 from kvmix_kernels.triton.fields import next_power_of_2
 from kvmix_kernels.triton.storage_kernels import (
     ALL_TILES,
@@ -155,6 +162,8 @@ def append_(
                 f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
                 f"{[*residual.shape[:2], residual.shape[3]]}"
             )
+    check_grids(k_scale, k_zero_point)
+    check_grids(v_scale, v_zero_point)
     check_rows(k_qdata, k_scale, k_zero_point, k_residual, v_qdata, v_scale, v_zero_point, v_residual)
     B, H, Lq, D = keys.shape
     Dv = values.shape[3]
