@@ -44,7 +44,7 @@ PROVIDERS = (
     "k2v2 g128", "k3v3 g128", "k4v4 g128", "k4v2 g128", "k2v4 g128", "k3v2 g128",
     "k3v4 g128", "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32",
     "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
-    "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded",
+    "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded", "k2v2 g128 capped", "k4v4 g128 capped",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -53,8 +53,10 @@ RAW_CONFIGS = tuple(
 )
 RAW = make_format(16)
 LIMIT = 2e-2
+SOFTCAP = 50.0
+"""Gemma 2's."""
 MASKS = ("padded", "added")
-"""Words of a provider's name."""
+"""Words of a provider's name; "capped" is another."""
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
@@ -70,9 +72,10 @@ def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
 
 
 def inputs(case: Case, provider: str) -> list[object]:
-    """Arguments of `attend`; "padded" and "added" in the provider hide other padding in every sequence.
+    """Arguments of `attend`; "capped" in the provider caps scores, "padded" and "added" hide padding.
 
-    Up to an eighth of the tokens is padding on the left, told by a boolean mask or by one to be added.
+    Up to an eighth of the tokens is padding on the left, other ones in every sequence, told by a boolean
+    mask or by one to be added.
     """
     args = decode_inputs(case, *formats(provider, case.head_dim))
     kind = provider.split()[-1]
@@ -83,7 +86,7 @@ def inputs(case: Case, provider: str) -> list[object]:
         if kind == "added":
             lowest = torch.finfo(torch.bfloat16).min
             args[11] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
-    return args
+    return [*args, SOFTCAP] if "capped" in provider.split() else args
 
 
 def poisoned_attend(args: list[object]) -> torch.Tensor:

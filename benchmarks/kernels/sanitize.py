@@ -37,6 +37,9 @@ FORMS: tuple[tuple[int, int, int, int, str, str], ...] = (
 )
 """The fast path at several widths and head sizes, the general path, raw tokens."""
 
+SOFTCAPS = (0.0, 1.0, 0.0)
+"""One for each of the masks."""
+
 
 def masks(case: Case) -> list[torch.Tensor | None]:
     """None, left padding of another length in every row, and the same as an additive mask."""
@@ -53,10 +56,10 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
     """What differs from the reference."""
     wrong = []
     args = decode_inputs(case, k, v)
-    for mask in masks(case):
+    for mask, softcap in zip(masks(case), SOFTCAPS, strict=True):
         args[11] = mask
-        got = attention.attend(*args).float()
-        expected = ops._attend(args[0].float(), *args[1:])
+        got = attention.attend(*args, softcap).float()
+        expected = ops._attend(args[0].float(), *args[1:], softcap)
         # `not <` also when either is not a number
         if not (got - expected).norm() / expected.norm() < LIMIT:
             wrong.append(f"attend, mask {None if mask is None else mask.dtype}")

@@ -56,7 +56,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
-                config=limited if case["bits"] < 16 else None,
+                softcap=case.get("softcap", 0.0), config=limited if case["bits"] < 16 else None,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:
@@ -102,6 +102,8 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 90, 8, gpu=HOPPER, mask=True),
         case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
         case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
+        case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
+        case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
         case("attend", 90, 16, gpu=HOPPER),
         case("append_", 90, 2),
         case("quantize_pack", 90, 4),
