@@ -31,7 +31,7 @@ PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 def step_arguments(args: list[object]) -> list[object]:
     """Arguments of `append_` from those of `attend` for the same step."""
     _, keys, values, *buffers = args[:11]
-    return [*buffers, keys, values, None, args[12], args[13], *args[15:]]
+    return [*buffers, keys, values, None, args[12], args[13], *args[15:17]]
 
 
 def prompt_arguments(case: Case, provider: str) -> list[object]:
