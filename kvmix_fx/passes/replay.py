@@ -7,6 +7,7 @@ device, so the work of a step can be recorded once and replayed.
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -121,9 +122,11 @@ class _Entry:
         self, recording: Recording, own: Sequence[Any], fixed: Sequence[bool], written: Sequence[int]
     ) -> None:
         self._recording = recording
-        # weak: a recording must not keep a cache alive that its user has dropped
         places = list(enumerate(zip(own, fixed, strict=True)))
-        self._fixed = [(i, weakref.ref(x), x.data_ptr()) for i, (x, same) in places if same]
+        self._places = [i for i, same in enumerate(fixed) if same]
+        # weak: a recording must not keep a cache alive that its user has dropped
+        self._fixed = [weakref.ref(own[i]) for i in self._places]
+        self._addresses = [own[i].data_ptr() for i in self._places]
         self._moving = [(i, x) for i, (x, same) in places if isinstance(x, Tensor) and not same]
         self._constants = [(i, x) for i, x in enumerate(own) if not isinstance(x, Tensor)]
         self._written = [(i, own[i]) for i in written]
@@ -134,16 +137,18 @@ class _Entry:
 
     def alive(self) -> bool:
         """Whether all tensors it works on still exist."""
-        return all(ref() is not None for _, ref, _ in self._fixed)
+        return all(ref() is not None for ref in self._fixed)
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether a replay would do what a call with `inputs` does."""
         if len(inputs) != self._count:
             return False
-        for i, ref, address in self._fixed:
-            x = inputs[i]
-            if ref() is not x or x.data_ptr() != address:
-                return False
+        # hundreds of them, in every step, while the GPU waits: loops in C take half the time
+        fixed = [inputs[i] for i in self._places]
+        if not all(map(operator.is_, [ref() for ref in self._fixed], fixed)):
+            return False
+        if list(map(Tensor.data_ptr, fixed)) != self._addresses:
+            return False
         return all(inputs[i] == value for i, value in self._constants) and all(
             _alike(inputs[i], mine) for i, mine in self._moving
         )
