@@ -25,7 +25,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     from kvmix_kernels import layout
     from kvmix_kernels.layout import make_format
     from kvmix_kernels.reference import storage as buffers
-    from kvmix_kernels.triton import attention, configs, storage
+    from kvmix_kernels.triton import attention, configs, reading, storage
 
     D, group = case["head_dim"], case["group"]
     k = make_format(case["bits"], "channel", group, 128, 0, 128)
@@ -61,6 +61,10 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:
             storage.append_(*cache, new, new, mask, start, 8192, list(k), list(v))
+    elif case["op"] == "dequantize":
+        with recorded(reading, "dequantize_kernel") as found:
+            for part, fmt in ((cache[:4], k), (cache[4:], v)):
+                reading.dequantize(*part, start, 8192, list(fmt))
     else:
         with recorded(storage, "pack_kernel") as found:
             for fmt in (k, v):
@@ -80,8 +84,8 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
 @pytest.mark.parametrize(
     "cases",
     [
-        case("attend", 80, 2, gpu="default"),
-        case("attend", 100, 4, gpu="default"),
+        *(case("attend", gpu, bits, gpu="default") for gpu in (80, 100) for bits in (2, 3, 4, 16)),
+        *(case("attend", gpu, 2, group=32, gpu="default", mask=True) for gpu in (80, 100)),
         case("attend", 90, 2, gpu=HOPPER),
         case("attend", 90, 2, gpu=HOPPER, registers=232),
         case("attend", 90, 3, gpu=HOPPER),
@@ -105,8 +109,10 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
         case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
         case("attend", 90, 16, gpu=HOPPER),
-        case("append_", 90, 2),
-        case("quantize_pack", 90, 4),
+        *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
+        *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
+        *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
+        *(case("dequantize", gpu, 3) for gpu in (80, 90, 100)),
     ],
 )
 def test_kernels_compile_without_spilling(cases: dict[str, Any]) -> None:
