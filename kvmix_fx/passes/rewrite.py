@@ -221,7 +221,8 @@ class _Rewriter:
             )
         node.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(node)
-        self.dead.append(call.node)
+        # what is written in place in there has no effect elsewhere
+        self.dead += [call.node, *call.inside]
 
     def _append(self, k: Update, v: Update, mask: fx.Node | None, readers: list[fx.Node]) -> None:
         """Store the new tokens after everything that reads the cache as it was before the step."""

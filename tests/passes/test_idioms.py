@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -229,7 +230,18 @@ def with_a_scaled_query(q, k, v, mask, cap=None):
     return torch.softmax(scores, 3).matmul(v)
 
 
-@pytest.mark.parametrize("written", [as_transformers_writes_it, with_operators, with_a_scaled_query])
+def in_place(q, k, v, mask, cap=None):
+    scores = (q @ k.transpose(-1, -2)).mul_(32**-0.5)
+    if cap is not None:
+        scores = scores.div_(cap).tanh().mul_(cap)
+    if mask is not None:
+        scores = scores.add_(mask)
+    return scores.softmax(dim=-1) @ v
+
+
+@pytest.mark.parametrize(
+    "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, in_place]
+)
 @pytest.mark.parametrize("cap", [None, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_written_out_becomes_one_op(written, cap, masked):
@@ -256,7 +268,8 @@ def test_attention_written_out_becomes_one_op(written, cap, masked):
     assert [s.action for s in report.sites] == [ATTEND]
     assert count_ops(graphs[0], ops.attend) == 1
     # nothing of the old way is left
-    for gone in (ops.dequantize, torch.matmul, torch.softmax, F.softmax, torch.tanh, F.dropout):
+    left = (torch.matmul, operator.matmul, torch.softmax, F.softmax, torch.tanh, F.dropout, "add_", "mul_")
+    for gone in (ops.dequantize, *left):
         assert count_ops(graphs[0], gone) == 0
     assert new_k.shape[2] == 103
 
@@ -321,6 +334,12 @@ def scaled_by_a_tensor(q, k, v):
     return torch.softmax(q @ k.transpose(2, 3) * q.amax(), -1) @ v
 
 
+def added_to_the_mask(q, k, v):
+    mask = torch.zeros(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    mask += q @ k.transpose(2, 3) * 32**-0.5
+    return torch.softmax(mask, -1) @ v
+
+
 def two_are_added(q, k, v):
     return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5 + q.amax() + q[..., :1], -1) @ v
 
@@ -335,6 +354,7 @@ def two_are_added(q, k, v):
         weights_go_to_a_sink,
         softmax_over_queries,
         scaled_by_a_tensor,
+        added_to_the_mask,
         two_are_added,
     ],
 )

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.sites import AttentionCall
 
-_MATMUL = {torch.matmul, operator.matmul, torch.bmm, "matmul"}
+_MATMUL = {torch.matmul, operator.matmul, "matmul"}
 _SOFTMAX = {torch.softmax, F.softmax, "softmax"}
 _TANH = {torch.tanh, F.tanh, "tanh"}
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_IN_PLACE = {operator.iadd, "add_"}
 _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _DIV = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 _DROPOUT = {F.dropout, torch.dropout}
@@ -69,8 +70,8 @@ def _unmasked(scores: Any, found: _Scores) -> Any:
     """The product behind scores that may be masked, capped and scaled, in this order on the way back."""
     operands = _operands(scores, _ADD)
     if operands is not None:
-        # the mask may stand on either side; the scores are what leads back to a product
-        for first, mask in (operands, operands[::-1]):
+        # the mask may stand on either side, unless it would be written to; the scores lead back to a product
+        for first, mask in (operands,) if scores.target in _IN_PLACE else (operands, operands[::-1]):
             below = _Scores(mask=mask, inside=[*found.inside, scores])
             product = _uncapped(first, below)
             if _is_mask(mask) and _alone(scores) and _operands(product, _MATMUL) is not None:
