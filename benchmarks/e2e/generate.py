@@ -193,7 +193,8 @@ def measured(
         rows.append(make_row("generate", case, provider, "cache_bytes", size, "bytes", **facts))
     print(
         f"{case:32} {provider:28} {batch / median:8.1f} tok/s ({1000 * median:.2f} ms a step), prefill "
-        f"{clock.times[1] - clock.times[0]:.2f} s, peak {peak / 2**30:.2f} GiB, cache {size / 2**20:.0f} MiB",
+        f"{clock.times[1] - clock.times[0]:.2f} s, peak {peak / 2**30:.2f} GiB"
+        + (f", cache {size / 2**20:.0f} MiB" if size else ""),
         flush=True,
     )
     return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -47,8 +49,9 @@ PROMPT_PROGRAMS = 8
 """Programs per multiprocessor for more than one new token. For one, most of more would have nothing to do."""
 
 
+@cache
 def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
-    """How a program's tile of one tensor is cut: see `storage_kernels`."""
+    """How a program's tile of one tensor is cut: see `storage_kernels`. Kept: prefill asks in every layer."""
     if fmt.is_raw:
         return {"group": 1, "fields": 1, "words": 1, "words_p": 1, "tokens": 1, "parts": 0}
     layout.check_head_size(fmt, D)
@@ -72,6 +75,7 @@ def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
     }
 
 
+@cache
 def _pack_warps(fmt: TensorFormat, D: int) -> int:
     if fmt.is_raw or fmt.axis != AXIS_CHANNEL:
         return PACK_WARPS
