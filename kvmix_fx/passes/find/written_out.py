@@ -51,7 +51,7 @@ def find_written_out(node: fx.Node) -> AttentionCall | None:
     if not _is_softmax(weights):
         return None
     scores = _skip(_take(weights, found), found, _is_cast)
-    product = _unmasked(scores, found)
+    product, found = _unmasked(scores, found)
     operands = _operands(product, _MATMUL)
     if operands is None or not _alone(product):
         return None
@@ -66,8 +66,8 @@ def find_written_out(node: fx.Node) -> AttentionCall | None:
     )
 
 
-def _unmasked(scores: Any, found: _Scores) -> Any:
-    """The product behind scores that may be masked, capped and scaled, in this order on the way back."""
+def _unmasked(scores: Any, found: _Scores) -> tuple[Any, _Scores]:
+    """The product behind scores that may be masked, capped, then scaled (backwards), and what was found."""
     operands = _operands(scores, _ADD)
     if operands is not None:
         # the mask may stand on either side, unless it would be written to; the scores lead back to a product
@@ -75,10 +75,9 @@ def _unmasked(scores: Any, found: _Scores) -> Any:
             below = _Scores(mask=mask, inside=[*found.inside, scores])
             product = _uncapped(first, below)
             if _is_mask(mask) and _alone(scores) and _operands(product, _MATMUL) is not None:
-                found.__dict__.update(below.__dict__)
-                return product
-        return None
-    return _uncapped(scores, found)
+                return product, below
+        return None, found
+    return _uncapped(scores, found), found
 
 
 def _uncapped(scores: Any, found: _Scores) -> Any:
