@@ -3,7 +3,8 @@
 While it is traced, a model can not look whether a prompt is padded, so it builds the whole mask [B, 1, L, L],
 and with an explicit mask attention can not take its fastest kernels. A mask that is nothing but "key position
 <= query position" is recognized by the operations it is made of. Masks of sliding windows and of padded
-prompts contain others and stay.
+prompts contain others and stay. Because of a mask models also repeat the heads of keys and values: kernels
+for explicit masks do not share them. Without one they do, and copies of a long prompt are large.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from torch import fx
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.find.attention import find_attention
+from kvmix_fx.passes.find.views import heads_root
+from kvmix_fx.passes.sites import AttentionCall
 
 _ALLOWED = {torch.arange, operator.add, operator.getitem, operator.le}
 _CHECKED_LENGTHS = (1, 2, 7)
+_MAX_SHARED_HEAD_SIZE = 256
+"""Attention that shares heads has no fast kernel for larger ones, nor for values of another size than keys,
+nor, except on CPUs, for float32."""
 
 
 def drop_causal_masks(graph: fx.Graph) -> int:
@@ -36,11 +42,28 @@ def drop_causal_masks(graph: fx.Graph) -> int:
             causal[mask] = _is_causal(mask)
         if causal[mask]:
             call.node.kwargs = {**call.node.kwargs, "attn_mask": None, "is_causal": True}
+            _share_heads(call)
             found += 1
     for mask, dropped in causal.items():
         if dropped:
             _erase(graph, mask)
     return found
+
+
+def _share_heads(call: AttentionCall) -> None:
+    """Hand the attention keys and values as they are before their heads are repeated."""
+    key, value = heads_root(call.key), heads_root(call.value)
+    repeated, k, v = (example(x).shape for x in (call.key, key, value))
+    if k[1] == repeated[1] or k[1] != v[1] or k[3] != v[3] or k[3] > _MAX_SHARED_HEAD_SIZE:
+        return
+    query = example(call.query)
+    if query.device.type != "cpu" and query.dtype not in (torch.float16, torch.bfloat16):
+        return
+    call.node.replace_input_with(call.key, key)
+    call.node.replace_input_with(call.value, value)
+    call.node.kwargs = {**call.node.kwargs, "enable_gqa": True}
+    for copy in (call.key, call.value):
+        _erase(call.node.graph, copy)
 
 
 def _square(query: fx.Node, key: fx.Node) -> bool:
@@ -96,7 +119,7 @@ def _value(ordered: list[fx.Node], known: dict[fx.Node, Any]) -> torch.Tensor:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase what only a dropped mask needed; none of it has an effect."""
+    """Erase what only a dropped mask or copy needed; none of it has an effect."""
     if node.users or node.op == "placeholder" or node._erased:
         return
     inputs = node.all_input_nodes
