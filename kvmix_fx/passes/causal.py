@@ -24,8 +24,7 @@ from kvmix_fx.passes.sites import AttentionCall
 _ALLOWED = {torch.arange, operator.add, operator.getitem, operator.le}
 _CHECKED_LENGTHS = (1, 2, 7)
 _MAX_SHARED_HEAD_SIZE = 256
-"""Attention that shares heads has no fast kernel for larger ones, nor for values of another size than keys,
-nor, except on CPUs, for float32."""
+"""Attention that shares heads has no fast kernel for larger ones."""
 
 
 def drop_causal_masks(graph: fx.Graph) -> int:
@@ -57,6 +56,7 @@ def _share_heads(call: AttentionCall) -> None:
     if k[1] == repeated[1] or k[1] != v[1] or k[3] != v[3] or k[3] > _MAX_SHARED_HEAD_SIZE:
         return
     query = example(call.query)
+    # accelerators have no fast kernel for float32 either
     if query.device.type != "cpu" and query.dtype not in (torch.float16, torch.bfloat16):
         return
     call.node.replace_input_with(call.key, key)
