@@ -46,7 +46,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from kvmix_kernels.errors import FormatError, HeadSizeError
+from kvmix_kernels.errors import CapacityError, FormatError, HeadSizeError
 
 VERSION = 2
 """Of the layout, kept with saved caches. Version 1 laid out 3 bits in another way."""
@@ -318,6 +318,17 @@ def fixed_tiles(fmt: TensorFormat, capacity: int) -> int:
 def fixed_slots(fmt: TensorFormat, capacity: int) -> int:
     """Residual slots allocated for a fixed tensor of `capacity` tokens."""
     return fmt.sink + -(-capacity // fmt.tile) * fmt.tile if fmt.is_raw else fmt.residual_slots
+
+
+def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int) -> None:
+    """Raise CapacityError unless `count` tokens after `length` fit into buffers with so many rows and slots.
+
+    rows: of qdata. slots: of the residual.
+    """
+    # the window always has room for a tile that is not full yet
+    room = slots if fmt.is_raw else fmt.sink + rows + fmt.ring - 1
+    if length + count > room:
+        raise CapacityError.exceeded(count, length, room)
 
 
 def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, itemsize: int) -> int:

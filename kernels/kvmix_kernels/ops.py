@@ -95,12 +95,15 @@ def _append_(
     """Append the tokens `keys`, `values` [B, H, Lq, D] in place and flush what left the window.
 
     Raises:
-        CapacityError: a fixed cache (`start` given) is too small; nothing has been written.
+        CapacityError: the buffers are too small, or with `start` given the capacity `length` is; nothing has
+            been written.
     """
     live = _live(start, length)
     if start is not None and live + keys.shape[2] > length:
         raise CapacityError.exceeded(keys.shape[2], live, length)
     formats = TensorFormat(*key_format), TensorFormat(*value_format)
+    for fmt, qdata, residual in zip(formats, (k_qdata, v_qdata), (k_residual, v_residual), strict=True):
+        layout.check_room(fmt, qdata.shape[2], residual.shape[2], live, keys.shape[2])
     # only a flush asks which tokens are padding
     flushes = any(f.packed_tiles(live + keys.shape[2]) > f.packed_tiles(live) for f in formats)
     valid = storage.valid_tokens(mask, keys.shape[0]) if flushes else None

@@ -93,7 +93,10 @@ class PromptFirstStaticLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n = key_states.shape[-2]
-        positions = torch.arange(n, device=self.device) + self.cumulative_length
+        positions = torch.arange(n, device=self.device)
+        if self.has_tokens:
+            # the pass sees that a first step starts at 0, and appends without asking the device
+            positions = positions + self.cumulative_length
         self.keys.index_copy_(2, positions, key_states)
         self.values.index_copy_(2, positions, value_states)
         self.cumulative_length.add_(n)

@@ -153,11 +153,12 @@ class _Rewriter:
         outputs, live_output = self._outputs()
         for base in self.packed:
             self._answer_sizes(base)
-        self._sweep()
+        self._sweep([*self.dead, *(user for base in self.packed for user in base.users)])
         for base in self.packed:
             if base.users:
                 self._unpack_for_readers(base)
             self.graph.erase_node(base)
+        self._sweep(self.starts.values())
         self.graph.lint()
         self.gm.recompile()
         index = {node: i for i, node in enumerate(self.inputs)}
@@ -228,15 +229,17 @@ class _Rewriter:
         """Store the new tokens after everything that reads the cache as it was before the step."""
         if k.new is None or v.new is None:
             return
-        start = self._start(k)
+        start, length = self._start(k), self._length(k.tensor)
         self._start(v)
+        if k.from_zero and v.from_zero:
+            start, length = None, 0
         anchor = max((*readers, k.node, v.node, k.new, v.new), key=lambda n: self.order[n])
         with self.graph.inserting_after(anchor):
             self.graph.call_function(
                 ops.append_,
                 (
                     *(*self.buffers[k.past], *self.buffers[v.past], k.new, v.new, mask, start),
-                    *(self._length(k.tensor), list(k.tensor.format), list(v.tensor.format)),
+                    *(length, list(k.tensor.format), list(v.tensor.format)),
                 ),
             )
         for update in (k, v):
@@ -303,9 +306,9 @@ class _Rewriter:
         self.output.args = (tuple(flat),)
         return recipes, live_output
 
-    def _sweep(self) -> None:
-        """Erase what the rewrite orphaned, and nothing else."""
-        pending = [*self.dead, *(user for base in self.packed for user in base.users)]
+    def _sweep(self, orphans: Iterable[fx.Node]) -> None:
+        """Erase those of `orphans` that nothing reads, and what nothing reads then."""
+        pending = list(orphans)
         ours = set(self.dead)
         while pending:
             node = pending.pop()

@@ -17,7 +17,8 @@ class Update:
     idiom: how it is written ("cat", "index_copy_", "setitem", or "read" for none).
     node: the writing node (the placeholder itself for "read").
     past: the packed placeholder. new: the new tokens [B, Hkv, n, D], None for "read".
-    positions: for fixed caches, the int64 tensor of consecutive positions.
+    positions: for fixed caches, the int64 tensor of consecutive positions. from_zero: whether the graph alone
+    tells that the first of them is 0.
     """
 
     idiom: str
@@ -26,6 +27,7 @@ class Update:
     new: fx.Node | None
     positions: fx.Node | None
     tensor: QuantizedKVTensor
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ import triton.language as tl
 
 from kvmix_kernels import layout, ops
 from kvmix_kernels import triton as kernels
+from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
+from kvmix_kernels.triton.storage import flushes_ring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -174,6 +177,37 @@ def test_append_gives_the_bits_of_the_reference(shard: int, data: st.DataObject)
     kernels.append_(*buffers, *step)
     assert_same(tuple(buffers[:4]), tuple(expected[:4]))
     assert_same(tuple(buffers[4:]), tuple(expected[4:]))
+
+
+@given(data=st.data())
+def test_the_ring_is_flushed_where_a_due_tile_has_tokens_in_it(data: st.DataObject) -> None:
+    fmt = data.draw(formats(64))
+    length, count = data.draw(st.integers(0, 200)), data.draw(st.integers(2, 200))
+    due = range(fmt.packed_tiles(length), fmt.packed_tiles(length + count))
+    expected = any(fmt.sink + tile * fmt.tile < length for tile in due)
+    assert flushes_ring(fmt, length, count) is expected
+    assert flushes_ring(fmt, None, count) is not fmt.is_raw
+    assert not flushes_ring(fmt, 0, count)
+
+
+@pytest.mark.parametrize("bits", [2, 16])
+@pytest.mark.parametrize("append", [kernels.append_, ops._append_])
+def test_append_beyond_the_buffers_raises_and_writes_nothing(bits: int, append: Callable[..., None]) -> None:
+    fmt = make_format(bits, "channel", 16, 16, 3, 5)
+    capacity = 64
+    tiles, slots = layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity)
+    cache = storage.allocate(1, 1, 16, tiles, slots, fmt, torch.float32, DEVICE)
+    before = on_cpu(cache)
+    most = slots if fmt.is_raw else 3 + 16 * tiles + 5 + 15
+    assert capacity <= most < capacity + 16 + 3
+    for length, count in ((0, most + 1), (most - 1, 2), (most, 1)):
+        new = torch.ones(1, 1, count, 16, device=DEVICE)
+        with pytest.raises(CapacityError, match=f"exceed the capacity of {most}"):
+            append(*cache, *cache, new, new, None, None, length, list(fmt), list(fmt))
+        assert_same(tuple(cache), before)
+    new = torch.ones(1, 1, most, 16, device=DEVICE)
+    append(*cache, *cache, new, new, None, None, 0, list(fmt), list(fmt))
+    assert torch.equal(storage.read(storage.Buffers(*cache), 0, most, most, fmt), new)
 
 
 def test_append_beyond_the_capacity_on_the_device_writes_nothing() -> None:

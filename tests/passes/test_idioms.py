@@ -138,6 +138,51 @@ def test_first_step_of_a_fixed_cache_attends_to_its_own_tokens():
     assert torch.equal(past_k.dequantize()[:, :, :100], QuantizedKVTensor.from_hp(k, FORMATS[0]).dequantize())
 
 
+POSITIONS = {
+    "from zero": (lambda n: torch.arange(n), 0, True),
+    "from one": (lambda n: torch.arange(1, n + 1), 1, False),
+    "by keyword": (lambda n: torch.arange(start=2, end=n + 2), 2, False),
+    "backwards": (lambda n: torch.arange(n - 1, -1, -1).flip(0), 0, False),
+    "changed in place": (lambda n: torch.arange(n).add_(3), 3, False),
+    "moved": (lambda n: torch.arange(n) + 4, 4, False),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_an_append_that_is_known_to_be_the_first_does_not_ask_the_device(name):
+    make, first, known = POSITIONS[name]
+
+    def prefill(q, k, v, past_k, past_v):
+        positions = make(k.shape[2])
+        past_k.index_copy_(2, positions, k)
+        past_v.index_copy_(2, positions, v)
+        return attention(q, k, v, is_causal=True)
+
+    past_k, past_v = caches(first, fixed=True)
+    q, k, v = step(100)
+    _, graphs, _ = run(prefill, q, k, v, past_k, past_v)
+    (append,) = (node for node in graphs[0].graph.nodes if node.target is ops.append_)
+    start, length = append.args[11:13]
+    assert (start is None, length == 0) == (known, known)
+    fresh, _ = caches(first, fixed=True)
+    fresh.index_copy_(2, torch.arange(first, first + 100), k)
+    assert past_k.stored_tokens() == first + 100
+    assert torch.equal(past_k.dequantize()[:, :, : first + 100], fresh.dequantize()[:, :, : first + 100])
+
+
+def test_positions_that_are_moved_between_two_writes_are_not_taken_for_the_first():
+    def prefill(q, k, v, past_k, past_v):
+        positions = torch.arange(k.shape[2])
+        past_k.index_copy_(2, positions, k)
+        positions[:] += 5
+        past_k.index_copy_(2, positions, k)
+        return attention(q, k, v, is_causal=True)
+
+    past_k, past_v = caches(50, fixed=True)
+    _, graphs, _ = run(prefill, *step(100), past_k, past_v)
+    assert all(node.args[11] is not None for node in graphs[0].graph.nodes if node.target is ops.append_)
+
+
 def test_plain_keys_and_values_that_leave_the_graph_are_packed():
     def prefill(q, k, v):
         return attention(q, k, v, is_causal=True), k, v

@@ -82,6 +82,14 @@ def _pack_warps(fmt: TensorFormat, D: int) -> int:
     return min(PACK_WARPS, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS))
 
 
+def flushes_ring(fmt: TensorFormat, length: int | None, count: int) -> bool:
+    """Whether a tile of which some tokens are in the ring may be due; length: None if the host does not know."""
+    if fmt.is_raw or length is None:
+        return not fmt.is_raw
+    fresh = -(-max(0, length - fmt.sink) // fmt.tile)
+    return min(fmt.packed_tiles(length + count), fresh) > fmt.packed_tiles(length)
+
+
 def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, int]:
     """The mask row that tells padding from tokens: (tensor, batch stride, token stride, limit, kind).
 
@@ -157,7 +165,8 @@ def append_(
     """The op `append_`: one launch for a decode step.
 
     More tokens could reach ring slots that a flush still has to read, so they take two launches: tiles that
-    begin in the ring, then tiles of new tokens alone, as fast as `quantize_pack`, and the new raw tokens.
+    begin in the ring, then tiles of new tokens alone, as fast as `quantize_pack`, and the new raw tokens. The
+    first of them is left out where the host knows that it would find nothing.
     """
     k, v = TensorFormat(*key_format), TensorFormat(*value_format)
     for x, residual in ((keys, k_residual), (values, v_residual)):
@@ -173,6 +182,9 @@ def append_(
     Dv = values.shape[3]
     if B * H * Lq == 0:
         return
+    if start is None:
+        layout.check_room(k, k_qdata.shape[2], k_residual.shape[2], length, Lq)
+        layout.check_room(v, v_qdata.shape[2], v_residual.shape[2], length, Lq)
     keys, values = inner_dense(keys), inner_dense(values)
     valid, *valid_arguments, kind = valid_row(mask, keys)
     DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
@@ -182,7 +194,7 @@ def append_(
     else:
         warps = min(_pack_warps(k, D), _pack_warps(v, Dv))
         phases = [(FRESH_TILES, True, warps, PACK_ELEMENTS, PROMPT_PROGRAMS)]
-        if not (k.is_raw and v.is_raw):
+        if any(flushes_ring(fmt, None if start is not None else length, Lq) for fmt in (k, v)):
             phases.insert(0, (RING_TILES, False, APPEND_WARPS, APPEND_ELEMENTS, 1))
     for flush, write, warps, elements, per_multiprocessor in phases:
         cut_k, cut_v = (_shape(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))

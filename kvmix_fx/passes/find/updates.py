@@ -78,7 +78,16 @@ def _by_position(node: fx.Node, packed: dict[fx.Node, QuantizedKVTensor]) -> Upd
         return None
     past, positions, new = written
     idiom = "setitem" if node.target is operator.setitem else "index_copy_"
-    return Update(idiom, node, past, new, positions, packed[past])
+    return Update(idiom, node, past, new, positions, packed[past], _from_zero(positions))
+
+
+def _from_zero(positions: fx.Node) -> bool:
+    """Whether these are 0, 1, 2, ... in every run: made so, and only used to write by them."""
+    if positions.op != "call_function" or positions.target is not torch.arange:
+        return False
+    bounds = len(positions.args) + len({"start", "end", "step"} & positions.kwargs.keys())
+    writes = (_indexed(user) for user in positions.users)
+    return bounds == 1 and all(write is not None and write[1] is positions for write in writes)
 
 
 def _indexed(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
