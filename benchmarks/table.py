@@ -184,7 +184,9 @@ def gpu() -> str:
                 continue
             speed, bits = by["tokens_per_second"], by["peak_bytes"].effective_bits
             sizes = (by[name].value / 2**20 if name in by else None for name in ("cache_bytes", "peak_bytes"))
-            seconds = (by[name].value if name in by else None for name in ("prefill", "first_call"))
+            seconds = (
+                by[name].value if name in by else None for name in ("prefill", "prefill_again", "first_call")
+            )
             body.append(
                 [
                     f"{case}, {machine}",
@@ -203,6 +205,7 @@ def gpu() -> str:
         "token/s",
         "ratio",
         "prefill, s",
+        "again, s",
         "first call, s",
         "cache, MiB",
         "peak, MiB",

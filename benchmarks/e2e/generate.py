@@ -6,7 +6,9 @@ Every provider reads the same prompt with transformers' own `generate()`. Its fi
 up; the time of that is a row of its own. In the next, tokens are timed one by one:
 `tokens_per_second` counts generated tokens alone, from the sixth on (by then steps are recorded),
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
-included; `cache_bytes` what the cache's tensors take.
+included; `cache_bytes` what the cache's tensors take. That call follows one that gave all unused memory back;
+with `--prefills 9`, `prefill_again` is the median of nine that did not, as when prompts are read one after
+another.
 
 A StaticCache's step takes as long as its capacity asks for, so `--capacity 131072` with a short prompt times
 its step at that length where reading such a prompt does not fit.
@@ -116,18 +118,37 @@ def cache_bytes(cache: Any) -> int:
     return total
 
 
-def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any]) -> tuple[Clock, int, int]:
-    """One generate(): (times, peak bytes, cache bytes)."""
-    free()
-    torch.cuda.reset_peak_memory_stats()
+def clocked(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any]) -> tuple[Clock, Any]:
+    """One generate() and when its tokens were there."""
     clock = Clock()
     generate: Any = model.generate
     out = generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
         stopping_criteria=[clock], return_dict_in_generate=True, **settings,
     )  # fmt: skip
+    return clock, out
+
+
+def run(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any]) -> tuple[Clock, int, int]:
+    """One generate(): (times, peak bytes, cache bytes)."""
+    free()
+    torch.cuda.reset_peak_memory_stats()
+    clock, out = clocked(model, ids, new, settings)
     size = cache_bytes(out.past_key_values) if "quantized" not in settings.values() else 0
     return clock, torch.cuda.max_memory_allocated(), size
+
+
+def prefill_again(
+    model: nn.Module, case: str, provider: str, ids: torch.Tensor, settings: dict[str, Any], count: int
+) -> Row:
+    """Calls that generate one token, with the memory of calls before at hand."""
+    seconds = []
+    for _ in range(1 + count):
+        clock, _ = clocked(model, ids, 1, settings)
+        seconds.append(clock.times[1] - clock.times[0])
+    p20, median, p80 = percentiles(seconds[1:])
+    print(f"{case:32} {provider:28} prefill again {median:.4f} s ({p20:.4f} .. {p80:.4f})", flush=True)
+    return make_row("generate", case, provider, "prefill_again", median, "s", p20=p20, p80=p80)
 
 
 def loop(model: nn.Module, plan: KVPlan, ids: torch.Tensor, new: int) -> tuple[Clock, int, int]:
@@ -286,6 +307,7 @@ def main() -> None:
         help="a case, or all: also say where its time goes; repeatable",
     )
     parser.add_argument("--prefill-chunk", type=int, help="read the prompt in pieces of so many tokens")
+    parser.add_argument("--prefills", type=int, default=0, help="also time so many prompts one after another")
     parser.add_argument(
         "--capacity",
         type=int,
@@ -328,6 +350,8 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         bits = plan.bits_per_element(ids.shape[1]) if plan is not None else None
         best = None if plan is None else best_of_transformers(case, options.output)
         rows = measured(case, provider, ids.shape[0], run(model, ids, new, settings), bits, best)
+        if options.prefills:
+            rows.append(prefill_again(model, case, provider, ids, settings, options.prefills))
         if plan is not None and options.loop:
             found = loop(model, plan, ids, new)
             rows += measured(case, f"{provider} loop", ids.shape[0], found, bits, best)
