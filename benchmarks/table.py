@@ -194,7 +194,7 @@ def gpu() -> str:
                     number(bits, ".2f"),
                     number(speed.value, ".1f"),
                     "-" if speed.ratio is None else f"{speed.ratio:.2f}x",
-                    *(number(value, ".2f") for value in seconds),
+                    *(number(value, ".3g") for value in seconds),
                     *(number(value, ",.0f") for value in sizes),
                 ]
             )
