@@ -6,9 +6,9 @@ Every provider reads the same prompt with transformers' own `generate()`. Its fi
 up; the time of that is a row of its own. In the next, tokens are timed one by one:
 `tokens_per_second` counts generated tokens alone, from the sixth on (by then steps are recorded),
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
-included; `cache_bytes` what the cache's tensors take. That call is mostly the first of its length, which takes
-longer with any cache (cuDNN's attention plans for every shape); with `--prefills 9`, `prefill_again` is the
-median of nine calls after it, as when prompts are read one after another.
+included; `cache_bytes` what the cache's tensors take. That call is mostly the first of its length, which
+takes longer with any cache (cuDNN's attention plans for every shape); with `--prefills 9`, `prefill_again`
+is the median of nine calls after it, as when prompts are read one after another.
 
 A StaticCache's step takes as long as its capacity asks for, so `--capacity 131072` with a short prompt times
 its step at that length where reading such a prompt does not fit.
