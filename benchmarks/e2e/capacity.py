@@ -170,7 +170,7 @@ def filled_dynamic(model: Any, batch: int, context: int) -> DynamicCache:
 def any_batch(cache: KVMixStaticCache, tokens: Tensor) -> None:
     """Have the next graph compiled for every batch size at once, instead of for this one and then for all."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    tensors += [b for t in tensors if isinstance(t, QuantizedKVTensor) for b in t.buffers]
+    tensors += [b for t in tensors if isinstance(t, QuantizedKVTensor) for b in t.cached.tensors]
     for tensor in (tokens, *tensors):
         # by hand: torch._dynamo.maybe_mark_dynamic would extend a set that all packed tensors share
         known = getattr(tensor, "_dynamo_weak_dynamic_indices", set())

@@ -30,8 +30,8 @@ PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 
 def step_arguments(args: list[object]) -> list[object]:
     """Arguments of `append_` from those of `attend` for the same step."""
-    _, keys, values, *buffers = args[:11]
-    return [*buffers, keys, values, None, args[12], args[13], *args[15:17]]
+    _, *new, keys, values, _, start, length, _, key_format, value_format = args[:11]
+    return [keys, values, *new, None, start, length, key_format, value_format]
 
 
 def prompt_arguments(case: Case, provider: str) -> list[object]:
@@ -39,18 +39,26 @@ def prompt_arguments(case: Case, provider: str) -> list[object]:
     formats_ = formats(provider, case.head_dim)
     shape = (case.batch, case.tokens, case.heads, case.head_dim)
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in "kv")
-    buffers = [part for fmt in formats_ for part in random_cache(case, fmt, case.tokens, torch.bfloat16)]
+    caches = [random_cache(case, fmt, case.tokens, torch.bfloat16).tensors for fmt in formats_]
     start = torch.zeros((), dtype=torch.int64, device="cuda")
-    return [*buffers, keys, values, None, start, case.tokens, *map(list, formats_)]
+    return [*caches, keys, values, None, start, case.tokens, *(fmt.encode() for fmt in formats_)]
+
+
+def equal_to_the_reference(args: list[object]) -> bool:
+    """Whether `append_` leaves the buffers, which it writes, as the reference does."""
+    expected = [[part.clone() for part in cache] for cache in args[:2]]
+    ops._append_(*expected, *args[2:])
+    storage.append_(*args)
+    pairs = (
+        pair for got, want in zip(args[:2], expected, strict=True) for pair in zip(got, want, strict=True)
+    )
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def prompt_row(rows: Rows, case: Case, provider: str, bandwidth: float) -> bool:
     """Time a prompt if its buffers are those of the reference; False if not."""
     small = prompt_arguments(case._replace(batch=1, tokens=1024), provider)
-    expected = [part.clone() for part in small[:8]]
-    ops._append_(*expected, *small[8:])
-    storage.append_(*small)
-    if not all(torch.equal(a, b) for a, b in zip(small[:8], expected, strict=True)):
+    if not equal_to_the_reference(small):
         print(f"{case.name:24} kvmix {provider:22} prompt WRONG", flush=True)
         return False
     step = prompt_arguments(case, provider)
@@ -72,10 +80,7 @@ def agrees(case: Case, provider: str) -> bool:
     # the last of the 128 tokens of a tile leaves the window with this token
     args = decode_inputs(small._replace(tokens=small.tokens - 1), *formats(provider, case.head_dim))
     step = step_arguments(args)
-    expected = [part.clone() for part in step[:8]]
-    ops._append_(*expected, *step[8:])
-    storage.append_(*step)
-    return all(torch.equal(a, b) for a, b in zip(step[:8], expected, strict=True))
+    return equal_to_the_reference(step)
 
 
 def main() -> int:

@@ -82,10 +82,10 @@ def inputs(case: Case, provider: str) -> list[object]:
     if kind in MASKS:
         first = torch.arange(case.batch, device="cuda") * (case.tokens // 8) // max(1, case.batch - 1)
         seen = (torch.arange(case.tokens + 1, device="cuda") >= first[:, None])[:, None, None]
-        args[11] = seen
+        args[5] = seen
         if kind == "added":
             lowest = torch.finfo(torch.bfloat16).min
-            args[11] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
+            args[5] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
     return [*args, SOFTCAP] if "capped" in provider.split() else args
 
 
@@ -101,12 +101,19 @@ def poisoned_attend(args: list[object]) -> torch.Tensor:
         return attention.attend(*args)
 
 
+def _row(a: object, b: int) -> object:
+    """Sequence `b` of an argument of the op."""
+    if isinstance(a, tuple):
+        return tuple(_row(x, b) for x in a)
+    return a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 4 else a
+
+
 def error(args: list[object]) -> float:
     """Relative error of the op against the reference in float32 on the first and last sequence."""
     out = poisoned_attend(args).float()
     worst = 0.0
     for b in {0, out.shape[0] - 1}:
-        part = [a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+        part = [_row(a, b) for a in args]
         expected = ops._attend(part[0].float(), *part[1:])
         worst = max(worst, ((out[b : b + 1] - expected).norm() / expected.norm()).item())
     return worst if worst == worst else float("inf")

@@ -19,7 +19,7 @@ import torch
 from benchmarks.kernels.compiled import Launch, compiled, loops, recorded, resources
 from benchmarks.kernels.decode_attention import MASKS, formats
 from kvmix_kernels import layout
-from kvmix_kernels.reference import storage
+from kvmix_kernels.cached import allocate
 from kvmix_kernels.triton import attention, configs
 from kvmix_kernels.triton.timing import Case
 
@@ -32,13 +32,12 @@ def launch(case: Case, provider: str, config: configs.AttendConfig | None, gpu: 
     k, v = formats(provider, case.head_dim)
     new = torch.empty(case.batch, case.heads, 1, case.head_dim, **like)
     query = torch.empty(case.batch, case.heads * case.group, 1, case.head_dim, **like)
-    buffers = [
-        part
-        for fmt in (k, v)
-        for part in storage.allocate(
+    caches = [
+        allocate(
             case.batch, case.heads, case.head_dim, layout.fixed_tiles(fmt, case.tokens + 1),
             layout.fixed_slots(fmt, case.tokens + 1), fmt, **like,
-        )
+        ).tensors
+        for fmt in (k, v)
     ]  # fmt: skip
     kind = provider.split()[-1]
     dtype = torch.bfloat16 if kind == "added" else torch.bool
@@ -54,13 +53,13 @@ def launch(case: Case, provider: str, config: configs.AttendConfig | None, gpu: 
             query,
             new,
             new,
-            *buffers,
+            *caches,
             mask,
             start,
             case.tokens + 1,
             case.head_dim**-0.5,
-            list(k),
-            list(v),
+            k.encode(),
+            v.encode(),
             config=config,
         )
     return found[0]

@@ -40,16 +40,16 @@ def main() -> int:
         for provider in PROVIDERS:
             for part, fmt in zip("KV", formats(provider, D), strict=True):
                 label = f"kvmix {provider} {part}"
-                got = storage.quantize_pack(x[:1, :, :4096], None, list(fmt))
-                expected = ops._quantize_pack(x[:1, :, :4096], None, list(fmt))
+                got = storage.quantize_pack(x[:1, :, :4096], None, fmt.encode())
+                expected = ops._quantize_pack(x[:1, :, :4096], None, fmt.encode())
                 if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                     print(f"{name:24} {label:28} WRONG", flush=True)
                     wrong = 1
                     continue
-                out = storage.quantize_pack(x, None, list(fmt))
+                out = storage.quantize_pack(x, None, fmt.encode())
                 moved = x.numel() * 2 + sum(t.numel() * t.element_size() for t in out)
                 del out
-                timing = graph_time([lambda x=x, fmt=fmt: storage.quantize_pack(x, None, list(fmt))])
+                timing = graph_time([lambda x=x, fmt=fmt: storage.quantize_pack(x, None, fmt.encode())])
                 share = moved / timing.median / bandwidth
                 rows.add(name, label, timing, nbytes=moved, copy_share=share)
         torch.cuda.empty_cache()

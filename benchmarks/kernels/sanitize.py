@@ -16,7 +16,7 @@ import sys
 
 import torch
 
-from benchmarks.kernels.append import step_arguments
+from benchmarks.kernels.append import equal_to_the_reference, step_arguments
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.triton import attention, reading, storage
@@ -57,25 +57,22 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
     wrong = []
     args = decode_inputs(case, k, v)
     for mask, softcap in zip(masks(case), SOFTCAPS, strict=True):
-        args[11] = mask
+        args[5] = mask
         got = attention.attend(*args, softcap).float()
         expected = ops._attend(args[0].float(), *args[1:], softcap)
         # `not <` also when either is not a number
         if not (got - expected).norm() / expected.norm() < LIMIT:
             wrong.append(f"attend, mask {None if mask is None else mask.dtype}")
     step = step_arguments(args)
-    expected = [part.clone() for part in step[:8]]
-    ops._append_(*expected, *step[8:])
-    storage.append_(*step)
-    if not all(torch.equal(a, b) for a, b in zip(step[:8], expected, strict=True)):
+    if not equal_to_the_reference(step):
         wrong.append("append_")
     for fmt in (k, v):
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
         x = torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-        got, want = storage.quantize_pack(x, None, list(fmt)), ops._quantize_pack(x, None, list(fmt))
+        got, want = storage.quantize_pack(x, None, fmt.encode()), ops._quantize_pack(x, None, fmt.encode())
         if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
             wrong.append("quantize_pack")
-        part = (*got, None, case.tokens, list(fmt))
+        part = (got, None, case.tokens, fmt.encode())
         # the last rounding may differ
         if not torch.allclose(reading.dequantize(*part), ops._dequantize(*part), rtol=1e-2, atol=1e-2):
             wrong.append("dequantize")

@@ -71,7 +71,7 @@ def allocated(cache: object) -> int:
     storages = {}
     for layer in cache.layers:
         for kept in (layer.keys, layer.values):
-            for tensor in kept.buffers if isinstance(kept, QuantizedKVTensor) else (kept,):
+            for tensor in kept.cached.tensors if isinstance(kept, QuantizedKVTensor) else (kept,):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     storages.pop(0, None)
     return sum(storages.values())

@@ -137,14 +137,14 @@ def _attend(
         query,
         keys,
         values,
-        *layer.keys.buffers,
-        *layer.values.buffers,
+        layer.keys.cached.tensors,
+        layer.values.cached.tensors,
         causal,
         None,
         length,
         scaling,
-        list(layer.keys.format),
-        list(layer.values.format),
+        layer.keys.format.encode(),
+        layer.values.format.encode(),
     )
     layer.keys, layer.values = layer.keys.append(keys), layer.values.append(values)
     return out.transpose(1, 2), None

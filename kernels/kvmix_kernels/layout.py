@@ -4,12 +4,16 @@ Every packer, unpacker, kernel, cache and estimate takes shapes, offsets and flu
 here; nothing else restates them. This module imports neither torch nor Triton.
 
 One cached tensor (the keys or the values of one layer) has logical shape [B, Hkv, L, D] and is
-stored in four buffers:
+stored in the buffers that `TensorFormat.buffer_names` lists, in that order everywhere:
 
     qdata       int16        [B, Hkv, tiles * tile, words]    packed codes
     scale       scale dtype  [B, Hkv, *grid]                  one per group
     zero_point  scale dtype  [B, Hkv, *grid]                  value of code 0, added after scaling
     residual    model dtype  [B, Hkv, sink + ring, D]         raw tokens: sink, then recent window
+
+Words used throughout: a *segment* is tokens kept alike (sink, packed, window), a *tier* is channels with
+bits of their own (a uniform format has one), a *digit* is a part of a code that is stored by itself, a
+*plane* is words that lie together, a *field* is bits of a plane that are one slice of channels.
 
 A token at position p is, for a tensor that holds `length` tokens and therefore
 n = packed_tiles(length) tiles:
@@ -27,22 +31,25 @@ tokens arrived, and a cache can find every token from the length (which may live
 Words are *field-major along D*: b bits take W = D * b / 16 words per token, and field f of word j
 (bits f*b .. f*b + b - 1) is channel f * W + j. A field is thus a contiguous slice of channels.
 
-3 bits do not divide a word. Codes lie in *columns* of 3 * F bits: code f of column c is channel
-f * C + c, for C columns of F codes. C is D / 8 (F = 8), or for heads of fewer than 128 channels the
+A code is the sum of its digits. Most widths have one; 6 bits are a digit of 4 and above it one of 2, each
+laid out as codes of so many bits. A digit lies in one plane, or, if its bits do not divide a word, in two.
+
+A digit of 3 bits is cut. Codes lie in *columns* of 3 * F bits: code f of column c is channel f * C + c,
+for C columns of F codes. C is D / 8 (F = 8), or for heads of fewer than 128 channels the
 double of it as long as that is at most 16. Two thirds of a column's bits are a piece of a word of the
 wide plane (16 bits of it, 8, ...), the others a piece half as wide of the narrow plane, and one code is
 cut in two: its high bits are on top of the wide piece, its low bits on top of the narrow one. With
 C = D / 8, a wide piece holds codes 0 to 4 and one bit of code 5, a narrow one codes 6 and 7 and two
 bits of code 5. Piece r of word j of a plane of W words belongs to column r * W + j.
 
-Rows of two planes would not start where memory is fetched from. So the planes of a block of tokens
-(`plane_block`) lie one behind the other: the rows of qdata that belong to a block hold first the wide
-plane of all its tokens, then the narrow one.
+Rows of several planes would not start where memory is fetched from. So the planes of a block of tokens
+(`plane_block`) lie one behind the other: the rows of qdata that belong to a block hold first the first
+plane of all its tokens, then the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -52,10 +59,22 @@ VERSION = 2
 """Of the layout, kept with saved caches. Version 1 laid out 3 bits in another way."""
 
 WORD_BITS = 16
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-"""Per width the planes of a token, in bits per channel."""
+DIGITS: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((1,),),
+    2: ((2,),),
+    3: ((2, 1),),
+    4: ((4,),),
+    6: ((4,), (2,)),
+    8: ((8,),),
+}
+"""Per width its digits, lowest first; per digit its planes, in bits per channel. All that a width is.
+
+The functions from here to `cut_column` call no others, so that kernels can call them while they are compiled.
+"""
+WIDTHS = tuple(DIGITS)
+"""Bits that codes can have."""
 RAW_BITS = 16
-BITS = (*PLANES, RAW_BITS)
+BITS = (*WIDTHS, RAW_BITS)
 
 AXIS_CHANNEL = 0
 AXIS_TOKEN = 1
@@ -84,22 +103,63 @@ MIN_GROWING_TILES = 2
 """Growing buffers never hold 0 or 1 tiles, sizes for which compilers specialise their code."""
 
 
-class TensorFormat(NamedTuple):
-    """How one cached tensor is stored. A tuple of ints, so that ops take it as `int[]`.
+BUFFER_NAMES = ("qdata", "scale", "zero_point", "residual")
 
-    bits: 1, 2, 3, 4, 8 or 16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive
-    tokens of one channel) or AXIS_TOKEN (`group_size` consecutive channels of one token);
-    tile: tokens packed together; sink: leading tokens kept raw; window: recent tokens kept raw
-    at least; scale_dtype: index into SCALE_DTYPES.
-    """
+ALL_CHANNELS = 0
+"""As the channels of a tier: those of the whole head."""
+
+
+class Tier(NamedTuple):
+    """Channels that are stored alike. bits: of their codes; channels: how many, or ALL_CHANNELS."""
 
     bits: int
+    channels: int = ALL_CHANNELS
+
+
+class TensorFormat(NamedTuple):
+    """How one cached tensor is stored.
+
+    tiers: channels with bits of their own, one tier for a uniform format, whose bits are 1, 2, 3, 4, 6, 8 or
+    16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of one channel) or AXIS_TOKEN
+    (`group_size` consecutive channels of one token); tile: tokens packed together; sink: leading tokens
+    kept raw; window: recent tokens kept raw at least; scale_dtype: index into SCALE_DTYPES.
+    """
+
+    tiers: tuple[Tier, ...]
     axis: int
     group_size: int
     tile: int
     sink: int
     window: int
     scale_dtype: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; of the widest tier."""
+        return self.tiers[0].bits
+
+    @property
+    def label(self) -> str:
+        """Its bits as people write them: "4"."""
+        return str(self.bits)
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """The buffers of a tensor in this format, in the order in which ops take and return them."""
+        return BUFFER_NAMES
+
+    def encode(self) -> list[int]:
+        """As ops take it, an `int[]`. `decode` is the inverse; nothing else knows the order."""
+        return [self.bits, *self[1:]]
+
+    @staticmethod
+    def decode(numbers: Sequence[int]) -> TensorFormat:
+        """The format that `encode` turned into these numbers.
+
+        Raises:
+            FormatError: they are not as many as a format has.
+        """
+        return _decoded(tuple(numbers))
 
     @property
     def is_raw(self) -> bool:
@@ -125,6 +185,17 @@ class TensorFormat(NamedTuple):
     def packed_end(self, length: int) -> int:
         """Position of the first token after the packed ones (at least `sink`)."""
         return self.sink + self.packed_tiles(length) * self.tile
+
+
+@cache
+def _decoded(numbers: tuple[int, ...]) -> TensorFormat:
+    if len(numbers) != len(TensorFormat._fields):
+        raise FormatError(
+            f"a format is {len(TensorFormat._fields)} numbers, as TensorFormat.encode writes them, "
+            f"got {len(numbers)}"
+        )
+    bits, *rest = numbers
+    return TensorFormat((Tier(bits),), *rest)
 
 
 def make_format(
@@ -167,7 +238,7 @@ def make_format(
                 f'group_size {group_size} must be a multiple of 16 with axis="token" '
                 f"(or {WHOLE_HEAD} for the whole head)"
             )
-    return TensorFormat(bits, axis, group_size, tile, sink, window, scale_dtype)
+    return TensorFormat((Tier(bits),), axis, group_size, tile, sink, window, scale_dtype)
 
 
 @cache
@@ -193,9 +264,33 @@ def channel_group(fmt: TensorFormat, head_dim: int) -> int:
     return head_dim if fmt.group_size == WHOLE_HEAD else fmt.group_size
 
 
+class Digit(NamedTuple):
+    """A part of all codes. bits: its own; above: bits of the digits below it; first: its first plane."""
+
+    bits: int
+    above: int
+    first: int
+
+
+def digits(bits: int) -> tuple[Digit, ...]:
+    """The digits of codes of so many bits, lowest first."""
+    found: list[Digit] = []
+    above = 0
+    for planes in DIGITS[bits]:
+        first = sum(len(earlier) for earlier in DIGITS[bits][: len(found)])
+        found.append(Digit(sum(planes), above, first))
+        above += sum(planes)
+    return tuple(found)
+
+
+def is_cut(bits: int) -> bool:
+    """Whether codes of this width have a digit that lies in two planes."""
+    return any(len(digit) > 1 for digit in DIGITS[bits])
+
+
 def words_per_token(bits: int, head_dim: int) -> int:
     """16-bit words that hold the codes of one token of one head."""
-    return sum(head_dim * width // WORD_BITS for width in PLANES[bits])
+    return sum(head_dim * width // WORD_BITS for digit in DIGITS[bits] for width in digit)
 
 
 def reads(version: int, bits: int) -> bool:
@@ -218,20 +313,21 @@ class BitField(NamedTuple):
 
 def plane_words(bits: int, head_dim: int) -> tuple[int, ...]:
     """Words per token of each plane."""
-    return tuple(head_dim * width // WORD_BITS for width in PLANES[bits])
+    return tuple(head_dim * width // WORD_BITS for digit in DIGITS[bits] for width in digit)
 
 
 def plane_block(fmt: TensorFormat) -> int:
     """Tokens whose planes lie together; a power of two that divides the tile (1 for a single plane)."""
-    return min(BLOCK_TOKENS, fmt.tile & -fmt.tile) if len(PLANES.get(fmt.bits, ())) > 1 else 1
+    several = not fmt.is_raw and len(plane_words(fmt.bits, WORD_BITS)) > 1
+    return min(BLOCK_TOKENS, fmt.tile & -fmt.tile) if several else 1
 
 
 def fold_copies(bits: int, head_dim: int) -> int:
-    """How many copies of the first plane's words side by side make fields of FIELD_CHANNELS channels.
+    """How many copies of a digit's first plane side by side make fields of FIELD_CHANNELS channels.
 
-    For 3 bits also the number of pieces that a wide word is cut into.
+    For a digit that is cut also the number of pieces that a word of that plane is cut into.
     """
-    width = PLANES[bits][0]
+    width = DIGITS[bits][0][0]
     words = head_dim * width // WORD_BITS
     copies = 1
     while copies * 2 * words <= FIELD_CHANNELS and copies * 2 * width <= WORD_BITS:
@@ -256,23 +352,31 @@ def cut_column(copies: int) -> Cut:
 
 @cache
 def bit_fields(bits: int, head_dim: int) -> tuple[BitField, ...]:
-    """Where all bits of all codes lie, plane by plane, in the order of channels."""
+    """Where all bits of all codes lie: digit by digit, plane by plane, in the order of channels."""
+    return tuple(
+        field._replace(plane=digit.first + field.plane, above=digit.above + field.above)
+        for digit in digits(bits)
+        for field in _digit_fields(digit.bits, head_dim)
+    )
+
+
+def _digit_fields(bits: int, head_dim: int) -> list[BitField]:
     words = plane_words(bits, head_dim)
-    if bits != 3:
-        return tuple(BitField(0, f * bits, bits, 0, f * words[0]) for f in range(WORD_BITS // bits))
+    if not is_cut(bits):
+        return [BitField(0, f * bits, bits, 0, f * words[0]) for f in range(WORD_BITS // bits)]
     copies = fold_copies(bits, head_dim)
     wide, narrow, cut, high = cut_column(copies)
-    columns, low = copies * words[0], 3 - high
+    columns, low = copies * words[0], bits - high
     found = []
     for f in range(cut + 1):
-        count, above = (high, low) if f == cut else (3, 0)
+        count, above = (high, low) if f == cut else (bits, 0)
         for r in range(copies):
-            found.append(BitField(0, r * wide + 3 * f, count, above, f * columns + r * words[0]))
+            found.append(BitField(0, r * wide + bits * f, count, above, f * columns + r * words[0]))
     for f in range(cut, 8 // copies):
-        position, count = (narrow - low, low) if f == cut else (3 * (f - cut - 1), 3)
+        position, count = (narrow - low, low) if f == cut else (bits * (f - cut - 1), bits)
         for s in range(2 * copies):
             found.append(BitField(1, s * narrow + position, count, 0, f * columns + s * words[1]))
-    return tuple(found)
+    return found
 
 
 def scale_grid(fmt: TensorFormat, head_dim: int, tiles: int) -> tuple[int, int]:

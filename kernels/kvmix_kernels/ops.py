@@ -1,9 +1,10 @@
 """The ops `torch.ops.kvmix.*`: schemas, fakes and dispatch.
 
-Imports torch only. Formats travel as `int[]` (a `layout.TensorFormat`), buffers one by one: keys
-first (`k_qdata, k_scale, k_zero_point, k_residual`), then values. The number of live tokens is
-either `length` (growing caches: the host knows it) or, when the 0-d int64 tensor `start` is
-given, on the device (fixed caches), and `length` is then the cache's capacity.
+Imports torch only. A cached tensor travels as the list of its buffers, in the order of
+`TensorFormat.buffer_names`, and its format as the `int[]` of `TensorFormat.encode`; `Cached.of` puts both
+together again. `keys` and `values` are always the cache, `new_keys` and `new_values` the step's own
+tokens. The number of live tokens is either `length` (growing caches: the host knows it) or, when the
+0-d int64 tensor `start` is given, on the device (fixed caches), and `length` is then the cache's capacity.
 
 `torch.library.Library` is used instead of `custom_op` because its dispatch costs a fraction
 per call, and a decode step calls two ops per layer.
@@ -14,18 +15,17 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached, allocate, shapes
 from kvmix_kernels.cpu import attention as cpu_attention
 from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import attention, storage
-from kvmix_kernels.reference.quantize import SCALE_DTYPES
-from kvmix_kernels.reference.storage import Buffers
 
 NAMESPACE = "kvmix"
 
@@ -33,216 +33,141 @@ _USE_TRITON = os.environ.get("KVMIX_KERNELS", "triton") != "reference"
 """CUDA tensors take the Triton kernels unless the environment says KVMIX_KERNELS=reference."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_K = "Tensor{0} k_qdata, Tensor{1} k_scale, Tensor{2} k_zero_point, Tensor{3} k_residual"
-_V = "Tensor{4} v_qdata, Tensor{5} v_scale, Tensor{6} v_zero_point, Tensor{7} v_residual"
-_READ = ", ".join((_K, _V)).format(*[""] * 8)
-_WRITE = ", ".join((_K, _V)).format(*(f"({name}!)" for name in "abcdefgh"))
-
+_library.define("quantize_pack(Tensor x, Tensor? mask, int[] format) -> Tensor[]")
+# only what is written may stand in an (a!) list: functionalization copies the others as well
 _library.define(
-    "quantize_pack(Tensor x, Tensor? mask, int[] format) -> (Tensor, Tensor, Tensor, Tensor)",
+    "append_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor new_keys, Tensor new_values, Tensor? mask, "
+    "Tensor? start, SymInt length, int[] key_format, int[] value_format) -> ()",
 )
 _library.define(
-    f"append_({_WRITE}, Tensor keys, Tensor values, Tensor? mask, Tensor? start, SymInt length, "
-    "int[] key_format, int[] value_format) -> ()",
+    "attend(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
+    "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
+    "float softcap=0.0) -> Tensor",
 )
-_library.define(
-    f"attend(Tensor query, Tensor? new_keys, Tensor? new_values, {_READ}, Tensor? mask, Tensor? start, "
-    "SymInt length, float scale, int[] key_format, int[] value_format, float softcap=0.0) -> Tensor",
-)
-_library.define(
-    "dequantize(Tensor qdata, Tensor scale, Tensor zero_point, Tensor residual, Tensor? start, "
-    "SymInt length, int[] format) -> Tensor",
-)
+_library.define("dequantize(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
 
 def _live(start: Tensor | None, length: int) -> int:
     return length if start is None else int(start)
 
 
-def _quantize_pack(
-    x: Tensor, mask: Tensor | None, format: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
     """Buffers of a growing cache holding the tokens x [B, H, L, D]; reads x once.
 
     `mask` is the attention mask of the step that made the tokens: what its last row hides is
     padding and does not widen any group.
     """
-    fmt = TensorFormat(*format)
+    fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
-    buffers = storage.allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
-    storage.append(buffers, x, storage.valid_tokens(mask, B), 0, fmt)
-    return tuple(buffers)
+    cached = allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
+    storage.append(cached, x, storage.valid_tokens(mask, B), 0)
+    return list(cached.tensors)
 
 
 def _append_(
-    k_qdata: Tensor,
-    k_scale: Tensor,
-    k_zero_point: Tensor,
-    k_residual: Tensor,
-    v_qdata: Tensor,
-    v_scale: Tensor,
-    v_zero_point: Tensor,
-    v_residual: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    new_keys: Tensor,
+    new_values: Tensor,
     mask: Tensor | None,
     start: Tensor | None,
     length: int,
     key_format: list[int],
     value_format: list[int],
 ) -> None:
-    """Append the tokens `keys`, `values` [B, H, Lq, D] in place and flush what left the window.
+    """Append the tokens `new_keys`, `new_values` [B, H, Lq, D] in place and flush what left the window.
 
     Raises:
         CapacityError: the buffers are too small, or with `start` given the capacity `length` is; nothing has
             been written.
     """
-    live = _live(start, length)
-    if start is not None and live + keys.shape[2] > length:
-        raise CapacityError.exceeded(keys.shape[2], live, length)
-    formats = TensorFormat(*key_format), TensorFormat(*value_format)
-    for fmt, qdata, residual in zip(formats, (k_qdata, v_qdata), (k_residual, v_residual), strict=True):
-        layout.check_room(fmt, qdata.shape[2], residual.shape[2], live, keys.shape[2])
+    live, count = _live(start, length), new_keys.shape[2]
+    if start is not None and live + count > length:
+        raise CapacityError.exceeded(count, live, length)
+    both = Cached.of(keys, key_format), Cached.of(values, value_format)
+    for cached in both:
+        layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], live, count)
     # only a flush asks which tokens are padding
-    flushes = any(f.packed_tiles(live + keys.shape[2]) > f.packed_tiles(live) for f in formats)
-    valid = storage.valid_tokens(mask, keys.shape[0]) if flushes else None
-    storage.append(Buffers(k_qdata, k_scale, k_zero_point, k_residual), keys, valid, live, formats[0])
-    storage.append(Buffers(v_qdata, v_scale, v_zero_point, v_residual), values, valid, live, formats[1])
+    flushes = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
+    valid = storage.valid_tokens(mask, new_keys.shape[0]) if flushes else None
+    storage.append(both[0], new_keys, valid, live)
+    storage.append(both[1], new_values, valid, live)
 
 
-def _attend(
-    query: Tensor,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    k_qdata: Tensor,
-    k_scale: Tensor,
-    k_zero_point: Tensor,
-    k_residual: Tensor,
-    v_qdata: Tensor,
-    v_scale: Tensor,
-    v_zero_point: Tensor,
-    v_residual: Tensor,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: int,
-    scale: float,
-    key_format: list[int],
-    value_format: list[int],
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of `query` over the cache and the step's own tokens; see `reference.attention`."""
-    return attention.attend(
-        query,
-        new_keys,
-        new_values,
-        Buffers(k_qdata, k_scale, k_zero_point, k_residual),
-        Buffers(v_qdata, v_scale, v_zero_point, v_residual),
-        mask,
-        _live(start, length),
-        scale,
-        TensorFormat(*key_format),
-        TensorFormat(*value_format),
-        softcap,
-    )
+def _attention(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op `attend` by a function that has the signature of `reference.attention.attend`."""
+
+    def attend(
+        query: Tensor,
+        new_keys: Tensor | None,
+        new_values: Tensor | None,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        mask: Tensor | None,
+        start: Tensor | None,
+        length: int,
+        scale: float,
+        key_format: list[int],
+        value_format: list[int],
+        softcap: float = 0.0,
+    ) -> Tensor:
+        k, v = Cached.of(keys, key_format), Cached.of(values, value_format)
+        return implementation(query, new_keys, new_values, k, v, mask, _live(start, length), scale, softcap)
+
+    return attend
 
 
-def _attend_cpu(
-    query: Tensor,
-    new_keys: Tensor | None,
-    new_values: Tensor | None,
-    k_qdata: Tensor,
-    k_scale: Tensor,
-    k_zero_point: Tensor,
-    k_residual: Tensor,
-    v_qdata: Tensor,
-    v_scale: Tensor,
-    v_zero_point: Tensor,
-    v_residual: Tensor,
-    mask: Tensor | None,
-    start: Tensor | None,
-    length: int,
-    scale: float,
-    key_format: list[int],
-    value_format: list[int],
-    softcap: float = 0.0,
-) -> Tensor:
-    """`_attend` for CPU tensors; see `cpu.attention`."""
-    return cpu_attention.attend(
-        query,
-        new_keys,
-        new_values,
-        Buffers(k_qdata, k_scale, k_zero_point, k_residual),
-        Buffers(v_qdata, v_scale, v_zero_point, v_residual),
-        mask,
-        _live(start, length),
-        scale,
-        TensorFormat(*key_format),
-        TensorFormat(*value_format),
-        softcap,
-    )
+_attend = _attention(attention.attend)
 
 
-def _dequantize(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    residual: Tensor,
-    start: Tensor | None,
-    length: int,
-    format: list[int],
-) -> Tensor:
+def _dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, format: list[int]) -> Tensor:
     """All tokens as numbers, [B, H, length, D] in the model dtype; zeros beyond the live ones."""
-    live = _live(start, length)
-    buffers = Buffers(qdata, scale, zero_point, residual)
-    tokens = storage.read(buffers, 0, live, live, TensorFormat(*format)).to(residual.dtype)
+    live, one = _live(start, length), Cached.of(cached, format)
+    tokens = storage.read(one, 0, live, live).to(one.residual.dtype)
     if live == length:
         # a read of raw tokens alone is a view, and an op may not return a view of its input
         return (
             tokens.clone(memory_format=torch.contiguous_format) if tokens._is_view() else tokens.contiguous()
         )
-    full = residual.new_zeros(*residual.shape[:2], length, residual.shape[3])
+    full = one.residual.new_zeros(*one.residual.shape[:2], length, one.head_dim)
     full[:, :, :live] = tokens
     return full
 
 
-def _fake_quantize_pack(
-    x: Tensor, mask: Tensor | None, format: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    fmt = TensorFormat(*format)
+def _fake_quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
+    fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     tiles = layout.growing_tiles(fmt, L, torch.sym_max)
     slots = layout.growing_slots(fmt, L, torch.sym_max)
-    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, D)
-    grid = layout.scale_grid(fmt, D, tiles)
-    stored = SCALE_DTYPES[fmt.scale_dtype]
-    return (
-        x.new_empty((B, H, tiles * fmt.tile, words), dtype=torch.int16),
-        x.new_empty((B, H, *grid), dtype=stored),
-        x.new_empty((B, H, *grid), dtype=stored),
-        x.new_empty((B, H, slots, D)),
-    )
+    return [x.new_empty((B, H, *size), dtype=dtype) for size, dtype in shapes(fmt, D, tiles, slots, x.dtype)]
 
 
 def _fake_append_(*args: object) -> None:
     return None
 
 
-def _fake_attend(query: Tensor, *args: object) -> Tensor:
-    v_residual = args[9]
-    assert isinstance(v_residual, Tensor)
-    return query.new_empty((*query.shape[:3], v_residual.shape[3]))
+def _fake_attend(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: list[int],
+    value_format: list[int],
+    softcap: float = 0.0,
+) -> Tensor:
+    return query.new_empty((*query.shape[:3], Cached.of(values, value_format).residual.shape[3]))
 
 
 def _fake_dequantize(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    residual: Tensor,
-    start: Tensor | None,
-    length: int,
-    format: list[int],
+    cached: Sequence[Tensor], start: Tensor | None, length: int, format: list[int]
 ) -> Tensor:
+    residual = Cached.of(cached, format).residual
     return residual.new_empty((*residual.shape[:2], length, residual.shape[3]))
 
 
@@ -255,14 +180,19 @@ for _name, _reference, _fake in (
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
-_library.impl("attend", _attend_cpu, "CPU")
+_library.impl("attend", _attention(cpu_attention.attend), "CPU")
+
+
+def _takes_float64(args: Sequence[object]) -> bool:
+    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)))
+    return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 
 def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., object]:
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
-        if not _USE_TRITON or any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args):
+        if not _USE_TRITON or _takes_float64(args):
             return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:

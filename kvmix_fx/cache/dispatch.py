@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_map
 
 from kvmix_fx.cache.tensor import QuantizedKVTensor
 from kvmix_fx.errors import CacheMutationError, DequantizeWarning
-from kvmix_kernels.reference.storage import Buffers
 
 aten = torch.ops.aten
 _TABLE: dict[Any, Callable[..., Any]] = {}
@@ -194,11 +193,12 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     self: QuantizedKVTensor = args[0]
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     non_blocking = kwargs.get("non_blocking", False)
-    moved = [b.to(device=device, non_blocking=non_blocking, copy=True) for b in self.buffers]
-    # codes and scales keep their dtypes: only the raw tokens are in the model dtype
-    moved[3] = moved[3].to(dtype=dtype) if dtype is not None else moved[3]
+    moved = self.cached.map(lambda b: b.to(device=device, non_blocking=non_blocking, copy=True))
+    if dtype is not None:
+        # codes and scales keep their dtypes: only the raw tokens are in the model dtype
+        moved = moved.replace(residual=moved.residual.to(dtype=dtype))
     live = self.live.to(device=device, copy=True) if self.live is not None else None
-    return QuantizedKVTensor(Buffers(*moved), self.shape[2], self.format, live)
+    return QuantizedKVTensor(moved, self.shape[2], live)
 
 
 @implements(aten.zero_.default)
@@ -206,9 +206,9 @@ def _zero_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     self: QuantizedKVTensor = args[0]
     if self.live is None:
         # others may read the same buffers
-        self.become(Buffers(*map(torch.zeros_like, self.buffers)))
+        self.become(self.cached.map(torch.zeros_like))
         return self
-    for buffer in self.buffers:
+    for buffer in self.cached.tensors:
         buffer.zero_()
     self.live.zero_()
     return self
@@ -221,12 +221,12 @@ def _copy_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         isinstance(self, QuantizedKVTensor)
         and isinstance(source, QuantizedKVTensor)
         and self.format == source.format
-        and all(a.shape == b.shape for a, b in zip(self.buffers, source.buffers, strict=True))
+        and all(a.shape == b.shape for a, b in zip(self.cached.tensors, source.cached.tensors, strict=True))
         and self.is_fixed == source.is_fixed
     )
     if not same:
         return NotImplemented
-    for target, origin in zip(self.buffers, source.buffers, strict=True):
+    for target, origin in zip(self.cached.tensors, source.cached.tensors, strict=True):
         target.copy_(origin)
     if self.live is not None:
         self.live.copy_(source.live)

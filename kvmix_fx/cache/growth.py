@@ -13,9 +13,9 @@ import weakref
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
-from kvmix_kernels.reference.storage import Buffers
 
 
 class Store:
@@ -40,50 +40,50 @@ class Lease:
         return all(other.length <= self.length for other in self.store.leases)
 
 
-def enlarge(buffers: Buffers, tiles: int, slots: int, fmt: TensorFormat) -> Buffers:
-    """Copies with room for at least `tiles` tiles and `slots` raw tokens, old tokens in place."""
-    B, H, rows, _ = buffers.qdata.shape
-    old_slots, D = buffers.residual.shape[2:]
+def enlarge(cached: Cached, tiles: int, slots: int) -> Cached:
+    """A copy with room for at least `tiles` tiles and `slots` raw tokens, old tokens in place."""
+    fmt, residual = cached.format, cached.residual
+    B, H, rows, _ = cached.qdata.shape
+    old_slots, D = residual.shape[2:]
     have = rows // fmt.tile
-    new = storage.allocate(
-        B, H, D, max(tiles, have), max(slots, old_slots), fmt, buffers.residual.dtype, buffers.residual.device
-    )
-    for target, source in zip(new, buffers, strict=True):
+    new = allocate(B, H, D, max(tiles, have), max(slots, old_slots), fmt, residual.dtype, residual.device)
+    for target, source in zip(new.tensors, cached.tensors, strict=True):
         target[:, :, : source.shape[2]].copy_(source)
     return new
 
 
-def prepare_append(buffers: Buffers, lease: Lease, extra: int, fmt: TensorFormat) -> tuple[Buffers, Store]:
-    """Buffers into which `extra` tokens may be appended in place, and their store.
+def prepare_append(cached: Cached, lease: Lease, extra: int) -> tuple[Cached, Store]:
+    """What `extra` tokens may be appended to in place, and its store.
 
     Copies only what must be copied: everything when another tensor holds later tokens or the
     buffers are too small, the residual when this append flushes, else nothing.
     """
-    length = lease.length
+    fmt, length = cached.format, lease.length
     tiles = layout.growing_tiles(fmt, length + extra)
     slots = layout.growing_slots(fmt, length + extra)
-    small = buffers.qdata.shape[2] < tiles * fmt.tile or buffers.residual.shape[2] < slots
+    small = cached.qdata.shape[2] < tiles * fmt.tile or cached.residual.shape[2] < slots
     if small or not lease.may_append():
-        return enlarge(buffers, tiles, slots, fmt), Store()
+        return enlarge(cached, tiles, slots), Store()
     if fmt.packed_tiles(length + extra) > fmt.packed_tiles(length):
-        buffers = buffers._replace(residual=buffers.residual.clone())
-    return buffers, lease.store
+        cached = cached.replace(residual=cached.residual.clone())
+    return cached, lease.store
 
 
-def rewind(buffers: Buffers, length: int, new_length: int, fmt: TensorFormat) -> Buffers:
-    """Buffers that read as the first `new_length` of `length` tokens.
+def rewind(cached: Cached, length: int, new_length: int) -> Cached:
+    """What reads as the first `new_length` of `length` tokens.
 
     Tokens that were packed but belong into the window of the shorter cache are restored there
     from their codes, on a copy of the residual. If new tokens later complete their tile they are
     rounded a second time, which is the price of a rollback past the window.
     """
+    fmt = cached.format
     first, last = fmt.packed_end(new_length), min(new_length, fmt.packed_end(length))
     if fmt.is_raw or first >= last:
-        return buffers
-    tokens = storage.read(buffers, first, last, length, fmt).to(buffers.residual.dtype)
-    residual = buffers.residual.clone()
+        return cached
+    tokens = storage.read(cached, first, last, length).to(cached.residual.dtype)
+    residual = cached.residual.clone()
     write_raw(residual, tokens, first, fmt)
-    return buffers._replace(residual=residual)
+    return cached.replace(residual=residual)
 
 
 def write_raw(residual: Tensor, tokens: Tensor, first: int, fmt: TensorFormat) -> None:

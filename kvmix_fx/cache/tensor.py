@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import is_fake
 from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
-from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.cached import Cached, allocate
+from kvmix_kernels.layout import BUFFER_NAMES, TensorFormat
 from kvmix_kernels.reference import storage
-from kvmix_kernels.reference.storage import Buffers
 
 # dims that grow, or differ between caches: marked so that a compiler treats them as symbols from the
 # first trace on
@@ -57,7 +57,7 @@ class QuantizedKVTensor(torch.Tensor):
     format: TensorFormat
     lease: Lease | None
 
-    tensor_data_names: ClassVar = list(Buffers._fields)
+    tensor_data_names: ClassVar = list(BUFFER_NAMES)
     optional_tensor_data_names: ClassVar = ["live"]
     tensor_attribute_names: ClassVar = ["format"]
 
@@ -66,40 +66,36 @@ class QuantizedKVTensor(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        buffers: Buffers,
+        cached: Cached,
         length: int,
-        format: TensorFormat,
         live: Tensor | None = None,
         store: Store | None = None,
     ) -> QuantizedKVTensor:
         """Wrap buffers that hold `length` tokens (growing) or have that capacity (fixed)."""
-        residual = buffers.residual
+        residual = cached.residual
         B, H, _, D = residual.shape
         self = torch.Tensor._make_wrapper_subclass(
             cls, (B, H, length, D), dtype=residual.dtype, device=residual.device
         )
-        self.format = format
         self.live = live
         self.lease = None
-        self.become(buffers, store)
+        self.become(cached, store)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Everything happens in `__new__`."""
 
-    def become(self, buffers: Buffers, store: Store | None = None) -> None:
+    def become(self, cached: Cached, store: Store | None = None) -> None:
         """Hold these buffers from now on; without a store nobody else does."""
-        self.qdata, self.scale, self.zero_point, self.residual = buffers
+        self.cached, self.format = cached, cached.format
+        # compilers take a subclass apart by the names of its attributes
+        for name, buffer in zip(cached.format.buffer_names, cached.tensors, strict=True):
+            setattr(self, name, buffer)
         if is_fake(self.residual):
             return
         _mark_lengths(self)
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
-
-    @property
-    def buffers(self) -> Buffers:
-        """The four buffers."""
-        return Buffers(self.qdata, self.scale, self.zero_point, self.residual)
 
     @property
     def is_fixed(self) -> bool:
@@ -113,7 +109,7 @@ class QuantizedKVTensor(torch.Tensor):
     @property
     def packed_nbytes(self) -> int:
         """Bytes allocated for codes, scales, offsets and raw tokens."""
-        return sum(b.numel() * b.element_size() for b in self.buffers)
+        return sum(b.numel() * b.element_size() for b in self.cached.tensors)
 
     def bits_per_element(self) -> float:
         """Allocated bits per logical element, everything counted."""
@@ -126,7 +122,7 @@ class QuantizedKVTensor(torch.Tensor):
         `mask`: the attention mask of the step that made them; hidden tokens widen no group.
         """
         layout.check_head_size(format, x.shape[3])
-        return cls(Buffers(*ops.quantize_pack(x, mask, format)), x.shape[2], format)
+        return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode()))), x.shape[2])
 
     @classmethod
     def empty_fixed(
@@ -142,26 +138,26 @@ class QuantizedKVTensor(torch.Tensor):
     ) -> QuantizedKVTensor:
         """A fixed tensor without tokens. `live` may be shared by all tensors of a cache."""
         tiles, slots = layout.fixed_tiles(format, capacity), layout.fixed_slots(format, capacity)
-        buffers = storage.allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
+        cached = allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=device)
-        return cls(buffers, capacity, format, live)
+        return cls(cached, capacity, live)
 
     def dequantize(self) -> Tensor:
         """All tokens as a plain tensor [B, Hkv, L, D] in the model dtype; zeros where none is stored."""
         if is_fake(self.residual):
             return self.residual.new_empty(self.shape)
-        return ops.dequantize(*self.buffers, self.live, self.shape[2], self.format)
+        return ops.dequantize(self.cached.tensors, self.live, self.shape[2], self.format.encode())
 
     def append(self, keys: Tensor) -> QuantizedKVTensor:
         """A growing tensor with the tokens `keys` [B, Hkv, n, D] after this one's."""
         if is_fake(self.residual) or is_fake(keys):
-            return QuantizedKVTensor(self.buffers, self.shape[2] + keys.shape[2], self.format)
+            return QuantizedKVTensor(self.cached, self.shape[2] + keys.shape[2])
         assert self.lease is not None
         length, extra = self.lease.length, keys.shape[2]
-        buffers, store = prepare_append(self.buffers, self.lease, extra, self.format)
-        storage.append(buffers, keys.to(self.dtype), None, length, self.format)
-        return QuantizedKVTensor(buffers, length + extra, self.format, store=store)
+        cached, store = prepare_append(self.cached, self.lease, extra)
+        storage.append(cached, keys.to(self.dtype), None, length)
+        return QuantizedKVTensor(cached, length + extra, store=store)
 
     def write_(self, positions: Tensor, keys: Tensor) -> QuantizedKVTensor:
         """Store `keys` at consecutive `positions` of a fixed tensor, the first one at its live end.
@@ -186,42 +182,40 @@ class QuantizedKVTensor(torch.Tensor):
             )
         if start < stored:
             self.rewind_(start, stored)
-        storage.append(self.buffers, keys.to(self.dtype), None, start, self.format)
+        storage.append(self.cached, keys.to(self.dtype), None, start)
         self.live.fill_(start + n)
         return self
 
     def rewind_(self, length: int, stored: int) -> None:
         """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
-        shorter = rewind(self.buffers, stored, length, self.format)
+        shorter = rewind(self.cached, stored, length)
         if shorter.residual is not self.residual:
             self.residual.copy_(shorter.residual)
 
     def enlarged(self, capacity: int) -> QuantizedKVTensor:
         """A fixed tensor of the same tokens with room for `capacity`, which is no smaller."""
         tiles, slots = layout.fixed_tiles(self.format, capacity), layout.fixed_slots(self.format, capacity)
-        return QuantizedKVTensor(
-            enlarge(self.buffers, tiles, slots, self.format), capacity, self.format, self.live
-        )
+        return QuantizedKVTensor(enlarge(self.cached, tiles, slots), capacity, self.live)
 
     def crop(self, length: int) -> QuantizedKVTensor:
         """The first `length` tokens, sharing the packed data."""
         if is_fake(self.residual):
-            return QuantizedKVTensor(self.buffers, length, self.format)
+            return QuantizedKVTensor(self.cached, length)
         assert self.lease is not None
-        buffers = rewind(self.buffers, self.lease.length, length, self.format)
-        return QuantizedKVTensor(buffers, length, self.format, store=self.lease.store)
+        cached = rewind(self.cached, self.lease.length, length)
+        return QuantizedKVTensor(cached, length, store=self.lease.store)
 
     def map_buffers(
         self, function: Callable[[Tensor], Tensor], live: Tensor | None = None
     ) -> QuantizedKVTensor:
         """A tensor of its own whose buffers are `function` of this one's."""
         live = live if live is not None or self.live is None else self.live.clone()
-        return QuantizedKVTensor(Buffers(*map(function, self.buffers)), self.shape[2], self.format, live)
+        return QuantizedKVTensor(self.cached.map(function), self.shape[2], live)
 
     def alias(self) -> QuantizedKVTensor:
         """A new tensor object over the same data."""
         store = self.lease.store if self.lease is not None else None
-        return QuantizedKVTensor(self.buffers, self.shape[2], self.format, self.live, store)
+        return QuantizedKVTensor(self.cached, self.shape[2], self.live, store)
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
         """Repeat batch rows, packed. PyTorch takes this operation apart before it can be dispatched."""
@@ -230,7 +224,7 @@ class QuantizedKVTensor(torch.Tensor):
         return self.map_buffers(lambda b: b.repeat_interleave(repeats, 0, **kwargs))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[TensorFormat]]:
-        names = list(Buffers._fields)
+        names = list(self.format.buffer_names)
         if self.live is not None:
             names.append("live")
         return names, (self.format,)
@@ -243,11 +237,11 @@ class QuantizedKVTensor(torch.Tensor):
         outer_size: Sequence[int],
         outer_stride: Sequence[int],
     ) -> QuantizedKVTensor:
-        buffers = Buffers(*(inner_tensors[name] for name in Buffers._fields))
-        return cls(buffers, outer_size[2], context[0], inner_tensors.get("live"))
+        cached = Cached(context[0], tuple(inner_tensors[name] for name in context[0].buffer_names))
+        return cls(cached, outer_size[2], inner_tensors.get("live"))
 
     def _stable_hash_for_caching(self) -> str:
-        return repr((type(self).__name__, tuple(self.format), self.is_fixed))
+        return repr((type(self).__name__, self.format.encode(), self.is_fixed))
 
     def __repr__(self, **kwargs: Any) -> str:
         f = self.format
@@ -276,10 +270,11 @@ class QuantizedKVTensor(torch.Tensor):
 
     def to_state(self, prefix: str = "") -> dict[str, Any]:
         """Plain tensors by name, for pickling or safetensors; `from_state` restores."""
-        state: dict[str, Any] = {prefix + name: getattr(self, name).contiguous() for name in Buffers._fields}
+        named = zip(self.format.buffer_names, self.cached.tensors, strict=True)
+        state: dict[str, Any] = {prefix + name: buffer.contiguous() for name, buffer in named}
         if self.live is not None:
             state[prefix + "live"] = self.live
-        meta = [self.shape[2], *self.format, layout.VERSION]
+        meta = [self.shape[2], *self.format.encode(), layout.VERSION]
         state[prefix + "meta"] = torch.tensor(meta, dtype=torch.int64)
         return state
 
@@ -292,14 +287,14 @@ class QuantizedKVTensor(torch.Tensor):
         """
         length, *numbers = state[prefix + "meta"].tolist()
         count = len(TensorFormat._fields)
-        fmt, version = TensorFormat(*numbers[:count]), (*numbers[count:], 1)[0]
+        fmt, version = TensorFormat.decode(numbers[:count]), (*numbers[count:], 1)[0]
         if not layout.reads(version, fmt.bits):
             raise CacheVersionError(
                 f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and "
                 f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
-        buffers = Buffers(*(state[prefix + name] for name in Buffers._fields))
-        return cls(buffers, length, fmt, state.get(prefix + "live"))
+        cached = Cached(fmt, tuple(state[prefix + name] for name in fmt.buffer_names))
+        return cls(cached, length, state.get(prefix + "live"))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -7,7 +7,7 @@ freeze the first value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.replay import Record, Replayed
 from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
 from kvmix_fx.passes.shortcut import Noted
-from kvmix_kernels.reference.storage import Buffers
+from kvmix_kernels.cached import Cached
 
 Arguments = Sequence[Any]
 
@@ -52,10 +52,12 @@ class Boundary:
         values = rewritten.values
         self._packed = {i: size_evaluator(extra, values) for i, extra in rewritten.packed.items()}
         self._order = sorted(self._packed)
-        self._width = len(values) + sum(len(Buffers._fields) - 1 for _ in self._order)
+        counts = [len(values[i].format.buffer_names) for i in self._order]
+        places = _buffer_places(self._order, counts)
+        self._width = len(values) + len(places) - len(self._order)
         self._step: Callable[..., Any] = self._run
         if record is not None:
-            buffers = set(_buffer_places(self._order))
+            buffers = set(places)
             self._step = Replayed(self._run, lambda i: i in buffers or i >= self._width, record)
         self._outputs = [
             (recipe, size_evaluator(recipe.length, values) if isinstance(recipe, Adopted) else None)
@@ -65,21 +67,21 @@ class Boundary:
     def __call__(self, *args: Any) -> list[Any]:
         """Original inputs to original outputs."""
         flat: list[Any] = []
-        prepared: dict[int, tuple[Buffers, Any, int]] = {}
+        prepared: dict[int, tuple[Cached, Any, int]] = {}
         position = 0
         for i in self._order:
             flat.extend(args[position:i])
             position = i + 1
             tensor: QuantizedKVTensor = args[i]
-            buffers = tensor.buffers
+            cached = tensor.cached
             if tensor.lease is not None:
                 extra = self._packed[i](args)
                 length = tensor.lease.length + extra
                 store: Any = tensor.lease.store
                 if extra:
-                    buffers, store = prepare_append(buffers, tensor.lease, extra, tensor.format)
-                prepared[i] = (buffers, store, length)
-            flat.extend(buffers)
+                    cached, store = prepare_append(cached, tensor.lease, extra)
+                prepared[i] = (cached, store, length)
+            flat.extend(cached.tensors)
         flat.extend(args[position:])
         if self._live_output is not None:
             # the tensors of one cache usually share their counter
@@ -105,15 +107,16 @@ class Boundary:
         length: Callable[[Arguments], int] | None,
         args: Arguments,
         results: Sequence[Any],
-        prepared: dict[int, tuple[Buffers, Any, int]],
+        prepared: dict[int, tuple[Cached, Any, int]],
     ) -> Any:
         if isinstance(recipe, Grown):
-            buffers, store, total = prepared[recipe.past]
-            return QuantizedKVTensor(buffers, total, args[recipe.past].format, store=store)
+            cached, store, total = prepared[recipe.past]
+            return QuantizedKVTensor(cached, total, store=store)
         if isinstance(recipe, Adopted):
             assert length is not None
-            buffers = Buffers(*results[recipe.first : recipe.first + 4])
-            return QuantizedKVTensor(buffers, length(args), recipe.format)
+            count = len(recipe.format.buffer_names)
+            buffers = tuple(results[recipe.first : recipe.first + count])
+            return QuantizedKVTensor(Cached(recipe.format, buffers), length(args))
         return results[recipe.index]
 
     def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
@@ -134,11 +137,13 @@ class Boundary:
                 module._buffers[name] = packed
 
 
-def _buffer_places(order: Sequence[int]) -> Iterator[int]:
+def _buffer_places(order: Sequence[int], counts: Sequence[int]) -> list[int]:
     """Places of cache buffers among the flat inputs, for packed inputs at the sorted places `order`."""
-    more = len(Buffers._fields) - 1
-    for number, i in enumerate(order):
-        yield from range(i + number * more, i + (number + 1) * more + 1)
+    places: list[int] = []
+    for number, (i, count) in enumerate(zip(order, counts, strict=True)):
+        first = i + len(places) - number
+        places += range(first, first + count)
+    return places
 
 
 def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:

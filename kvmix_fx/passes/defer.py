@@ -41,17 +41,7 @@ def defer_appends(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable
     count = len(flat)
     appends: list[tuple[Any, ...]] = []
     for node in [n for n in graph.nodes if n.target is ops.append_]:
-        arguments: list[Any] = []
-        for argument in node.args:
-            if not isinstance(argument, fx.Node):
-                arguments.append(argument)
-            elif argument in inputs:
-                arguments.append(_Input(inputs[argument]))
-            else:
-                if argument not in flat[count:]:
-                    flat.append(argument)
-                arguments.append(_Output(flat.index(argument, count)))
-        appends.append(tuple(arguments))
+        appends.append(tuple(_placed(argument, inputs, flat, count) for argument in node.args))
         graph.erase_node(node)
     output.args = (tuple(flat),)
     graph.lint()
@@ -69,7 +59,22 @@ def defer_appends(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable
     return wrap
 
 
+def _placed(argument: Any, inputs: dict[fx.Node, int], flat: list[Any], count: int) -> Any:
+    """Where an argument is found when the graph is done; what it makes itself joins its outputs `flat`."""
+    if isinstance(argument, (list, tuple)):
+        return [_placed(item, inputs, flat, count) for item in argument]
+    if not isinstance(argument, fx.Node):
+        return argument
+    if argument in inputs:
+        return _Input(inputs[argument])
+    if argument not in flat[count:]:
+        flat.append(argument)
+    return _Output(flat.index(argument, count))
+
+
 def _value(argument: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    if isinstance(argument, list):
+        return [_value(item, inputs, outputs) for item in argument]
     if isinstance(argument, _Input):
         return inputs[argument.index]
     return outputs[argument.index] if isinstance(argument, _Output) else argument

@@ -1,7 +1,7 @@
 """Replace matched sites by ops on the plain buffers.
 
 before   k = cat(cache_k, new_k); v = cat(cache_v, new_v); o = sdpa(q, heads(k), heads(v)); return k, v, o
-after    o = kvmix.attend(q, new_k, new_v, *buffers); kvmix.append_(*buffers, new_k, new_v); return o
+after    o = kvmix.attend(q, new_k, new_v, ks, vs); kvmix.append_(ks, vs, new_k, new_v); return o
 
 Packed inputs become their buffers; packed outputs disappear and are put together again outside
 the graph (`boundary`). Nodes are erased only if the rewrite orphaned them: Dynamo's graph is not
@@ -25,7 +25,6 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_kernels import ops
 from kvmix_kernels.layout import TensorFormat
-from kvmix_kernels.reference.storage import Buffers
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Grown:
 
 @dataclass(frozen=True)
 class Adopted:
-    """A graph output packed inside the graph: buffers at flat outputs `first`..`first + 3`."""
+    """A graph output packed inside the graph: its format's buffers at flat outputs from `first` on."""
 
     first: int
     length: Any
@@ -128,7 +127,7 @@ class _Rewriter:
         for base, tensor in self.packed.items():
             self.buffers[base] = [
                 dynamo.add_buffer_placeholder(self.graph, base, name, getattr(tensor, name))
-                for name in Buffers._fields
+                for name in tensor.format.buffer_names
             ]
         for sites in self._by_cache():
             k, v = sites[0].key_update, sites[0].value_update
@@ -215,9 +214,9 @@ class _Rewriter:
             node = self.graph.call_function(
                 ops.attend,
                 (
-                    *(call.query, k.new, v.new, *self.buffers[k.past], *self.buffers[v.past]),
+                    *(call.query, k.new, v.new, self.buffers[k.past], self.buffers[v.past]),
                     *(call.mask, start, self._length(k.tensor), scale),
-                    *(list(k.tensor.format), list(v.tensor.format), call.softcap),
+                    *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap),
                 ),
             )
         node.meta = dict(call.node.meta)
@@ -238,8 +237,8 @@ class _Rewriter:
             self.graph.call_function(
                 ops.append_,
                 (
-                    *(*self.buffers[k.past], *self.buffers[v.past], k.new, v.new, mask, start),
-                    *(length, list(k.tensor.format), list(v.tensor.format)),
+                    *(self.buffers[k.past], self.buffers[v.past], k.new, v.new, mask, start),
+                    *(length, k.tensor.format.encode(), v.tensor.format.encode()),
                 ),
             )
         for update in (k, v):
@@ -257,7 +256,7 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             history = self.graph.call_function(
                 ops.dequantize,
-                (*self.buffers[base], start, self._length(update.tensor), list(update.tensor.format)),
+                (self.buffers[base], start, self._length(update.tensor), update.tensor.format.encode()),
             )
             if update.positions is None:
                 full = self.graph.call_function(torch.cat, ([history, update.new], 2))
@@ -275,10 +274,10 @@ class _Rewriter:
             if root in self.adopted:
                 continue
             with self.graph.inserting_after(site.call.node):
-                packed = self.graph.call_function(ops.quantize_pack, (root, site.call.mask, list(fmt)))
+                packed = self.graph.call_function(ops.quantize_pack, (root, site.call.mask, fmt.encode()))
             items = []
             after = packed
-            for i in range(len(Buffers._fields)):
+            for i in range(len(fmt.buffer_names)):
                 with self.graph.inserting_after(after):
                     after = self.graph.call_function(operator.getitem, (packed, i))
                 items.append(after)
@@ -348,7 +347,7 @@ class _Rewriter:
             start = next(iter(self.starts.values()))
         with self.graph.inserting_before(first):
             full = self.graph.call_function(
-                ops.dequantize, (*self.buffers[base], start, self._length(tensor), list(tensor.format))
+                ops.dequantize, (self.buffers[base], start, self._length(tensor), tensor.format.encode())
             )
         base.replace_all_uses_with(full)
 

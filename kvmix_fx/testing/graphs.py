@@ -24,3 +24,9 @@ class RecordingBackend:
 def count_ops(gm: fx.GraphModule, target: Any) -> int:
     """Nodes that call `target` (a function, op or method name)."""
     return sum(node.target == target for node in gm.graph.nodes)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node that calls one of our ops, by the names of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
-from kvmix_kernels.reference.storage import Buffers
 
 FAMILIES = ("normal", "outlier channels", "constant", "huge", "tiny", "offset", "signed zeros")
 
@@ -61,12 +61,10 @@ def formats(head_dim: int, bits: tuple[int, ...] = layout.BITS) -> st.SearchStra
     return draw_format()
 
 
-def poison(buffers: Buffers) -> Buffers:
+def poison(cached: Cached) -> Cached:
     """The same shapes filled with what must never be read: 0xAA codes and NaN."""
-    qdata, *rest = (torch.empty_like(b) for b in buffers)
     # 0xAAAA as int16
-    qdata.fill_(-21846)
-    return Buffers(qdata, *(b.fill_(float("nan")) for b in rest))
+    return cached.map(lambda b: torch.full_like(b, float("nan") if b.is_floating_point() else -21846))
 
 
 def error_budget(low: Tensor, exact: Tensor, factor: float = 3.0) -> float:

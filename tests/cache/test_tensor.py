@@ -124,7 +124,7 @@ def test_copies_and_files_keep_every_bit():
     ):
         assert isinstance(other, QuantizedKVTensor)
         assert other.dtype == torch.bfloat16
-        assert all(torch.equal(a, b) for a, b in zip(t.buffers, other.buffers, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(t.cached.tensors, other.cached.tensors, strict=True))
 
 
 @pytest.mark.parametrize(

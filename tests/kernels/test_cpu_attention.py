@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
 from kvmix_kernels import layout, ops
+from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.cpu import attention as cpu
 from kvmix_kernels.cpu import native
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.reference import quantize, storage
-from kvmix_kernels.reference.storage import Buffers
 
-PACKED = (1, 2, 3, 4, 8)
+PACKED = layout.WIDTHS
 
 
 def can_compile():
@@ -69,8 +69,8 @@ def cases(draw, longest=200):
     def stored(fmt, of, seed):
         x = values(of, (B, H, length + new, D), seed, dtype)
         tiles, slots = layout.growing_tiles(fmt, length), layout.growing_slots(fmt, length)
-        buffers = poison(storage.allocate(B, H, D, tiles, slots, fmt, dtype, x.device))
-        storage.append(buffers, x[:, :, :length], None, 0, fmt)
+        buffers = poison(allocate(B, H, D, tiles, slots, fmt, dtype, x.device))
+        storage.append(buffers, x[:, :, :length], None, 0)
         return buffers, x[:, :, length:] if new else None
 
     key_format, value_format = draw(formats(D)), draw(formats(D))
@@ -107,8 +107,6 @@ def cases(draw, longest=200):
         mask,
         length,
         D**-0.5,
-        key_format,
-        value_format,
         draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
     )
 
@@ -117,8 +115,8 @@ def in_float64(case):
     """The same arguments, so that the reference computes in float64."""
     query, new_keys, new_values, keys, stored, *rest = case
 
-    def wide(buffers):
-        return Buffers(*buffers[:3], buffers.residual.double())
+    def wide(cached):
+        return cached.replace(residual=cached.residual.double())
 
     more = [None if t is None else t.double() for t in (new_keys, new_values)]
     return (query.double(), *more, wide(keys), wide(stored), *rest)
@@ -136,13 +134,13 @@ def assert_equals_the_reference(got, case):
 def split_sums_lose(case, out):
     """What float32 loses when codes times scales and zero points, which may cancel, are summed apart."""
 
-    def largest(buffers, fmt):
-        grids = (buffers.scale.double() * (2**fmt.bits - 1), buffers.zero_point.double())
+    def largest(cached):
+        grids = (cached.scale.double() * (2**cached.format.bits - 1), cached.zero_point.double())
         return sum(g.nan_to_num(0.0).abs().amax().item() for g in grids if g.numel())
 
-    query, _, _, keys, stored, _, _, scale, key_format, value_format, _ = case
-    of_scores = largest(keys, key_format) * query.double().abs().sum(-1).max().item() * scale
-    return 2**-22 * (of_scores * out + largest(stored, value_format))
+    query, _, _, keys, stored, _, _, scale, _ = case
+    of_scores = largest(keys) * query.double().abs().sum(-1).max().item() * scale
+    return 2**-22 * (of_scores * out + largest(stored))
 
 
 @given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))
@@ -171,27 +169,35 @@ def test_fields_times_factors_are_the_codes(bits, head_dim, seed):
     generator = torch.Generator().manual_seed(seed)
     qdata = torch.randint(-(1 << 15), 1 << 15, (2, 3, 64, words), generator=generator).to(torch.int16)
     grid = torch.zeros(2, 3, 2, head_dim, dtype=torch.float16)
-    buffers = Buffers(qdata, grid, grid, torch.zeros(2, 3, 64, head_dim))
+    cached = Cached(fmt, (qdata, grid, grid, torch.zeros(2, 3, 64, head_dim)))
     total = torch.zeros(head_dim, 6, 32)
-    for fields, power in cpu._fields(buffers, 32, 64, fmt):
+    for fields, power in cpu._fields(cached, 32, 64):
         total += fields * power[:, None, None]
     expected = quantize.unpack(qdata[:, :, 32:], bits, head_dim, layout.plane_block(fmt))
     assert torch.equal(total, expected.flatten(0, 1).permute(2, 0, 1).float())
 
 
+def packed(x, fmt, mask=None):
+    return Cached.of(ops.quantize_pack(x, mask, fmt.encode()), fmt.encode())
+
+
+def attend(query, new_keys, new_values, keys, values, mask, live, length, scale):
+    """The op, on two `Cached`."""
+    buffers, formats = (keys.tensors, values.tensors), (keys.format.encode(), values.format.encode())
+    return ops.attend(query, new_keys, new_values, *buffers, mask, live, length, scale, *formats)
+
+
 def filled(length, key_format, value_format, B=1, H=2, D=64):
     x = torch.randn(2, B, H, length, D, generator=torch.Generator().manual_seed(length))
-    return [
-        Buffers(*ops.quantize_pack(t, None, f)) for t, f in zip(x, (key_format, value_format), strict=True)
-    ]
+    return [packed(t, f) for t, f in zip(x, (key_format, value_format), strict=True)]
 
 
 def test_the_op_takes_this_path_on_cpu_tensors():
     fmt = layout.make_format(2)
     k, v = filled(100, fmt, fmt)
     query = torch.randn(1, 4, 1, 64)
-    with mock.patch.object(cpu, "attend", wraps=cpu.attend) as called:
-        ops.attend(query, None, None, *k, *v, None, None, 100, 0.1, fmt, fmt)
+    with mock.patch.object(native, "attend", wraps=native.attend) as called:
+        attend(query, None, None, k, v, None, None, 100, 0.1)
     assert called.call_count == 1
 
 
@@ -205,15 +211,13 @@ def test_live_length_in_a_tensor(axis):
     fixed = []
     for fmt in (kf, vf):
         tiles, slots = layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity)
-        buffers = poison(storage.allocate(1, 2, 64, tiles, slots, fmt, x.dtype, x.device))
-        storage.append(buffers, x, None, 0, fmt)
+        buffers = poison(allocate(1, 2, 64, tiles, slots, fmt, x.dtype, x.device))
+        storage.append(buffers, x, None, 0)
         fixed.append(buffers)
-    grown = [ops.quantize_pack(x, None, fmt) for fmt in (kf, vf)]
+    grown = [packed(x, fmt) for fmt in (kf, vf)]
     live = torch.tensor(length)
-    out = ops.attend(query, x[:, :, :1], x[:, :, :1], *fixed[0], *fixed[1], None, live, capacity, 0.1, kf, vf)
-    expected = ops.attend(
-        query, x[:, :, :1], x[:, :, :1], *grown[0], *grown[1], None, None, length, 0.1, kf, vf
-    )
+    out = attend(query, x[:, :, :1], x[:, :, :1], *fixed, None, live, capacity, 0.1)
+    expected = attend(query, x[:, :, :1], x[:, :, :1], *grown, None, None, length, 0.1)
     torch.testing.assert_close(out, expected)
 
 
@@ -223,7 +227,7 @@ def test_long_and_double_queries_go_to_the_reference(rows, dtype):
     k, v = filled(100, fmt, fmt)
     query = torch.randn(1, 2, rows, 64, dtype=dtype)
     with mock.patch.object(cpu, "_scores", side_effect=AssertionError("not this path")):
-        cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
+        cpu.attend(query, None, None, k, v, None, 100, 0.1)
 
 
 def test_scratch_is_bounded_and_kept(no_kernel):
@@ -234,10 +238,10 @@ def test_scratch_is_bounded_and_kept(no_kernel):
         mock.patch.object(cpu, "CHUNK_ELEMENTS", 1 << 14),
         mock.patch.object(cpu, "_scratch", cpu._Scratch()),
     ):
-        first = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
+        first = cpu.attend(query, None, None, k, v, None, 2000, 0.1)
         assert 0 < len(cpu._scratch._floats) <= 1 << 14
         place = cpu._scratch._floats.data_ptr()
-        again = cpu.attend(query, None, None, k, v, None, 2000, 0.1, fmt, fmt)
+        again = cpu.attend(query, None, None, k, v, None, 2000, 0.1)
         assert cpu._scratch._floats.data_ptr() == place
     assert torch.equal(first, again)
 
@@ -248,8 +252,8 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it(no_kernel):
     query = torch.randn(1, 2, 1, 64)
     with mock.patch.object(cpu, "_scratch", cpu._Scratch()):
         with torch.inference_mode():
-            inside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
-        outside = cpu.attend(query, None, None, k, v, None, 100, 0.1, fmt, fmt)
+            inside = cpu.attend(query, None, None, k, v, None, 100, 0.1)
+        outside = cpu.attend(query, None, None, k, v, None, 100, 0.1)
     assert torch.equal(inside, outside)
 
 
@@ -267,7 +271,7 @@ def test_non_finite_raw_tokens_spoil_what_they_spoil_in_the_reference(path):
         (k.residual[:, :, ring], 0, torch.nan),
     ):
         where[..., channel] = value
-        case = (query, *new, k, v, None, 600, 0.1, fmt, fmt)
+        case = (query, *new, k, v, None, 600, 0.1)
         got, expected = path(*case), reference.attend(*case)
         torch.testing.assert_close(got, expected, equal_nan=True)
     assert got.isnan().all()
@@ -279,7 +283,7 @@ def test_hidden_everywhere_gives_zeros_also_over_many_blocks(path):
     query = torch.randn(1, 4, 1, 64)
     additive = torch.full((1, 1, 1, 1000), -torch.inf)
     for mask in (additive, additive > 0):
-        out = path(query, None, None, k, v, mask, 1000, 0.1, fmt, fmt)
+        out = path(query, None, None, k, v, mask, 1000, 0.1)
         assert torch.equal(out, torch.zeros_like(out))
 
 
@@ -288,7 +292,7 @@ def test_kernel_reads_views_in_place_and_leaves_others():
     fmt = layout.make_format(4)
     k, v = filled(100, fmt, fmt)
     query, new = torch.randn(1, 1, 4, 64), torch.randn(2, 1, 1, 2, 64)
-    case = (query.transpose(1, 2), *new.transpose(2, 3), k, v, None, 100, 0.1, fmt, fmt)
+    case = (query.transpose(1, 2), *new.transpose(2, 3), k, v, None, 100, 0.1)
     torch.testing.assert_close(native.attend(*case), reference.attend(*case))
     strided = torch.randn(1, 4, 1, 128)[..., ::2]
     assert native.attend(strided, *case[1:]) is None
@@ -310,8 +314,6 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         "mask": torch.ones(1, 1, 1, 201, dtype=torch.bool),
         "length": 200,
         "scale": 0.1,
-        "key_format": fmt,
-        "value_format": fmt,
     }
     assert native.attend(**good) is not None
     for wrong in (
@@ -321,21 +323,21 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         {"query": query.int()},
         {"new_keys": None},
         {"new_keys": new[..., :32]},
-        {"keys": k._replace(qdata=k.qdata[:, :, :100])},
-        {"keys": k._replace(qdata=k.qdata.int())},
-        {"keys": k._replace(qdata=k.qdata.repeat(1, 1, 1, 2)[..., :8])},
-        {"keys": k._replace(scale=k.scale[:, :, :1])},
-        {"keys": k._replace(zero_point=k.zero_point[:, :1])},
-        {"values": v._replace(scale=v.scale.repeat_interleave(2, 3)[..., ::2])},
-        {"values": v._replace(residual=v.residual[:, :, :8])},
+        {"keys": k.replace(qdata=k.qdata[:, :, :100])},
+        {"keys": k.replace(qdata=k.qdata.int())},
+        {"keys": k.replace(qdata=k.qdata.repeat(1, 1, 1, 2)[..., :8])},
+        {"keys": k.replace(scale=k.scale[:, :, :1])},
+        {"keys": k.replace(zero_point=k.zero_point[:, :1])},
+        {"values": v.replace(scale=v.scale.repeat_interleave(2, 3)[..., ::2])},
+        {"values": v.replace(residual=v.residual[:, :, :8])},
         {"mask": torch.ones(1, 1, 1, 200, dtype=torch.bool)},
         {"mask": torch.ones(201, dtype=torch.float64)},
         {"length": 1000},
         {"length": -1},
-        {"key_format": fmt._replace(group_size=0)},
-        {"key_format": fmt._replace(group_size=24)},
-        {"key_format": fmt._replace(bits=4)},
-        {"value_format": fmt._replace(axis=layout.AXIS_TOKEN, group_size=8)},
+        {"keys": k._replace(format=fmt._replace(group_size=0))},
+        {"keys": k._replace(format=fmt._replace(group_size=24))},
+        {"keys": k._replace(format=layout.make_format(4))},
+        {"values": v._replace(format=fmt._replace(axis=layout.AXIS_TOKEN, group_size=8))},
     ):
         assert native.attend(**{**good, **wrong}) is None, wrong
 
@@ -359,7 +361,7 @@ def test_without_a_kernel_one_warning_and_the_vectorised_path(monkeypatch, tmp_p
     broken(monkeypatch, tmp_path, how)
     fmt = layout.make_format(2)
     k, v = filled(100, fmt, fmt)
-    case = (torch.randn(1, 4, 1, 64), None, None, k, v, None, 100, 0.1, fmt, fmt)
+    case = (torch.randn(1, 4, 1, 64), None, None, k, v, None, 100, 0.1)
     with pytest.warns(UserWarning, match="slower PyTorch ops instead: .*name a C compiler in CC"):
         out = cpu.attend(*case)
     torch.testing.assert_close(out, reference.attend(*case))
@@ -385,13 +387,13 @@ def test_padding_is_left_out_by_the_step_that_flushes_it():
     x[1, :, :pad] = 1e4
     mask = torch.ones(2, 1, 1, length, dtype=torch.bool)
     mask[1, ..., :pad] = False
-    whole = ops.quantize_pack(x, mask, fmt)
+    whole = packed(x, fmt, mask)
     tiles, slots = layout.growing_tiles(fmt, length), layout.growing_slots(fmt, length)
-    k, v = (storage.allocate(2, 2, 64, tiles, slots, fmt, x.dtype, x.device) for _ in range(2))
+    k, v = (allocate(2, 2, 64, tiles, slots, fmt, x.dtype, x.device) for _ in range(2))
     for p in range(length):
         token = x[:, :, p : p + 1]
-        ops.append_(*k, *v, token, token, mask[..., : p + 1], None, p, fmt, fmt)
-    unmasked = ops.quantize_pack(x, None, fmt)
-    assert torch.equal(k.scale, whole[1])
-    assert torch.equal(v.qdata, whole[0])
-    assert not torch.equal(k.scale, unmasked[1])  # the padding would have been seen
+        ops.append_(k.tensors, v.tensors, token, token, mask[..., : p + 1], None, p, *[fmt.encode()] * 2)
+    unmasked = packed(x, fmt)
+    assert torch.equal(k.scale, whole.scale)
+    assert torch.equal(v.qdata, whole.qdata)
+    assert not torch.equal(k.scale, unmasked.scale)  # the padding would have been seen

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
 from kvmix_kernels import layout, ops
+from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.layout import AXIS_CHANNEL
 from kvmix_kernels.reference import quantize as q
 from kvmix_kernels.reference import storage
-from kvmix_kernels.reference.storage import Buffers
 
-PACKED = (1, 2, 3, 4, 8)
+PACKED = layout.WIDTHS
 HEADS = (16, 64, 80, 96, 128, 256)
 
 
@@ -21,10 +21,10 @@ def grown(x, fmt, pieces, valid=None):
     """Append x in pieces to poisoned buffers of the final size."""
     B, H, L, D = x.shape
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
-    buffers = poison(storage.allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device))
+    buffers = poison(allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device))
     start = 0
     for n in pieces:
-        storage.append(buffers, x[:, :, start : start + n], valid, start, fmt)
+        storage.append(buffers, x[:, :, start : start + n], valid, start)
         start += n
     assert start == L
     return buffers
@@ -76,9 +76,8 @@ def test_three_bits_are_columns_in_two_planes_block_by_block():
 def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
     x = values(family, (2, 2, fmt.tile * 2, 64), seed, dtype)
     codes, scale, zero_point = q.quantize(x, None, fmt)
-    back = q.dequantize(
-        q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, fmt.tile * 2, 64, fmt
-    )
+    packed = (q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, x)
+    back = q.dequantize(Cached(fmt, packed), 0, fmt.tile * 2)
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, 64)
     spread = (
         (lambda t: t.repeat_interleave(group, 2))
@@ -98,7 +97,8 @@ def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
 def test_constant_groups_are_exact(fmt):
     x = torch.full((1, 2, 64, 64), 1.2345, dtype=torch.float16)
     codes, scale, zero_point = q.quantize(x, None, fmt)
-    back = q.dequantize(q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, 64, 64, fmt)
+    packed = (q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, x)
+    back = q.dequantize(Cached(fmt, packed), 0, 64)
     assert torch.equal(back.half(), x)
 
 
@@ -112,8 +112,8 @@ def test_constant_groups_are_exact(fmt):
 def test_append_in_pieces_equals_append_at_once(fmt, cuts, length, family, seed):
     x = values(family, (2, 2, length, 64), seed)
     whole, pieces = grown(x, fmt, [length]), grown(x, fmt, partition(length, cuts))
-    a = storage.read(whole, 0, length, length, fmt)
-    b = storage.read(pieces, 0, length, length, fmt)
+    a = storage.read(whole, 0, length, length)
+    b = storage.read(pieces, 0, length, length)
     assert a.isfinite().all()  # nothing uninitialised was read
     assert torch.equal(a, b)
     packed = fmt.packed_tiles(length) * fmt.tile
@@ -124,7 +124,7 @@ def test_append_in_pieces_equals_append_at_once(fmt, cuts, length, family, seed)
 def test_window_and_sink_are_exact(fmt, length):
     x = values("normal", (1, 2, length, 64), length, torch.bfloat16)
     buffers = grown(x, fmt, [1] * length)
-    back = storage.read(buffers, 0, length, length, fmt)
+    back = storage.read(buffers, 0, length, length)
     assert torch.equal(back[:, :, : fmt.sink], x[:, :, : fmt.sink].float())
     end = fmt.packed_end(length)
     assert torch.equal(back[:, :, end:], x[:, :, end:].float())
@@ -142,8 +142,8 @@ def test_padding_does_not_widen_groups(fmt, seed):
     noisy[1, :, :pad] = 1e4
     noisy[1, :, :pad, ::2] = float("nan")
     valid = storage.valid_tokens(mask, 2)
-    clean = storage.read(grown(x, fmt, [length], valid), 0, length, length, fmt)
-    dirty = storage.read(grown(noisy, fmt, [length], valid), 0, length, length, fmt)
+    clean = storage.read(grown(x, fmt, [length], valid), 0, length, length)
+    dirty = storage.read(grown(noisy, fmt, [length], valid), 0, length, length)
     assert torch.equal(clean[1, :, pad:], dirty[1, :, pad:])
     assert torch.equal(clean[0], dirty[0])
 
@@ -157,9 +157,8 @@ def test_non_finite_elements_leave_their_neighbours_alone(fmt, seed):
         torch.randint(0, 3, (int(spots.sum()),), generator=torch.Generator().manual_seed(seed))
     ]
     codes, scale, zero_point = q.quantize(bad, None, fmt)
-    back = q.dequantize(
-        q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, 0, fmt.tile, 64, fmt
-    )
+    packed = (q.pack(codes, fmt.bits, layout.plane_block(fmt)), scale, zero_point, x)
+    back = q.dequantize(Cached(fmt, packed), 0, fmt.tile)
     assert back.isfinite().all()
     # the others are coded as if the bad ones did not exist
     alone, scale_alone, zero_alone = q.quantize(x.masked_fill(spots, float("nan")), None, fmt)
@@ -205,8 +204,8 @@ def make_case(case, device="cpu"):
     x = values(case["family"], (B, H, case["length"] + n, D), case["seed"], case["dtype"]).to(device)
     y = values("normal", (B, H, case["length"] + n, D), case["seed"] + 1, case["dtype"]).to(device)
     query = values("normal", (B, H * case["group"], n, D), case["seed"] + 2, case["dtype"]).to(device)
-    k = ops.quantize_pack(x[:, :, : case["length"]], None, case["key_format"])
-    v = ops.quantize_pack(y[:, :, : case["length"]], None, case["value_format"])
+    k = ops.quantize_pack(x[:, :, : case["length"]], None, case["key_format"].encode())
+    v = ops.quantize_pack(y[:, :, : case["length"]], None, case["value_format"].encode())
     S = case["length"] + n
     mask = None
     generator = torch.Generator().manual_seed(case["seed"])
@@ -240,18 +239,18 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
     from kvmix_kernels.reference import attention
 
     query, new_k, new_v, k, v, mask = make_case(case)
-    kf, vf, length = case["key_format"], case["value_format"], case["length"]
+    kf, vf, length = case["key_format"].encode(), case["value_format"].encode(), case["length"]
     scale = case["D"] ** -0.5
     old = attention.BLOCK_ELEMENTS
     attention.BLOCK_ELEMENTS = case["block"]
     try:
-        got = ops.attend(query, new_k, new_v, *k, *v, mask, None, length, scale, kf, vf, case["softcap"])
+        got = ops.attend(query, new_k, new_v, k, v, mask, None, length, scale, kf, vf, case["softcap"])
     finally:
         attention.BLOCK_ELEMENTS = old
 
     def dense(dtype):
-        full_k = torch.cat([storage.read(Buffers(*k), 0, length, length, kf).to(dtype), new_k.to(dtype)], 2)
-        full_v = torch.cat([storage.read(Buffers(*v), 0, length, length, vf).to(dtype), new_v.to(dtype)], 2)
+        full_k = torch.cat([storage.read(Cached.of(k, kf), 0, length, length).to(dtype), new_k.to(dtype)], 2)
+        full_v = torch.cat([storage.read(Cached.of(v, vf), 0, length, length).to(dtype), new_v.to(dtype)], 2)
         m = mask.to(dtype) if mask is not None and mask.dtype != torch.bool else mask
         if case["softcap"]:
             return capped_attention(query.to(dtype), full_k, full_v, m, scale, case["softcap"])
@@ -266,19 +265,19 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
 
 
 def test_a_query_that_may_see_nothing_gets_zeros():
-    fmt = layout.make_format(2)
+    fmt = layout.make_format(2).encode()
     x = torch.randn(1, 1, 70, 64)
     buffers = ops.quantize_pack(x, None, fmt)
     mask = torch.zeros(1, 1, 1, 70, dtype=torch.bool)
-    out = ops.attend(x[:, :, :1], None, None, *buffers, *buffers, mask, None, 70, 0.1, fmt, fmt)
+    out = ops.attend(x[:, :, :1], None, None, buffers, buffers, mask, None, 70, 0.1, fmt, fmt)
     assert torch.equal(out, torch.zeros_like(out))
 
 
 def test_batch_and_head_permutations_commute():
-    fmt = layout.make_format(3, sink=2)
+    fmt = layout.make_format(3, sink=2).encode()
     x, y = torch.randn(3, 2, 100, 64), torch.randn(3, 4, 1, 64)
     a = ops.quantize_pack(x, None, fmt)
     b = ops.quantize_pack(x.flip(0, 1), None, fmt)
-    out = ops.attend(y, None, None, *a, *a, None, None, 100, 0.1, fmt, fmt)
-    flipped = ops.attend(y.flip(0, 1), None, None, *b, *b, None, None, 100, 0.1, fmt, fmt)
+    out = ops.attend(y, None, None, a, a, None, None, 100, 0.1, fmt, fmt)
+    flipped = ops.attend(y.flip(0, 1), None, None, b, b, None, None, 100, 0.1, fmt, fmt)
     torch.testing.assert_close(out, flipped.flip(0, 1))

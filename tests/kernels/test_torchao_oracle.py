@@ -9,6 +9,7 @@ import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.reference import quantize as q
 
 pytest.importorskip("torchao", reason='torchao is not installed: pip install "kvmix-fx[ao]"')
@@ -48,7 +49,8 @@ def test_codes_and_scales_equal_torchao(bits, axis):
     back = dequantize_affine(
         codes.to(torch.uint8), block, scale.reshape(ao_scale.shape), zeros, torch.uint8, 0, 2**bits - 1
     )
-    ours = q.dequantize(q.pack(codes, bits, layout.plane_block(fmt)), scale, zero_point, 0, 64, 64, fmt)
+    packed = (q.pack(codes, bits, layout.plane_block(fmt)), scale, zero_point, x)
+    ours = q.dequantize(Cached(fmt, packed), 0, 64)
     torch.testing.assert_close(back + offset, ours, rtol=1e-5, atol=1e-6)
     assert spread.shape == x.shape
     assert ZeroPointDomain is not None

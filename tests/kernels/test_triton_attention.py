@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from kvmix_kernels import layout, ops
 from kvmix_kernels import triton as kernels
+from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
@@ -60,13 +61,13 @@ def filled(
     dtype: torch.dtype,
     spread: float,
     g: torch.Generator,
-) -> storage.Buffers:
+) -> Cached:
     """A cache of L random tokens whose channels differ in size by up to 2**spread."""
     x = torch.randn(B, H, L, D, generator=g) * torch.exp2(spread * torch.rand(D, generator=g) - spread / 2)
-    cache = storage.allocate(
+    cache = allocate(
         B, H, D, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity), fmt, dtype, DEVICE
     )
-    storage.append(cache, x.to(dtype).to(DEVICE), None, 0, fmt)
+    storage.append(cache, x.to(dtype).to(DEVICE), None, 0)
     return cache
 
 
@@ -142,14 +143,14 @@ def check(
     args = (
         query,
         *(fresh if new else (None, None)),
-        *keys,
-        *values,
+        keys.tensors,
+        values.tensors,
         seen,
         start,
         capacity,
         D**-0.5,
-        list(k),
-        list(v),
+        k.encode(),
+        v.encode(),
         softcap,
     )
     expected = ops._attend(*(a.float() if a is query else a for a in args))
@@ -167,7 +168,7 @@ def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.Data
     formats = []
     sink, window = data.draw(st.sampled_from((0, 3, 4))), data.draw(st.sampled_from((0, 7, 32)))
     for size in (D, Dv):
-        bits = data.draw(st.sampled_from((1, 2, 3, 4, 8, 16)))
+        bits = data.draw(st.sampled_from(layout.BITS))
         axis = data.draw(st.sampled_from(("channel", "token")))
         if axis == "channel":
             group = data.draw(st.sampled_from((16, 32, 64)))
@@ -205,9 +206,9 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
     D = data.draw(st.sampled_from((64, 128) if not ON_GPU else (64, 80, 96, 128, 256)))
     group = data.draw(st.sampled_from((32, 64, 128) if ON_GPU else (32, 64)))
     sink, window = data.draw(st.sampled_from((0, 4))), data.draw(st.sampled_from((0, 32)))
-    k = make_format(data.draw(st.sampled_from((1, 2, 3, 4, 8))), "channel", group, 2 * group, sink, window)
+    k = make_format(data.draw(st.sampled_from(layout.WIDTHS)), "channel", group, 2 * group, sink, window)
     v_group = data.draw(st.sampled_from([n for n in (32, 64) if D % n == 0] + [0]))
-    v = make_format(data.draw(st.sampled_from((1, 2, 3, 4, 8))), "token", v_group, 2 * group, sink, window)
+    v = make_format(data.draw(st.sampled_from(layout.WIDTHS)), "token", v_group, 2 * group, sink, window)
     check(
         k,
         v,
@@ -234,7 +235,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
     )
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", layout.WIDTHS)
 @pytest.mark.parametrize("D", [32, 80, 96, 192, 256])
 def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
@@ -302,20 +303,20 @@ def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
     x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
     caches = []
     for tokens, fmt in zip(x, (k, v), strict=True):
-        cache = storage.allocate(1, 1, 64, 3, fmt.residual_slots, fmt, torch.float32, DEVICE)
-        storage.append(cache, tokens, None, 0, fmt)
-        caches += list(cache)
+        cache = allocate(1, 1, 64, 3, fmt.residual_slots, fmt, torch.float32, DEVICE)
+        storage.append(cache, tokens, None, 0)
+        caches.append(cache.tensors)
     # scores of ordinary size, so that the softmax is not a single token
     query = torch.randn(1, 1, 1, 64, generator=g).to(DEVICE) / size
-    args = (query, None, None, *caches, None, None, 96, 0.125, list(k), list(v))
+    args = (query, None, None, *caches, None, None, 96, 0.125, k.encode(), v.encode())
     assert_close(kernels.attend(*args), ops._attend(*args), 3e-3)
 
 
 def test_an_empty_cache_without_new_tokens_gives_zeros() -> None:
     fmt = make_format(2)
-    cache = storage.allocate(1, 1, 32, 0, fmt.residual_slots, fmt, torch.float32, DEVICE)
+    cache = allocate(1, 1, 32, 0, fmt.residual_slots, fmt, torch.float32, DEVICE)
     query = torch.ones(1, 2, 1, 32, device=DEVICE)
-    args = (query, None, None, *cache, *cache, None, None, 0, 1.0, list(fmt), list(fmt))
+    args = (query, None, None, cache.tensors, cache.tensors, None, None, 0, 1.0, fmt.encode(), fmt.encode())
     assert not kernels.attend(*args).any()
 
 
@@ -333,41 +334,46 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return out.copy_(x)
 
 
-@pytest.mark.parametrize("fields", [("qdata",), ("scale", "zero_point"), ("residual",)])
-def test_places_that_32_bits_do_not_hold(fields: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [("qdata",), ("scale", "zero_point"), ("residual",)])
+def test_places_that_32_bits_do_not_hold(names: tuple[str, ...]) -> None:
     k, v = make_format(2, "channel", 32, 32, 2, 8), make_format(3, "token", 0, 32, 2, 8)
     g = torch.Generator().manual_seed(5)
     near = [filled(3, 1, 64, 105, 160, fmt, torch.float16, 0.0, g) for fmt in (k, v)]
-    far = [cache._replace(**{f: far_apart(getattr(cache, f)) for f in fields}) for cache in near]
+    near = [cache.tensors for cache in near]
+    far = [
+        [far_apart(b) if name in names else b for name, b in zip(layout.BUFFER_NAMES, cache, strict=True)]
+        for cache in near
+    ]
     tokens = torch.randn(2, 3, 1, 1, 64, generator=g).half().to(DEVICE)
     query = torch.randn(3, 2, 1, 64, generator=g).half().to(DEVICE)
     # the append packs a tile
     start = torch.tensor(105, device=DEVICE)
     results = []
     for keys, stored in (near, far):
-        kernels.append_(*keys, *stored, *tokens, None, start, 160, list(k), list(v))
-        args = (query, None, None, *keys, *stored, None, start + 1, 160, 0.125, list(k), list(v))
+        kernels.append_(keys, stored, *tokens, None, start, 160, k.encode(), v.encode())
+        args = (query, None, None, keys, stored, None, start + 1, 160, 0.125, k.encode(), v.encode())
         results.append(kernels.attend(*args))
         results += [
-            kernels.dequantize(*cache, start + 1, 160, list(f)) for cache, f in ((keys, k), (stored, v))
+            kernels.dequantize(cache, start + 1, 160, f.encode()) for cache, f in ((keys, k), (stored, v))
         ]
     expected = ops._attend(query.float(), *args[1:])
     assert_close(results[0], expected, TOLERANCE[torch.float16])
     for one, other in zip(results[:3], results[3:], strict=True):
         assert torch.equal(one, other)
-    assert (expected - ops._attend(query.float(), *args[1:11], None, start, *args[13:])).abs().max() > 1e-3
+    assert (expected - ops._attend(query.float(), *args[1:5], None, start, *args[7:])).abs().max() > 1e-3
 
 
 def test_scales_and_offsets_that_lie_differently_are_refused() -> None:
     fmt = make_format(2, "channel", 32, 32, 0, 0)
-    cache = storage.allocate(2, 1, 64, 2, fmt.residual_slots, fmt, torch.float32, DEVICE)
-    apart = cache._replace(zero_point=cache.zero_point.repeat(1, 2, 1, 1)[:, :1])
+    cache = allocate(2, 1, 64, 2, fmt.residual_slots, fmt, torch.float32, DEVICE)
+    cache = cache.tensors
+    apart = (*cache[:2], cache[2].repeat(1, 2, 1, 1)[:, :1], cache[3])
     x = torch.ones(2, 1, 1, 64, device=DEVICE)
-    formats = list(fmt), list(fmt)
+    formats = fmt.encode(), fmt.encode()
     for keys, values in ((apart, cache), (cache, apart)):
         with pytest.raises(CacheShapeError, match="zero points"):
-            kernels.attend(x, None, None, *keys, *values, None, None, 64, 1.0, *formats)
+            kernels.attend(x, None, None, keys, values, None, None, 64, 1.0, *formats)
         with pytest.raises(CacheShapeError, match="zero points"):
-            kernels.append_(*keys, *values, x, x, None, None, 0, *formats)
+            kernels.append_(keys, values, x, x, None, None, 0, *formats)
     with pytest.raises(CacheShapeError, match="zero points"):
-        kernels.dequantize(*apart, None, 64, list(fmt))
+        kernels.dequantize(apart, None, 64, fmt.encode())

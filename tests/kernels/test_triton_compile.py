@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def launches(case: dict[str, Any]) -> list[Launch]:
     """What one case would start, on tensors without data."""
     from kvmix_kernels import layout
+    from kvmix_kernels.cached import allocate
     from kvmix_kernels.layout import make_format
-    from kvmix_kernels.reference import storage as buffers
     from kvmix_kernels.triton import attention, configs, reading, storage
 
     D, group = case["head_dim"], case["group"]
@@ -37,11 +37,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     mask = torch.empty(64, 1, Lq, 8192, dtype=torch.bool, device="meta") if case.get("mask") else None
     start = torch.empty((), dtype=torch.int64, device="meta")
     cache = [
-        part
+        allocate(64, 8, D, layout.fixed_tiles(fmt, 8192), layout.fixed_slots(fmt, 8192), fmt, **like).tensors
         for fmt in (k, v)
-        for part in buffers.allocate(
-            64, 8, D, layout.fixed_tiles(fmt, 8192), layout.fixed_slots(fmt, 8192), fmt, **like
-        )
     ]
     if case["op"] == "attend":
         with (
@@ -55,20 +52,20 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             )
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
-                query, new, new, *cache, mask, start, 8192, D**-0.5, list(k), list(v),
+                query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),
                 softcap=case.get("softcap", 0.0), config=limited if case["bits"] < 16 else None,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:
-            storage.append_(*cache, new, new, mask, start, 8192, list(k), list(v))
+            storage.append_(*cache, new, new, mask, start, 8192, k.encode(), v.encode())
     elif case["op"] == "dequantize":
         with recorded(reading, "dequantize_kernel") as found:
-            for part, fmt in ((cache[:4], k), (cache[4:], v)):
-                reading.dequantize(*part, start, 8192, list(fmt))
+            for part, fmt in zip(cache, (k, v), strict=True):
+                reading.dequantize(part, start, 8192, fmt.encode())
     else:
         with recorded(storage, "pack_kernel") as found:
             for fmt in (k, v):
-                storage.quantize_pack(torch.empty(1, 8, 4096, D, **like), None, list(fmt))
+                storage.quantize_pack(torch.empty(1, 8, 4096, D, **like), None, fmt.encode())
     return found
 
 

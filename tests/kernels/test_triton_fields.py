@@ -9,7 +9,7 @@ import torch
 
 from kvmix_kernels import layout
 from kvmix_kernels.reference import quantize
-from kvmix_kernels.triton import fields
+from kvmix_kernels.triton.kernels import fields
 
 WORD = 0xFFFFFFFF
 
@@ -46,31 +46,42 @@ def run_ptx(text: str, *inputs: int) -> int:
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", layout.WIDTHS)
 def test_fields_read_by_ptx_are_the_codes(bits: int, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(bits * 1000 + head_dim)
     codes = torch.randint(0, 2**bits, (2, head_dim), generator=generator, dtype=torch.int16)
     words = quantize.pack(codes, bits).to(torch.int32) & 0xFFFF  # [2, words]: two tokens fill a register
+    planes = quantize.split_planes(words, layout.plane_words(bits, head_dim), 1)
     shifts = fields.fold_shifts(bits, head_dim)
-    channels = fields.fold_channels(bits, head_dim)
-    found = torch.full_like(codes, -1)
+    found = torch.zeros_like(codes)
+    for number, digit in enumerate(layout.digits(bits)):
+        own = planes[digit.first : digit.first + len(layout.DIGITS[bits][number])]
+        row = shifts[fields.shifts_first(bits, head_dim, number) :]
+        found += read_digit(own, row, digit.bits, head_dim) << digit.above
+    assert torch.equal(found, codes)
+
+
+def read_digit(planes: list[torch.Tensor], shifts: list[int], bits: int, head_dim: int) -> torch.Tensor:
+    """A digit of two tokens, [2, head_dim], from its planes."""
+    channels, width = fields.fold_channels(bits, head_dim), fields.fold_width(bits, head_dim)
+    found = torch.full((2, head_dim), -1, dtype=torch.int16)
     for column in range(channels):
-        planes = []
-        for index, plane in enumerate(quantize.split_planes(words, layout.plane_words(bits, head_dim), 1)):
+        registers = []
+        for index, plane in enumerate(planes):
             pair = plane[:, column % plane.shape[1]].tolist()
             register = pair[1] << 16 | pair[0]
             if fields.fold_copies(bits, head_dim, index) > 1:
                 # what `fold` does, crossing bits included
-                register >>= shifts[16 * index + column]
-            planes.append(register)
+                register >>= shifts[width * index + column]
+            registers.append(register)
         for field in range(fields.fold_fields(bits, head_dim)):
-            out = run_ptx(fields._field_asm(bits, head_dim, field), *planes)
+            out = run_ptx(fields._field_asm(bits, head_dim, field), *registers)
             halves = torch.tensor([out & 0xFFFF, out >> 16], dtype=torch.int32).to(torch.int16)
             numbers = (
                 halves.view(torch.float16).double() * 2.0**24 * fields.field_factor(bits, head_dim, field)
             )
             found[:, field * channels + column] = numbers.to(torch.int16)
-    assert torch.equal(found, codes)
+    return found
 
 
 def test_words_taken_as_the_high_half_of_a_register_do_not_leak() -> None:

@@ -14,7 +14,7 @@ from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import NoSiteError
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE
-from kvmix_fx.testing.graphs import RecordingBackend, count_ops
+from kvmix_fx.testing.graphs import RecordingBackend, arguments, count_ops
 from kvmix_fx.testing.models import PositionCacheModel, TupleCacheModel, sharpen
 from kvmix_kernels import ops
 
@@ -162,8 +162,8 @@ def test_an_append_that_is_known_to_be_the_first_does_not_ask_the_device(name):
     q, k, v = step(100)
     _, graphs, _ = run(prefill, q, k, v, past_k, past_v)
     (append,) = (node for node in graphs[0].graph.nodes if node.target is ops.append_)
-    start, length = append.args[11:13]
-    assert (start is None, length == 0) == (known, known)
+    given = arguments(append)
+    assert (given["start"] is None, given["length"] == 0) == (known, known)
     fresh, _ = caches(first, fixed=True)
     fresh.index_copy_(2, torch.arange(first, first + 100), k)
     assert past_k.stored_tokens() == first + 100
@@ -180,7 +180,8 @@ def test_positions_that_are_moved_between_two_writes_are_not_taken_for_the_first
 
     past_k, past_v = caches(50, fixed=True)
     _, graphs, _ = run(prefill, *step(100), past_k, past_v)
-    assert all(node.args[11] is not None for node in graphs[0].graph.nodes if node.target is ops.append_)
+    appends = [arguments(node) for node in graphs[0].graph.nodes if node.target is ops.append_]
+    assert all(given["start"] is not None for given in appends)
 
 
 def test_plain_keys_and_values_that_leave_the_graph_are_packed():

@@ -149,7 +149,7 @@ def test_compact_form_without_defaults():
         (edited(["num_layers"], 4), "plan: num_layers: is 4, but 3 layers are listed"),
         (
             edited(["layers", 2, "key", "bits"], 5),
-            "plan: layers[2].key.bits: bits must be one of 1, 2, 3, 4, 8, 16",
+            "plan: layers[2].key.bits: bits must be one of 1, 2, 3, 4, 6, 8, 16",
         ),
         (edited(["layers", 2, "key", "bits"], "4"), "plan: layers[2].key.bits: bits must be one of"),
         (edited(["layers", 2, "value"], 4), "plan: layers[2].value: must be an object, got 4"),

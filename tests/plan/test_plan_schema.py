@@ -22,7 +22,7 @@ LAYER = LayerPlan(QuantSpec(4), QuantSpec(2, "token"))
 @pytest.mark.parametrize(
     ("fields", "field", "message"),
     [
-        ({"bits": 5}, "bits", "bits must be one of 1, 2, 3, 4, 8, 16; got 5"),
+        ({"bits": 5}, "bits", "bits must be one of 1, 2, 3, 4, 6, 8, 16; got 5"),
         ({"bits": 4.0}, "bits", "got 4.0"),
         ({"bits": True}, "bits", "got True"),
         ({"bits": "4"}, "bits", "got '4'"),

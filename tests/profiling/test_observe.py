@@ -18,6 +18,7 @@ from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_fx.testing.simulate import teacher_forced
 from kvmix_fx.testing.strategies import quant_specs
+from kvmix_kernels import layout
 from tests.e2e.test_architectures import LEFT_ALONE, PACKED, WRITTEN_OUT, build
 
 
@@ -26,7 +27,7 @@ def tokens(length: int = 128) -> torch.Tensor:
 
 
 @given(
-    spec=quant_specs(32, (1, 2, 3, 4, 8, 16)),
+    spec=quant_specs(32, layout.BITS),
     tokens=st.integers(1, 3),
     seed=st.integers(0, 99),
 )

@@ -31,7 +31,8 @@ enum {
     MAX_ROWS = 32,
     MAX_D = 256,
     MAX_GROUPS = MAX_D / 16,
-    MAX_FIELDS = 16
+    MAX_FIELDS = 16,
+    MAX_DIGITS = 2
 };
 enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
 enum { RESIDUAL, PACKED, FRESH };
@@ -52,11 +53,16 @@ typedef struct { const void *data; int64_t batch, head, token, dtype; } Tensor;
 typedef struct { int64_t kind, first, last, slot; } Run;  /* positions first..last-1 lie from `slot` on */
 typedef struct { int64_t wide, narrow, high; } Cut;  /* bits, as in layout.py */
 typedef struct {
+    int64_t words, masks[MAX_FIELDS];  /* unpacked: channel f * words + j is what mask f leaves of word j */
+    int64_t planes[2], before, above;  /* stored: words of a token in each plane, and in the digits before; bits below */
+    Cut cut;
+} Digit;
+typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
     int64_t D, per_channel, group;
-    int64_t words, masks[MAX_FIELDS];  /* unpacked: channel f * words + j is what mask f leaves of word j */
-    int64_t planes[2], block;  /* stored: words of a token in each plane; tokens whose planes lie together, 2^i */
-    Cut cut;
+    int64_t block;  /* tokens whose planes lie together, 2^i */
+    int64_t digits;
+    Digit digit[MAX_DIGITS];
     int64_t count;
     Run runs[6];
 } Cached;
@@ -144,12 +150,12 @@ INLINE float product(const float *a, const float *b, int64_t n) {
     return sum_of(sum);
 }
 
-/* Per channel: the mask of its field, and what makes the masked field its code. */
-static void constants(const Cached *x, int32_t *masks, float *power) {
-    for (int64_t c = 0, field = 0; c < x->D; field++)
-        for (int64_t j = 0; j < x->words; j++, c++) {
-            masks[c] = (int32_t)x->masks[field];
-            power[c] = 1.0f / (float)(masks[c] & -masks[c]);
+/* Per channel of a digit: the mask of its field, and what makes the masked field its part of the code. */
+static void constants(const Digit *digit, int64_t D, int32_t *masks, float *power) {
+    for (int64_t c = 0, field = 0; c < D; field++)
+        for (int64_t j = 0; j < digit->words; j++, c++) {
+            masks[c] = (int32_t)digit->masks[field];
+            power[c] = (float)(1 << digit->above) / (float)(masks[c] & -masks[c]);
         }
 }
 
@@ -158,11 +164,12 @@ INLINE int64_t at_once(const Cached *x, int64_t row, int64_t n) {
     return least(TOKENS, least(n, x->block - (row & (x->block - 1))));
 }
 
-/* The words of tokens from `row` on in a plane. */
-INLINE const uint16_t *plane(const Cached *x, int64_t b, int64_t h, int64_t row, int which) {
-    const int64_t at = row & (x->block - 1), before = which ? x->planes[0] * x->block : 0;
+/* The words of tokens from `row` on in a digit's plane. */
+INLINE const uint16_t *plane(const Cached *x, const Digit *digit, int64_t b, int64_t h, int64_t row, int which) {
+    const int64_t at = row & (x->block - 1);
+    const int64_t before = (digit->before + (which ? digit->planes[0] : 0)) * x->block;
     const uint16_t *codes = (const uint16_t *)x->codes.data + place(&x->codes, b, h, row - at);
-    return codes + before + at * x->planes[which];
+    return codes + before + at * digit->planes[which];
 }
 
 /* Words of two planes from their pieces, which may have others above them. The narrow one comes lowest and
@@ -216,14 +223,15 @@ static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) 
 }
 
 /* Words of n tokens from `row` on, tokens along lanes; behind them is room for those of the planes. */
-static void key_words(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, int32_t *to) {
-    const int64_t W = k->planes[1];
-    const Cut cut = k->cut;
-    int32_t *wide = W ? to + k->words * TOKENS : to, *narrow = wide + k->planes[0] * TOKENS;
-    for (int p = 0; p < 2 && k->planes[p]; p++)
-        transposed(plane(k, b, h, row, p), k->planes[p], n, p ? narrow : wide);
+static void key_words(const Cached *k, const Digit *digit, int64_t b, int64_t h, int64_t row, int64_t n,
+                      int32_t *to) {
+    const int64_t W = digit->planes[1];
+    const Cut cut = digit->cut;
+    int32_t *wide = W ? to + digit->words * TOKENS : to, *narrow = wide + digit->planes[0] * TOKENS;
+    for (int p = 0; p < 2 && digit->planes[p]; p++)
+        transposed(plane(k, digit, b, h, row, p), digit->planes[p], n, p ? narrow : wide);
     if (!W) return;
-    for (int64_t word = 0, piece = 0; word < k->words; piece++) {
+    for (int64_t word = 0, piece = 0; word < digit->words; piece++) {
         const int shift = (int)(piece / 2 * cut.wide), narrow_shift = (int)(piece * cut.narrow);
         for (int64_t j = 0; j < W; j++, word++)
             for (int t = 0; t < TOKENS; t += LANES) {
@@ -234,18 +242,18 @@ static void key_words(const Cached *k, int64_t b, int64_t h, int64_t row, int64_
     }
 }
 
-/* sums[r][token] = codes of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
-INLINE void dot(const int R, const int32_t *words, const Cached *k, const float *q, int64_t c, int64_t end,
-                float (*sums)[TOKENS]) {
+/* sums[r][token] = a digit of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
+INLINE void dot(const int R, const int32_t *words, const Digit *digit, const int64_t D, const float *q, int64_t c,
+                int64_t end, float (*sums)[TOKENS]) {
     Floats low[ROWS] = {{0}}, high[ROWS] = {{0}};
-    for (int64_t field = c / k->words, j = c % k->words; c < end; field++, j = 0) {
-        const int32_t mask = (int32_t)k->masks[field];
-        for (const int64_t stop = least(end, c + k->words - j); c < stop; c++, j++) {
+    for (int64_t field = c / digit->words, j = c % digit->words; c < end; field++, j = 0) {
+        const int32_t mask = (int32_t)digit->masks[field];
+        for (const int64_t stop = least(end, c + digit->words - j); c < stop; c++, j++) {
             const Ints *at = (const Ints *)(words + j * TOKENS);
             Floats a = to_floats(at[0] & mask), b = to_floats(at[1] & mask);
             for (int r = 0; r < R; r++) {
-                low[r] += a * q[r * k->D + c];
-                high[r] += b * q[r * k->D + c];
+                low[r] += a * q[r * D + c];
+                high[r] += b * q[r * D + c];
             }
         }
     }
@@ -253,27 +261,29 @@ INLINE void dot(const int R, const int32_t *words, const Cached *k, const float 
 }
 
 /* Functions of their own, one for each number of rows: inlined together they run out of registers. */
-#define ROWS_DOT(R)                                                                                    \
-    static __attribute__((noinline)) void dot##R(const int32_t *words, const Cached *k, const float *q, \
-                                                 int64_t c, int64_t end, float (*sums)[TOKENS]) {       \
-        dot(R, words, k, q, c, end, sums);                                                             \
+#define ROWS_DOT(R)                                                                                     \
+    static __attribute__((noinline)) void dot##R(const int32_t *words, const Digit *digit, int64_t D,   \
+                                                 const float *q, int64_t c, int64_t end,                \
+                                                 float (*sums)[TOKENS]) {                               \
+        dot(R, words, digit, D, q, c, end, sums);                                                       \
     }
 ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
-static void (*const DOT[ROWS])(const int32_t *, const Cached *, const float *, int64_t, int64_t,
+static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t,
                                float (*)[TOKENS]) = {dot1, dot2, dot3, dot4};
 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
     const int64_t D = k->D, G = k->group, span = k->per_channel ? D : G, columns = D / span;
-    float scaled[MAX_ROWS * MAX_D], offset[MAX_ROWS * MAX_GROUPS], power[MAX_D], room[2][MAX_D];
-    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D];
-    int32_t words[MAX_D / 2 * TOKENS] ALIGNED, masks[MAX_D];
-    constants(k, masks, power);
+    float scaled[MAX_DIGITS][MAX_ROWS * MAX_D], power[MAX_DIGITS][MAX_D], offset[MAX_ROWS * MAX_GROUPS];
+    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D], room[2][MAX_D];
+    int32_t words[MAX_DIGITS][MAX_D / 2 * TOKENS] ALIGNED, masks[MAX_D];
+    for (int64_t i = 0; i < k->digits; i++) constants(k->digit + i, D, masks, power[i]);
     for (int64_t c = 0; c < D; c++) ones[c] = 1;
     if (!k->per_channel)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < D; c += LANES) {
-                AT(scaled + r * D + c) = AT(q + r * D + c) * AT(power + c);
+                for (int64_t i = 0; i < k->digits; i++)
+                    AT(scaled[i] + r * D + c) = AT(q + r * D + c) * AT(power[i] + c);
                 if (c % G == 0) offset[r * columns + c / G] = product(q + r * D + c, ones, G);
             }
     for (int64_t done = 0, count, group = -1; done < n; done += count, row += count) {
@@ -286,23 +296,28 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
                 const float *z = load(&k->zero_point, place(&k->zero_point, b, h, group), D, room[1]);
                 for (int64_t r = 0; r < rows; r++) {
                     offset[r] = product(q + r * D, z, D);
-                    for (int64_t c = 0; c < D; c += LANES)
-                        AT(scaled + r * D + c) = AT(q + r * D + c) * (AT(s + c) * AT(power + c));
+                    for (int64_t i = 0; i < k->digits; i++)
+                        for (int64_t c = 0; c < D; c += LANES)
+                            AT(scaled[i] + r * D + c) = AT(q + r * D + c) * (AT(s + c) * AT(power[i] + c));
                 }
             }
         } else {
             by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
             by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
         }
-        key_words(k, b, h, row, count, words);
+        for (int64_t i = 0; i < k->digits; i++) key_words(k, k->digit + i, b, h, row, count, words[i]);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
             for (int64_t g = 0; g < columns; g++) {
-                float parts[ROWS][TOKENS];
-                const float *by = scaled + r * D;
+                float parts[ROWS][TOKENS], more[ROWS][TOKENS];
                 const int64_t c = g * span;
-                DOT[R - 1](words, k, by, c, c + span, parts);
+                DOT[R - 1](words[0], k->digit, D, scaled[0] + r * D, c, c + span, parts);
+                for (int64_t i = 1; i < k->digits; i++) {
+                    DOT[R - 1](words[i], k->digit + i, D, scaled[i] + r * D, c, c + span, more);
+                    for (int64_t j = 0; j < R; j++)
+                        for (int t = 0; t < TOKENS; t += LANES) AT(parts[j] + t) += AT(more[j] + t);
+                }
                 for (int64_t i = 0; i < R; i++)
                     for (int t = 0; t < TOKENS; t += LANES) {
                         const float plus = offset[(r + i) * columns + g];
@@ -379,19 +394,19 @@ static void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride
 
 /* Words of n tokens from `row` on, each token's again and again until `stride` of them are filled;
    behind them is room for as many. */
-static void value_words(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, int64_t stride,
-                        int32_t *to) {
+static void value_words(const Cached *v, const Digit *digit, int64_t b, int64_t h, int64_t row, int64_t n,
+                        int64_t stride, int32_t *to) {
     int32_t *narrow = to + TOKENS * stride, shifts[2][MAX_D];
-    for (int p = 0; p < 2 && v->planes[p]; p++) {
+    for (int p = 0; p < 2 && digit->planes[p]; p++) {
         /* gcc that knows this to be W shuffles many tokens together, which is slower */
-        const int64_t next = v->planes[1] ? v->planes[p] : v->codes.token;
-        spread(plane(v, b, h, row, p), next, v->planes[p], stride, n, p ? narrow : to);
+        const int64_t next = v->digits > 1 || digit->planes[1] ? digit->planes[p] : v->codes.token;
+        spread(plane(v, digit, b, h, row, p), next, digit->planes[p], stride, n, p ? narrow : to);
     }
-    if (!v->planes[1]) return;
-    const Cut cut = v->cut;
+    if (!digit->planes[1]) return;
+    const Cut cut = digit->cut;
     for (int p = 0; p < 2; p++)
         for (int64_t c = 0, shift = 0; c < stride; shift = (shift + (p ? cut.narrow : cut.wide)) % 16)
-            for (int64_t j = 0; j < v->planes[p]; j++) shifts[p][c++] = (int32_t)shift;
+            for (int64_t j = 0; j < digit->planes[p]; j++) shifts[p][c++] = (int32_t)shift;
     for (int64_t at = 0; at < n * stride; at += stride)
         for (int64_t c = 0; c < stride; c += LANES) {
             Bits *high = (Bits *)(to + at + c), *low = (Bits *)(narrow + at + c);
@@ -401,13 +416,16 @@ static void value_words(const Cached *v, int64_t b, int64_t h, int64_t row, int6
 
 static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, int64_t n, const float *weights,
                           int64_t rows, float *out) {
-    const int64_t D = v->D, W = v->words, G = v->group, span = v->per_channel ? D : G, columns = D / span;
-    /* words are repeated to fill whole vectors, at worst to one for each channel */
-    const int64_t stride = 16 % W == 0 ? 16 : W % LANES == 0 ? W : D;
-    const int64_t next = stride == LANES ? 0 : LANES;  /* one vector serves all channels */
-    int32_t lanes[2 * TOKENS * MAX_D + LANES] ALIGNED, masks[MAX_D];
-    float power[MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
-    constants(v, masks, power);
+    const int64_t D = v->D, G = v->group, span = v->per_channel ? D : G, columns = D / span;
+    int32_t lanes[MAX_DIGITS][2 * TOKENS * MAX_D + LANES] ALIGNED, masks[MAX_DIGITS][MAX_D];
+    int64_t strides[MAX_DIGITS];
+    float power[MAX_DIGITS][MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
+    for (int64_t j = 0; j < v->digits; j++) {
+        /* words are repeated to fill whole vectors, at worst to one for each channel */
+        const int64_t W = v->digit[j].words;
+        strides[j] = 16 % W == 0 ? 16 : W % LANES == 0 ? W : D;
+        constants(v->digit + j, D, masks[j], power[j]);
+    }
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
     for (int64_t done = 0, count; done < n; done += count, row += count) {
         count = at_once(v, row, n - done);
@@ -420,7 +438,8 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
             by_group(&v->scale, place(&v->scale, b, h, row), columns, count, step);
             by_group(&v->zero_point, place(&v->zero_point, b, h, row), columns, count, zero);
         }
-        value_words(v, b, h, row, count, stride, lanes);
+        for (int64_t j = 0; j < v->digits; j++)
+            value_words(v, v->digit + j, b, h, row, count, strides[j], lanes[j]);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float w[ROWS * MAX_GROUPS * TOKENS], offset[ROWS][MAX_GROUPS];
@@ -436,22 +455,26 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
                     offset[i][g] = sum_of(sum);
                 }
             }
-            for (int64_t c = 0, U; c < D; c += U * LANES) {
-                const int64_t g = c / span;
-                const int32_t *l = lanes + c % stride, *m = masks + c;
-                const float *by = w + g * TOKENS;
-                Floats sums[ROWS][2];
-                U = c + 2 * LANES <= (g + 1) * span && c % stride + next < stride ? 2 : 1;
-                WEIGH[U - 1][R - 1](l, stride, next, m, count, by, columns * TOKENS, sums);
-                for (int64_t i = 0; i < R; i++)
-                    for (int64_t u = 0, d = c; u < U; u++, d += LANES) {
-                        Floats sum = sums[i][u] * AT(power + d);
-                        float *to = out + (r + i) * D + d;
-                        if (v->per_channel)
-                            AT(to) += sum * AT(s + d) + offset[i][0] * AT(z + d);
-                        else
-                            AT(to) += sum + offset[i][g];
-                    }
+            for (int64_t j = 0; j < v->digits; j++) {
+                const int64_t stride = strides[j], next = stride == LANES ? 0 : LANES;  /* one vector serves all */
+                const float once = j == 0;  /* offsets are added with the first digit */
+                for (int64_t c = 0, U; c < D; c += U * LANES) {
+                    const int64_t g = c / span;
+                    const int32_t *l = lanes[j] + c % stride, *m = masks[j] + c;
+                    const float *by = w + g * TOKENS;
+                    Floats sums[ROWS][2];
+                    U = c + 2 * LANES <= (g + 1) * span && c % stride + next < stride ? 2 : 1;
+                    WEIGH[U - 1][R - 1](l, stride, next, m, count, by, columns * TOKENS, sums);
+                    for (int64_t i = 0; i < R; i++)
+                        for (int64_t u = 0, d = c; u < U; u++, d += LANES) {
+                            Floats sum = sums[i][u] * AT(power[j] + d);
+                            float *to = out + (r + i) * D + d;
+                            if (v->per_channel)
+                                AT(to) += sum * AT(s + d) + once * offset[i][0] * AT(z + d);
+                            else
+                                AT(to) += sum + once * offset[i][g];
+                        }
+                }
             }
         }
     }

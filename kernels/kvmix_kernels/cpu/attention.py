@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.cpu import native
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.reference.quantize import split_planes
-from kvmix_kernels.reference.storage import Buffers, runs
+from kvmix_kernels.reference.storage import runs
 
 CHUNK_ELEMENTS = 1 << 20
 """Elements of K (or V) that are unpacked at a time, over batch and heads.
@@ -46,13 +47,11 @@ def attend(
     query: Tensor,
     new_keys: Tensor | None,
     new_values: Tensor | None,
-    keys: Buffers,
-    values: Buffers,
+    keys: Cached,
+    values: Cached,
     mask: Tensor | None,
     length: int,
     scale: float,
-    key_format: TensorFormat,
-    value_format: TensorFormat,
     softcap: float = 0.0,
 ) -> Tensor:
     """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
@@ -64,17 +63,13 @@ def attend(
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
     rows = Hq // Hkv * Lq
     if rows > MAX_ROWS or query.dtype == torch.float64:
-        return reference.attend(
-            query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format, softcap
-        )
-    out = native.attend(
-        query, new_keys, new_values, keys, values, mask, length, scale, key_format, value_format, softcap
-    )
+        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
+    out = native.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
     if out is not None:
         return out
     # grouped heads share their keys: fold the group into the rows of one product
     q = (query.float() * scale).reshape(B * Hkv, rows, D)
-    scores = _scores(q, keys, new_keys, length, key_format)
+    scores = _scores(q, keys, new_keys, length)
     if softcap > 0:
         scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None and mask.dtype == torch.bool and mask.all():
@@ -90,56 +85,56 @@ def attend(
     if mask is not None:
         # a query that may attend to nothing gets zeros
         weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0)
-    out = _weighted_sum(weights, values, new_values, length, value_format)
+    out = _weighted_sum(weights, values, new_values, length)
     return out.view(B, Hq, Lq, Dv).to(query.dtype)
 
 
-def _scores(q: Tensor, buffers: Buffers, new: Tensor | None, length: int, fmt: TensorFormat) -> Tensor:
+def _scores(q: Tensor, cached: Cached, new: Tensor | None, length: int) -> Tensor:
     """Products of q [B * H, R, D] with all keys, [B * H, R, length + Ln], in the order of positions."""
-    parts = [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, 0, min(length, fmt.sink), fmt)]
-    for first, last in _chunks(buffers, length, fmt):
+    fmt = cached.format
+    parts = [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(cached, 0, min(length, fmt.sink))]
+    for first, last in _chunks(cached, length):
         total: Tensor | None = None
-        for fields, power in _fields(buffers, first, last, fmt):
-            product = torch.bmm(q * power, _scaled(fields, buffers, first, last, fmt).transpose(0, 1))
+        for fields, power in _fields(cached, first, last):
+            product = torch.bmm(q * power, _scaled(fields, cached, first, last).transpose(0, 1))
             total = product if total is None else total.add_(product)
         assert total is not None
-        zero_point = _groups(buffers.zero_point, first, last, fmt).float().flatten(0, 1)
+        zero_point = _groups(cached.zero_point, first, last, fmt).float().flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
             offset = torch.bmm(q, zero_point.mT)
             total.view(*offset.shape, fmt.group_size).add_(offset.unsqueeze(3))
         else:
             total.baddbmm_(q.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
         parts.append(total)
-    parts += [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(buffers, fmt.packed_end(length), length, fmt)]
+    parts += [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(cached, fmt.packed_end(length), length)]
     if new is not None:
         parts.append(torch.bmm(q, new.float().flatten(0, 1).mT))
     return torch.cat(parts, 2) if parts else q.new_zeros(*q.shape[:2], 0)
 
 
-def _weighted_sum(
-    weights: Tensor, buffers: Buffers, new: Tensor | None, length: int, fmt: TensorFormat
-) -> Tensor:
+def _weighted_sum(weights: Tensor, cached: Cached, new: Tensor | None, length: int) -> Tensor:
     """Sum of all values by weights [B * H, R, length + Ln]; [B * H, R, D]."""
-    out = weights.new_zeros(*weights.shape[:2], buffers.residual.shape[3])
+    fmt = cached.format
+    out = weights.new_zeros(*weights.shape[:2], cached.residual.shape[3])
     for begin, end in ((0, min(length, fmt.sink)), (fmt.packed_end(length), length)):
-        for first, last, tokens in _raw(buffers, begin, end, fmt):
+        for first, last, tokens in _raw(cached, begin, end):
             out.baddbmm_(weights[:, :, first:last], tokens)
     if new is not None:
         out.baddbmm_(weights[:, :, length:], new.float().flatten(0, 1))
-    for first, last in _chunks(buffers, length, fmt):
+    for first, last in _chunks(cached, length):
         p = weights[:, :, fmt.sink + first : fmt.sink + last]
-        zero_point = _groups(buffers.zero_point, first, last, fmt).float().flatten(0, 1)
+        zero_point = _groups(cached.zero_point, first, last, fmt).float().flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
             out.baddbmm_(p.unflatten(2, (-1, fmt.group_size)).sum(3), zero_point)
-            for fields, power in _fields(buffers, first, last, fmt):
-                scaled = _scaled(fields, buffers, first, last, fmt)
+            for fields, power in _fields(cached, first, last):
+                scaled = _scaled(fields, cached, first, last)
                 out.addcmul_(torch.bmm(p, scaled.permute(1, 2, 0)), power)
         else:
             groups = zero_point.shape[2]
-            scale = _groups(buffers.scale, first, last, fmt).permute(3, 0, 1, 2)
+            scale = _groups(cached.scale, first, last, fmt).permute(3, 0, 1, 2)
             scale = scale.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2).unsqueeze(2)
             by_group = (p * scale).unbind()
-            for fields, power in _fields(buffers, first, last, fmt):
+            for fields, power in _fields(cached, first, last):
                 channels = fields.permute(1, 2, 0).chunk(groups, 2)
                 sums = [torch.bmm(w, c) for w, c in zip(by_group, channels, strict=True)]
                 out.addcmul_(torch.cat(sums, 2) if groups > 1 else sums[0], power)
@@ -147,23 +142,24 @@ def _weighted_sum(
     return out
 
 
-def _chunks(buffers: Buffers, length: int, fmt: TensorFormat) -> Iterator[tuple[int, int]]:
+def _chunks(cached: Cached, length: int) -> Iterator[tuple[int, int]]:
     """Packed tokens in bounded parts: first row of qdata, last row + 1."""
-    B, H, _, D = buffers.residual.shape
+    fmt = cached.format
+    B, H, _, D = cached.residual.shape
     step = max(1, CHUNK_ELEMENTS // (B * H * D * fmt.tile)) * fmt.tile
     packed = fmt.packed_tiles(length) * fmt.tile
     for first in range(0, packed, step):
         yield first, min(packed, first + step)
 
 
-def _raw(buffers: Buffers, begin: int, end: int, fmt: TensorFormat) -> Iterator[tuple[int, int, Tensor]]:
+def _raw(cached: Cached, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
     """Raw tokens in bounded parts: first position, last position + 1, float32 [B * H, n, D]."""
-    B, H, _, D = buffers.residual.shape
+    B, H, _, D = cached.residual.shape
     step = max(1, CHUNK_ELEMENTS // (B * H * D))
-    for start, stop, slot in runs(begin, end, fmt):
+    for start, stop, slot in runs(begin, end, cached.format):
         for first in range(start, stop, step):
             last = min(stop, first + step)
-            tokens = buffers.residual.narrow(2, slot + first - start, last - first)
+            tokens = cached.residual.narrow(2, slot + first - start, last - first)
             yield first, last, tokens.float().flatten(0, 1)
 
 
@@ -174,9 +170,10 @@ def _groups(grid: Tensor, first: int, last: int, fmt: TensorFormat) -> Tensor:
     return grid.narrow(2, first, last - first)
 
 
-def _scaled(fields: Tensor, buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Tensor:
+def _scaled(fields: Tensor, cached: Cached, first: int, last: int) -> Tensor:
     """Fields [D, B * H, n] of rows first..last-1, multiplied in place by the scales of their groups."""
-    scale = _groups(buffers.scale, first, last, fmt).permute(3, 0, 1, 2)
+    fmt = cached.format
+    scale = _groups(cached.scale, first, last, fmt).permute(3, 0, 1, 2)
     columns, B, H, _ = scale.shape
     if fmt.axis == AXIS_CHANNEL:
         fields.view(columns, B, H, -1, fmt.group_size).mul_(scale.unsqueeze(4))
@@ -185,15 +182,15 @@ def _scaled(fields: Tensor, buffers: Buffers, first: int, last: int, fmt: Tensor
     return fields
 
 
-def _fields(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Iterator[tuple[Tensor, Tensor]]:
+def _fields(cached: Cached, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows first..last-1 of qdata, plane by plane, masked but not shifted down.
 
     Yields:
         (fields, float32 [D, B * H, n], free to be overwritten until the next are asked for; factor of
         each channel, float32 [D]). Fields times factors, summed over the planes, are the codes.
     """
-    D = buffers.residual.shape[3]
-    rows = buffers.qdata.narrow(2, first, last - first)
+    fmt, D = cached.format, cached.head_dim
+    rows = cached.qdata.narrow(2, first, last - first)
     planes = split_planes(rows, layout.plane_words(fmt.bits, D), layout.plane_block(fmt))
     for plane, (masks, power) in zip(planes, _field_constants(fmt.bits, D), strict=True):
         words = plane.permute(3, 0, 1, 2).contiguous()

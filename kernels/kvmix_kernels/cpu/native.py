@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
-from kvmix_kernels.reference.storage import Buffers, runs
+from kvmix_kernels.reference.storage import runs
 
 SOURCE = Path(__file__).with_name("attend.c")
 FLAGS = ("-x", "c", "-std=gnu11", "-O3", "-march=native", "-fopenmp-simd", "-fPIC", "-shared")
@@ -42,7 +43,8 @@ MAX_ROWS = 32
 MAX_HEAD_DIM = 256
 _LANES = 16
 _FIELDS = 16
-_PACKING = _FIELDS + 7
+_MAX_DIGITS = 2
+_DIGIT = _FIELDS + 8
 _RUNS = 6
 _ENDLESS = 1 << 62
 _RESIDUAL, _PACKED, _FRESH = range(3)
@@ -62,13 +64,11 @@ def attend(
     query: Tensor,
     new_keys: Tensor | None,
     new_values: Tensor | None,
-    keys: Buffers,
-    values: Buffers,
+    keys: Cached,
+    values: Cached,
     mask: Tensor | None,
     length: int,
     scale: float,
-    key_format: TensorFormat,
-    value_format: TensorFormat,
     softcap: float = 0.0,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
@@ -87,15 +87,15 @@ def attend(
         return None
     q = _describe(query, (B, Hq, Lq, D), _FLOATS)
     m = _NONE if mask is None else _describe_mask(mask, (B, Hq, Lq, length + new))
-    k = _describe_cache(keys, new_keys, length, (B, Hkv, new, D), key_format)
-    v = _describe_cache(values, new_values, length, (B, Hkv, new, Dv), value_format)
+    k = _describe_cache(keys, new_keys, length, (B, Hkv, new, D))
+    v = _describe_cache(values, new_values, length, (B, Hkv, new, Dv))
     if q is None or m is None or k is None or v is None:
         return None
     function = kernel()
     if function is None:
         return None
     out = torch.empty(B, Hq, Lq, Dv)
-    origin = 0 if key_format.is_raw else key_format.sink
+    origin = 0 if keys.format.is_raw else keys.format.sink
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
     call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
@@ -127,23 +127,23 @@ def _describe_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Described 
 
 
 def _describe_cache(
-    buffers: Buffers, new: Tensor | None, length: int, shape: tuple[int, int, int, int], fmt: TensorFormat
+    cached: Cached, new: Tensor | None, length: int, shape: tuple[int, int, int, int]
 ) -> bytes | None:
     """The kernel's `Cached`, for `length` stored tokens and new ones of `shape`, [B, Hkv, Ln, D]."""
     B, H, Ln, D = shape
-    placed = _place(fmt, length, Ln, D)
+    placed = _place(cached.format, length, Ln, D)
     if placed is None:
         return None
     codes = step = zero_point = _NONE
     if placed.rows:
-        codes = _describe(buffers.qdata, (B, H, placed.rows, placed.words), _CODES)
-        step = _describe(buffers.scale, (B, H, *placed.grid), _FLOATS)
-        zero_point = _describe(buffers.zero_point, (B, H, *placed.grid), _FLOATS)
+        codes = _describe(cached.qdata, (B, H, placed.rows, placed.words), _CODES)
+        step = _describe(cached.scale, (B, H, *placed.grid), _FLOATS)
+        zero_point = _describe(cached.zero_point, (B, H, *placed.grid), _FLOATS)
         if codes is None or step is None or zero_point is None:
             return None
         if codes[3] != placed.words or not step[3] == zero_point[3] == placed.grid[1]:
             return None
-    residual = _describe(buffers.residual, (B, H, placed.slots, D), _FLOATS)
+    residual = _describe(cached.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
     if residual is None or fresh is None:
         return None
@@ -168,8 +168,8 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     """
     if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return None
-    group = words = 0
-    packing = [0] * _PACKING
+    group = words = block = count = 0
+    digits = [0] * (_DIGIT * _MAX_DIGITS)
     if not fmt.is_raw:
         by_channel = fmt.axis == AXIS_CHANNEL
         group = fmt.group_size if by_channel else layout.channel_group(fmt, head_dim)
@@ -178,7 +178,13 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         if not whole:
             return None
         words = layout.words_per_token(fmt.bits, head_dim)
-        packing = _packing(fmt, head_dim)
+        several = len(layout.plane_words(fmt.bits, head_dim)) > 1
+        block = layout.plane_block(fmt) if several else _ENDLESS
+        count = len(layout.digits(fmt.bits))
+        if count > _MAX_DIGITS:
+            return None
+        found = [number for digit in layout.digits(fmt.bits) for number in _digit(fmt.bits, digit, head_dim)]
+        digits[: len(found)] = found
     sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
     parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
     if tiles:
@@ -189,7 +195,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, *packing, len(parts)]
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, block, count, *digits, len(parts)]
     for part in parts:
         numbers += part
     numbers += [0] * (4 * (_RUNS - len(parts)))
@@ -202,25 +208,28 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     )
 
 
-def _packing(fmt: TensorFormat, head_dim: int) -> list[int]:
-    """Which words the kernel unpacks, and from what: `words` to `cut` of its `Cached`.
+def _digit(bits: int, digit: layout.Digit, head_dim: int) -> list[int]:
+    """The kernel's `Digit`: which words it unpacks, and from what.
 
-    These are the words stored, or for 3 bits whole columns: the narrow piece lowest, then the high bits of
-    the code that was cut, which makes it whole, then the codes of the wide piece.
+    These are the words stored, or for a digit that is cut whole columns: the narrow piece lowest, then the
+    high bits of the code that was cut, which makes it whole, then the codes of the wide piece.
     """
-    planes, fields = layout.plane_words(fmt.bits, head_dim), layout.bit_fields(fmt.bits, head_dim)
-    if len(planes) == 1:
+    planes, fields = layout.plane_words(digit.bits, head_dim), layout.bit_fields(digit.bits, head_dim)
+    before = sum(layout.plane_words(bits, head_dim)[: digit.first])
+    if layout.is_cut(digit.bits):
+        copies = layout.fold_copies(digit.bits, head_dim)
+        cut = layout.cut_column(copies)
+        words, mask = copies * planes[0], (1 << digit.bits) - 1
+        wide = (f for f in fields if f.plane == 0 and f.position < cut.wide)
+        whole = (f.position for f in wide if f.count == digit.bits)
+        lower = (f.position for f in fields if f.plane == 1 and f.position < cut.narrow)
+        masks = [mask << cut.narrow + cut.high + p for p in whole]
+        masks += [mask << p for p in lower]
+        rest = [*planes, before, digit.above, cut.wide, cut.narrow, cut.high]
+    else:
         words = planes[0]
         masks = [(1 << f.count) - 1 << f.position for f in fields]
-        rest = [words, 0, _ENDLESS, 0, 0, 0]
-    else:
-        copies = layout.fold_copies(fmt.bits, head_dim)
-        cut = layout.cut_column(copies)
-        words = copies * planes[0]
-        whole = (f.position for f in fields if f.plane == 0 and f.count == 3 and f.position < cut.wide)
-        lower = (f.position for f in fields if f.plane == 1 and f.position < cut.narrow)
-        masks = [7 << cut.narrow + cut.high + p for p in whole] + [7 << p for p in lower]
-        rest = [*planes, layout.plane_block(fmt), cut.wide, cut.narrow, cut.high]
+        rest = [words, 0, before, digit.above, 0, 0, 0]
     return [words, *masks, *[0] * (_FIELDS - len(masks)), *rest]
 
 

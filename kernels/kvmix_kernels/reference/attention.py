@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.reference.quantize import compute_dtype
-from kvmix_kernels.reference.storage import Buffers, read
+from kvmix_kernels.reference.storage import read
 
 BLOCK_ELEMENTS = 1 << 21
 """Elements of K (or V) that are unpacked at a time, over batch and heads."""
@@ -24,13 +24,11 @@ def attend(
     query: Tensor,
     new_keys: Tensor | None,
     new_values: Tensor | None,
-    keys: Buffers,
-    values: Buffers,
+    keys: Cached,
+    values: Cached,
     mask: Tensor | None,
     length: int,
     scale: float,
-    key_format: TensorFormat,
-    value_format: TensorFormat,
     softcap: float = 0.0,
 ) -> Tensor:
     """softmax(scale * Q K^T + mask) V over `length` cached tokens and the step's own.
@@ -45,8 +43,6 @@ def attend(
             S >= length + Ln; column j is the token at position j. None attends to all.
         length: live tokens in the cache.
         scale: factor of the scores.
-        key_format: how the keys are stored.
-        value_format: how the values are stored.
         softcap: if above 0, scores x become softcap * tanh(x / softcap) ahead of the mask (Gemma 2,
             arXiv 2408.00118).
 
@@ -67,7 +63,7 @@ def attend(
     best = rows.new_full((B, Hkv, group * Lq, 1), torch.finfo(dtype).min)
     total = torch.zeros_like(best)
     out = rows.new_zeros(B, Hkv, group * Lq, Dv)
-    blocks = _blocks(new_keys, new_values, keys, values, length, key_format, value_format, dtype)
+    blocks = _blocks(new_keys, new_values, keys, values, length, dtype)
     for number, (first, k, v) in enumerate(blocks):
         scores = rows @ k.transpose(2, 3)  # [B, Hkv, group * Lq, n]
         if softcap > 0:
@@ -91,24 +87,22 @@ def attend(
 def _blocks(
     new_keys: Tensor | None,
     new_values: Tensor | None,
-    keys: Buffers,
-    values: Buffers,
+    keys: Cached,
+    values: Cached,
     length: int,
-    key_format: TensorFormat,
-    value_format: TensorFormat,
     dtype: torch.dtype,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Blocks of tokens as (first position, keys [B, Hkv, n, D], values [B, Hkv, n, Dv])."""
     per_token = keys.residual[:, :, :1].numel() + values.residual[:, :, :1].numel()
-    tile = max(key_format.tile, value_format.tile)
+    tile = max(keys.format.tile, values.format.tile)
     block = max(1, BLOCK_ELEMENTS // max(1, per_token) // tile) * tile
     first = 0
-    sink = 0 if key_format.is_raw else key_format.sink
+    sink = 0 if keys.format.is_raw else keys.format.sink
     while first < length:
         # the first block also takes the sink, so that later ones start at a tile
         last = min(length, first + block + (sink if first == 0 else 0))
-        k = read(keys, first, last, length, key_format)
-        v = read(values, first, last, length, value_format)
+        k = read(keys, first, last, length)
+        v = read(values, first, last, length)
         if last == length and new_keys is not None and new_values is not None:
             k = torch.cat([k, new_keys.to(k.dtype)], 2)
             v = torch.cat([v, new_values.to(v.dtype)], 2)

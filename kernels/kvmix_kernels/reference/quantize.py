@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import SCALE_DTYPES, Cached
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
-
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -90,13 +89,13 @@ def unpack(words: Tensor, bits: int, head_dim: int, block: int = 1) -> Tensor:
     """Inverse of `pack`: int16 words [..., n, words_per_token] to int16 codes [..., n, D]."""
     planes = split_planes(words, layout.plane_words(bits, head_dim), block)
     codes = words.new_empty(*words.shape[:-1], head_dim)
-    part = torch.empty_like(planes[-1])
+    parts = [torch.empty_like(plane) for plane in planes[1:]]
     done = 0
     for plane, position, count, above, channel in layout.bit_fields(bits, head_dim):
         end = channel + planes[plane].shape[-1]
         target = codes[..., channel:end]
-        # a code that is cut in two gets its other bits added
-        field = target if end > done else part
+        # a code of which a plane before this one has bits gets the others added
+        field = target if end > done else parts[plane - 1]
         # one shift by a number per field: a broadcast shift by a tensor does not vectorize
         torch.bitwise_right_shift(planes[plane], position, out=field)
         # the mask removes the copies of the sign bit that an arithmetic shift brings in
@@ -126,13 +125,13 @@ def split_planes(rows: Tensor, words: tuple[int, ...], block: int) -> list[Tenso
     return [p.unflatten(-1, (block, -1)).flatten(-3, -2) for p in parts]
 
 
-def dequantize(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor, first: int, last: int, head_dim: int, fmt: TensorFormat
-) -> Tensor:
+def dequantize(cached: Cached, first: int, last: int) -> Tensor:
     """Packed rows first..last-1 as numbers, [B, H, last - first, D] in the compute dtype.
 
     `first` must start a group of tokens when the format groups along tokens.
     """
+    fmt, head_dim = cached.format, cached.head_dim
+    qdata, scale, zero_point = cached.tensors[:3]
     B, H = qdata.shape[:2]
     count = last - first
     dtype = torch.float32

@@ -1,55 +1,21 @@
-"""Filling and reading the four buffers of one cached tensor: the specification.
+"""Filling and reading the buffers of one cached tensor: the specification.
 
 All functions work on plain tensors and host lengths; `layout` says where each token lies.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import quantize as q
 
 BLOCK_ELEMENTS = 1 << 21
 """Elements that are rounded at a time, over batch and heads: bounds the memory of a long prefill."""
-
-
-class Buffers(NamedTuple):
-    """The buffers of one cached tensor, as drawn in `kvmix_kernels.layout`."""
-
-    qdata: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    residual: Tensor
-
-
-def allocate(
-    batch: int,
-    heads: int,
-    head_dim: int,
-    tiles: int,
-    slots: int,
-    fmt: TensorFormat,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Buffers:
-    """Zeroed buffers for `tiles` tiles and `slots` raw tokens."""
-    layout.check_head_size(fmt, head_dim)
-    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, head_dim)
-    grid = layout.scale_grid(fmt, head_dim, tiles)
-    stored = q.SCALE_DTYPES[fmt.scale_dtype]
-    lead = (batch, heads)
-    return Buffers(
-        torch.zeros(*lead, tiles * fmt.tile, words, dtype=torch.int16, device=device),
-        torch.zeros(*lead, *grid, dtype=stored, device=device),
-        torch.zeros(*lead, *grid, dtype=stored, device=device),
-        torch.zeros(*lead, slots, head_dim, dtype=dtype, device=device),
-    )
 
 
 def valid_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
@@ -68,17 +34,16 @@ def valid_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
     return row.any(1).expand(batch, -1)
 
 
-def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: TensorFormat) -> None:
+def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int) -> None:
     """Store tokens `length`, `length + 1`, ... and flush every tile that left the window.
 
     Args:
-        buffers: large enough for the new length; written in place.
+        cached: large enough for the new length; written in place.
         x: new tokens, [B, H, Lq, D].
         valid: bool [B, at least length + Lq] over token positions, or None.
         length: tokens stored before.
-        fmt: how the tensor is stored.
     """
-    residual = buffers.residual
+    fmt, residual = cached.format, cached.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
         raise CacheShapeError(
             f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
@@ -89,7 +54,7 @@ def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: 
     per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
     step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
     for tile in range(old, new, step):
-        _flush(buffers, x, valid, length, tile, min(new, tile + step), fmt)
+        _flush(cached, x, valid, length, tile, min(new, tile + step))
     if length < fmt.sink and not fmt.is_raw:
         stop = min(fmt.sink, end)
         residual[:, :, length:stop] = x[:, :, : stop - length]
@@ -98,20 +63,19 @@ def append(buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, fmt: 
         residual[:, :, slot : slot + stop - start] = x[:, :, start - length : stop - length]
 
 
-def _flush(
-    buffers: Buffers, x: Tensor, valid: Tensor | None, length: int, old: int, new: int, fmt: TensorFormat
-) -> None:
+def _flush(cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: int, new: int) -> None:
     """Pack tiles old..new-1, whose tokens are in the window or among the new ones."""
+    fmt = cached.format
     first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
     tokens = x[:, :, max(0, first - length) : max(0, last - length)]
     if first < length:
-        tokens = torch.cat([raw_tokens(buffers, first, min(last, length), fmt), tokens], 2)
+        tokens = torch.cat([raw_tokens(cached, first, min(last, length)), tokens], 2)
     codes, scale, zero_point = q.quantize(tokens, None if valid is None else valid[:, first:last], fmt)
-    buffers.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits, layout.plane_block(fmt))
+    cached.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits, layout.plane_block(fmt))
     per_tile = layout.scale_grid(fmt, x.shape[3], 1)[0]
     groups = slice(old * per_tile, new * per_tile)
-    buffers.scale[:, :, groups] = scale
-    buffers.zero_point[:, :, groups] = zero_point
+    cached.scale[:, :, groups] = scale
+    cached.zero_point[:, :, groups] = zero_point
 
 
 def runs(begin: int, end: int, fmt: TensorFormat) -> list[tuple[int, int, int]]:
@@ -133,42 +97,35 @@ def runs(begin: int, end: int, fmt: TensorFormat) -> list[tuple[int, int, int]]:
     return found
 
 
-def raw_tokens(buffers: Buffers, first: int, last: int, fmt: TensorFormat) -> Tensor:
+def raw_tokens(cached: Cached, first: int, last: int) -> Tensor:
     """Raw tokens at positions first..last-1, none of them packed, [B, H, last - first, D]."""
-    residual = buffers.residual
-    parts = [residual[:, :, slot : slot + stop - start] for start, stop, slot in runs(first, last, fmt)]
+    residual = cached.residual
+    found = runs(first, last, cached.format)
+    parts = [residual[:, :, slot : slot + stop - start] for start, stop, slot in found]
     if not parts:
         return residual[:, :, :0]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def read(buffers: Buffers, first: int, last: int, length: int, fmt: TensorFormat) -> Tensor:
+def read(cached: Cached, first: int, last: int, length: int) -> Tensor:
     """Tokens first..last-1 of `length`, as numbers in float32 (float64 stays), [B, H, n, D]."""
-    D = buffers.residual.shape[3]
-    dtype = q.compute_dtype(buffers.residual)
+    fmt = cached.format
+    dtype = q.compute_dtype(cached.residual)
     packed_end = fmt.packed_end(length)
     parts = []
     if first < fmt.sink or fmt.is_raw:
         stop = last if fmt.is_raw else min(last, fmt.sink)
-        parts.append(raw_tokens(buffers, first, stop, fmt).to(dtype))
+        parts.append(raw_tokens(cached, first, stop).to(dtype))
         first = stop
     if first < min(last, packed_end):
         stop = min(last, packed_end)
         # groups of tokens start at multiples of the group size
         skip = (first - fmt.sink) % fmt.group_size if fmt.axis == layout.AXIS_CHANNEL else 0
-        rows = q.dequantize(
-            buffers.qdata,
-            buffers.scale,
-            buffers.zero_point,
-            first - fmt.sink - skip,
-            stop - fmt.sink,
-            D,
-            fmt,
-        )
+        rows = q.dequantize(cached, first - fmt.sink - skip, stop - fmt.sink)
         parts.append(rows[:, :, skip:].to(dtype))
         first = stop
     if first < last:
-        parts.append(raw_tokens(buffers, first, last, fmt).to(dtype))
+        parts.append(raw_tokens(cached, first, last).to(dtype))
     if not parts:
-        return buffers.residual.new_zeros(*buffers.residual.shape[:2], 0, D, dtype=dtype)
+        return cached.residual.new_zeros(*cached.residual.shape[:2], 0, cached.head_dim, dtype=dtype)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
-from kvmix_kernels.triton import configs, fields
-from kvmix_kernels.triton.attention_kernels import attend_kernel, combine_kernel
+from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import (
     check_grids,
     device_of,
@@ -19,7 +20,11 @@ from kvmix_kernels.triton.common import (
     model_dtype,
     portable,
     starts_early,
+    strides,
 )
+from kvmix_kernels.triton.kernels import fields
+from kvmix_kernels.triton.kernels.attend import attend_kernel
+from kvmix_kernels.triton.kernels.merge import combine_kernel
 
 MAX_BULK_COLUMNS = 16
 """Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
@@ -53,14 +58,8 @@ def attend(
     query: Tensor,
     new_keys: Tensor | None,
     new_values: Tensor | None,
-    k_qdata: Tensor,
-    k_scale: Tensor,
-    k_zero_point: Tensor,
-    k_residual: Tensor,
-    v_qdata: Tensor,
-    v_scale: Tensor,
-    v_zero_point: Tensor,
-    v_residual: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     mask: Tensor | None,
     start: Tensor | None,
     length: int,
@@ -71,9 +70,10 @@ def attend(
     config: configs.AttendConfig | None = None,
 ) -> Tensor:
     """The op `attend`; `config` overrides the tuned one (for the tuner and tests)."""
-    k, v = TensorFormat(*key_format), TensorFormat(*value_format)
+    cached_k, cached_v = Cached.of(keys, key_format), Cached.of(values, value_format)
+    k, v = cached_k.format, cached_v.format
     B, Hq, Lq, D = query.shape
-    Hkv, Dv = k_residual.shape[1], v_residual.shape[3]
+    Hkv, Dv = cached_k.residual.shape[1], cached_v.head_dim
     rows = Hq // Hkv * Lq
     has_new = new_keys is not None and new_values is not None
     new_count = new_keys.shape[2] if has_new else 0
@@ -82,8 +82,8 @@ def attend(
         return out
     if length + new_count == 0:
         return out.zero_()
-    check_grids(k_scale, k_zero_point)
-    check_grids(v_scale, v_zero_point)
+    check_grids(cached_k)
+    check_grids(cached_v)
 
     query = inner_dense(query)
     new_k = inner_dense(new_keys) if has_new else query
@@ -134,7 +134,7 @@ def attend(
 
     half = query.dtype in (torch.float16, torch.bfloat16)
     exact_half = half and k.scale_dtype != 2
-    raw_dtypes = {query.dtype, k_residual.dtype, v_residual.dtype, new_k.dtype, new_v.dtype}
+    raw_dtypes = {query.dtype, cached_k.residual.dtype, cached_v.residual.dtype, new_k.dtype, new_v.dtype}
     if half and not rest_packed and len(raw_dtypes) == 1 and not fields.INTERPRET:
         rest_dtype, rest_precision = model_dtype(query.dtype), "tf32"
     else:
@@ -168,13 +168,11 @@ def attend(
     offsets = torch.empty(heads * bulk_splits * room * N, dtype=torch.float32, device=query.device)
     with device_of(query):
         attend_kernel[(heads * splits,)](
-            query, new_k, new_v, k_qdata, k_scale, k_zero_point, k_residual,
-            v_qdata, v_scale, v_zero_point, v_residual,
+            query, new_k, new_v, *keys, *values,
             query if mask is None else mask, query if start is None else start,
             shift_table(k.bits, v.bits, D, Dv, query.device) if bulk else query, offsets, partial, stats,
             *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3],
-            *k_qdata.stride()[:2], *k_scale.stride()[:2], *k_residual.stride()[:2],
-            *v_qdata.stride()[:2], *v_scale.stride()[:2], *v_residual.stride()[:2],
+            *strides(cached_k), *strides(cached_v),
             *mask_strides,
             Hkv, rows, Lq, length, new_count,
             k.tile, k.sink, k.window, k.ring, v.tile, v.sink, v.window, v.ring,

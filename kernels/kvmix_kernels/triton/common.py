@@ -9,8 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import CacheShapeError
-from kvmix_kernels.triton import fields
+from kvmix_kernels.triton.kernels import fields
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -25,24 +26,30 @@ def inner_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def check_rows(*buffers: Tensor) -> None:
+def check_rows(cached: Cached) -> None:
     """Raise if a buffer that is written in place has rows that are not dense."""
-    for buffer in buffers:
+    for buffer in cached.tensors:
         if buffer.numel() and (buffer.stride(3) != 1 or buffer.stride(2) != buffer.shape[3]):
             raise CacheShapeError(
                 f"a cache buffer of shape {list(buffer.shape)} has strides {list(buffer.stride())}: its last "
-                "two dimensions must be contiguous; allocate it with reference.storage.allocate"
+                "two dimensions must be contiguous; allocate it with kvmix_kernels.cached.allocate"
             )
 
 
-def check_grids(scale: Tensor, zero_point: Tensor) -> None:
+def check_grids(cached: Cached) -> None:
     """Raise if scales and offsets do not lie alike: kernels compute one place for both."""
+    scale, zero_point = cached.scale, cached.zero_point
     strides = zip(scale.shape, scale.stride(), zero_point.stride(), strict=True)
     if any(size > 1 and one != other for size, one, other in strides):
         raise CacheShapeError(
             f"scales have strides {list(scale.stride())} and zero points {list(zero_point.stride())}: they "
-            "must be equal; allocate both with reference.storage.allocate"
+            "must be equal; allocate both with kvmix_kernels.cached.allocate"
         )
+
+
+def strides(cached: Cached) -> tuple[int, ...]:
+    """Of batch and head: those of codes, of scales and offsets, of raw tokens."""
+    return (*cached.qdata.stride()[:2], *cached.scale.stride()[:2], *cached.residual.stride()[:2])
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached, shapes
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
-from kvmix_kernels.reference.quantize import SCALE_DTYPES
 from kvmix_kernels.triton.common import (
     check_grids,
     check_rows,
@@ -18,9 +19,10 @@ from kvmix_kernels.triton.common import (
     inner_dense,
     multiprocessors,
     starts_early,
+    strides,
 )
-from kvmix_kernels.triton.fields import next_power_of_2
-from kvmix_kernels.triton.storage_kernels import (
+from kvmix_kernels.triton.kernels.fields import next_power_of_2
+from kvmix_kernels.triton.kernels.storage import (
     ALL_TILES,
     FRESH_TILES,
     RING_TILES,
@@ -112,21 +114,19 @@ def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, 
     return row, 0 if row.shape[0] == 1 else row.stride(0), row.stride(2), limit, kind
 
 
-def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
     """The op `quantize_pack`: one launch, x is read once."""
-    fmt = TensorFormat(*format)
+    fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     warps = _pack_warps(fmt, D)
     cut = _shape(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
-    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, D)
-    grid = layout.scale_grid(fmt, D, tiles)
     # without tokens there is none to read in place of those that are missing
     make = torch.empty if L else torch.zeros
-    qdata = make(B, H, tiles * fmt.tile, words, dtype=torch.int16, device=x.device)
-    scale = make(B, H, *grid, dtype=SCALE_DTYPES[fmt.scale_dtype], device=x.device)
-    zero_point = make(B, H, *grid, dtype=scale.dtype, device=x.device)
-    residual = make(B, H, slots, D, dtype=x.dtype, device=x.device)
+    buffers = [
+        make(B, H, *size, dtype=dtype, device=x.device)
+        for size, dtype in shapes(fmt, D, tiles, slots, x.dtype)
+    ]
     x = inner_dense(x)
     valid, *valid_arguments, kind = valid_row(mask, x)
     DP = next_power_of_2(D)
@@ -135,27 +135,21 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> tuple[Te
     if B * H * L * jobs:
         with device_of(x):
             pack_kernel[(B * H * jobs,)](
-                x, qdata, scale, zero_point, residual, valid, *x.stride()[:3], *valid_arguments,
+                x, *buffers, valid, *x.stride()[:3], *valid_arguments,
                 H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut["parts"], jobs,
                 VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, BLOCK=layout.plane_block(fmt), DP=DP,
                 SCALE_DTYPE=fmt.scale_dtype, FIELDS=cut["fields"], WORDS=cut["words"], WORDS_P=cut["words_p"],
                 TOKENS=cut["tokens"],
                 num_warps=warps,
             )  # fmt: skip
-    return qdata, scale, zero_point, residual
+    return buffers
 
 
 def append_(
-    k_qdata: Tensor,
-    k_scale: Tensor,
-    k_zero_point: Tensor,
-    k_residual: Tensor,
-    v_qdata: Tensor,
-    v_scale: Tensor,
-    v_zero_point: Tensor,
-    v_residual: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    new_keys: Tensor,
+    new_values: Tensor,
     mask: Tensor | None,
     start: Tensor | None,
     length: int,
@@ -168,27 +162,28 @@ def append_(
     begin in the ring, then tiles of new tokens alone, as fast as `quantize_pack`, and the new raw tokens. The
     first of them is left out where the host knows that it would find nothing.
     """
-    k, v = TensorFormat(*key_format), TensorFormat(*value_format)
-    for x, residual in ((keys, k_residual), (values, v_residual)):
+    caches = Cached.of(keys, key_format), Cached.of(values, value_format)
+    k, v = (cached.format for cached in caches)
+    for x, cached in zip((new_keys, new_values), caches, strict=True):
+        residual = cached.residual
         if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
             raise CacheShapeError(
                 f"cannot append tokens of shape {list(x.shape)} to a cache with batch, heads and head size "
                 f"{[*residual.shape[:2], residual.shape[3]]}"
             )
-    check_grids(k_scale, k_zero_point)
-    check_grids(v_scale, v_zero_point)
-    check_rows(k_qdata, k_scale, k_zero_point, k_residual, v_qdata, v_scale, v_zero_point, v_residual)
-    B, H, Lq, D = keys.shape
-    Dv = values.shape[3]
+        check_grids(cached)
+        check_rows(cached)
+    B, H, Lq, D = new_keys.shape
+    Dv = new_values.shape[3]
     if B * H * Lq == 0:
         return
     if start is None:
-        layout.check_room(k, k_qdata.shape[2], k_residual.shape[2], length, Lq)
-        layout.check_room(v, v_qdata.shape[2], v_residual.shape[2], length, Lq)
-    keys, values = inner_dense(keys), inner_dense(values)
-    valid, *valid_arguments, kind = valid_row(mask, keys)
+        for cached in caches:
+            layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], length, Lq)
+    new_keys, new_values = inner_dense(new_keys), inner_dense(new_values)
+    valid, *valid_arguments, kind = valid_row(mask, new_keys)
     DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
-    early = starts_early(keys)
+    early = starts_early(new_keys)
     if Lq == 1:
         phases = [(ALL_TILES, True, APPEND_WARPS, APPEND_ELEMENTS, 1)]
     else:
@@ -200,14 +195,11 @@ def append_(
         cut_k, cut_v = (_shape(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))
         tiles = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
-        programs = min(needed, per_multiprocessor * multiprocessors(keys))
-        with device_of(keys):
+        programs = min(needed, per_multiprocessor * multiprocessors(new_keys))
+        with device_of(new_keys):
             append_kernel[(programs,)](
-                keys, values, k_qdata, k_scale, k_zero_point, k_residual,
-                v_qdata, v_scale, v_zero_point, v_residual, valid, keys if start is None else start,
-                *keys.stride()[:3], *values.stride()[:3],
-                *k_qdata.stride()[:2], *k_scale.stride()[:2], *k_residual.stride()[:2],
-                *v_qdata.stride()[:2], *v_scale.stride()[:2], *v_residual.stride()[:2],
+                new_keys, new_values, *keys, *values, valid, new_keys if start is None else start,
+                *new_keys.stride()[:3], *new_values.stride()[:3], *strides(caches[0]), *strides(caches[1]),
                 *valid_arguments, B, H, Lq, length,
                 k.tile, k.sink, k.window, k.ring, cut_k["parts"],
                 v.tile, v.sink, v.window, v.ring, cut_v["parts"],

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
+from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.layout import TensorFormat
-from kvmix_kernels.reference import storage
 
 L2_BYTES = 256 << 20
 """Inputs that rotate are together larger than this, several times any L2 cache."""
@@ -77,9 +77,9 @@ class Case(NamedTuple):
         return cls(int(batch[1:]), int(count), int(group), int(tokens[1:]), int(head_dim[1:]))
 
 
-def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtype) -> storage.Buffers:
+def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtype) -> Cached:
     """A full cache of random bits with scales and offsets as of normally distributed tokens."""
-    cache = storage.allocate(
+    cache = allocate(
         case.batch, case.heads, case.head_dim, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity),
         fmt, dtype, "cuda",
     )  # fmt: skip
@@ -102,8 +102,8 @@ def decode_inputs(
     query = torch.randn(case.batch, case.heads * case.group, 1, case.head_dim, dtype=dtype, device="cuda")
     start = torch.tensor(case.tokens, device="cuda")
     return [
-        query, *new, *random_cache(case, k, capacity, dtype), *random_cache(case, v, capacity, dtype),
-        None, start, capacity, case.head_dim**-0.5, list(k), list(v),
+        query, *new, *(random_cache(case, fmt, capacity, dtype).tensors for fmt in (k, v)),
+        None, start, capacity, case.head_dim**-0.5, k.encode(), v.encode(),
     ]  # fmt: skip
 
 
@@ -114,4 +114,5 @@ def input_sets(nbytes: int) -> int:
 
 def nbytes(args: Sequence[object]) -> int:
     """Bytes of all tensors among the arguments."""
-    return sum(a.numel() * a.element_size() for a in args if isinstance(a, Tensor))
+    flat = (x for a in args for x in (a if isinstance(a, tuple) else (a,)))
+    return sum(x.numel() * x.element_size() for x in flat if isinstance(x, Tensor))

@@ -12,11 +12,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvmix_kernels.triton.fields import (
+from kvmix_kernels.triton.kernels.fields import (
+    RAW_BITS,
     constexpr_function,
     cut_column,
+    digit_above,
+    digit_bits,
+    digit_count,
+    digit_plane,
     fold_copies,
+    is_cut,
     packed_end_of,
+    plane_words,
     word_at,
     words_per_token,
 )
@@ -145,20 +152,84 @@ def _load_tokens(
 
 
 @triton.jit
-def _column_pieces(codes, FIRST: tl.constexpr, STEP: tl.constexpr, COPIES: tl.constexpr):
-    """Wide and narrow piece of a 3-bit column (see `layout`), whose codes are FIRST, FIRST + STEP, ..."""
+def _column_pieces(codes, OWN: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, COPIES: tl.constexpr):
+    """Wide and narrow piece of a column of a cut digit (see `layout`), whose codes are FIRST, FIRST + STEP, ..."""
     WIDE: tl.constexpr = cut_column(COPIES)[0]
     NARROW: tl.constexpr = cut_column(COPIES)[1]
     CUT: tl.constexpr = cut_column(COPIES)[2]
-    LOW: tl.constexpr = 3 - cut_column(COPIES)[3]
+    LOW: tl.constexpr = OWN - cut_column(COPIES)[3]
     cut = codes[FIRST + CUT * STEP]
-    wide = cut >> LOW << (3 * CUT)
+    wide = cut >> LOW << (OWN * CUT)
     for f in tl.static_range(CUT):
-        wide += codes[FIRST + f * STEP] << (3 * f)
+        wide += codes[FIRST + f * STEP] << (OWN * f)
     narrow = (cut & ((1 << LOW) - 1)) << (NARROW - LOW)
     for f in tl.static_range(CUT + 1, 8 // COPIES):
-        narrow += codes[FIRST + f * STEP] << (3 * (f - CUT - 1))
+        narrow += codes[FIRST + f * STEP] << (OWN * (f - CUT - 1))
     return wide & ((1 << WIDE) - 1), narrow & ((1 << NARROW) - 1)
+
+
+@triton.jit
+def _store_cut(
+    qdata_ptr, codes, row, word, row_ok, ok, OWN: tl.constexpr, PLANE: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The two planes of a cut digit. A field has as many channels as the wide plane has words, or as the narrow."""
+    at = qdata_ptr + word_at(row, BITS, D, PLANE, BLOCK)[:, None] + word[None, :]
+    low_at = qdata_ptr + word_at(row, BITS, D, PLANE + 1, BLOCK)[:, None]
+    COPIES: tl.constexpr = fold_copies(OWN, D, 0)
+    WIDE: tl.constexpr = cut_column(COPIES)[0]
+    NARROW: tl.constexpr = cut_column(COPIES)[1]
+    # a thread has the columns of one wide word, or of two that lie half a plane from each other
+    HALVES: tl.constexpr = FIELDS // 8
+    low = tl.zeros_like(codes[0])
+    for h in tl.static_range(HALVES):
+        high = tl.zeros_like(codes[0])
+        for r in tl.static_range(COPIES):
+            wide, narrow = _column_pieces(codes, OWN, r * HALVES + h, COPIES * HALVES, COPIES)
+            high += wide << (r * WIDE)
+            low += narrow << ((2 * r + h) * NARROW)
+        tl.store(at + h * WORDS, high.to(tl.int16), mask=ok)
+    if HALVES == 2:
+        tl.store(low_at + word[None, :], low.to(tl.int16), mask=ok)
+    else:
+        HALF: tl.constexpr = WORDS // 2
+        low = tl.where((word < HALF)[None, :], low, low << NARROW)
+        low = tl.sum(tl.reshape(low, [low.shape[0], 2, HALF]), 1)
+        tl.store(low_at + tl.arange(0, HALF)[None, :], low.to(tl.int16), mask=row_ok[:, None])
+
+
+@triton.jit
+def _own_bits(code, BITS: tl.constexpr, DIGIT: tl.constexpr):
+    """A digit of codes, in the low bits. What is above them may stay where it is cut off with the word's."""
+    if digit_count(BITS) == 1:
+        return code
+    return (code >> digit_above(BITS, DIGIT)) & ((1 << digit_bits(BITS, DIGIT)) - 1)
+
+
+@triton.jit
+def _store_plane(
+    qdata_ptr, codes, row, word, row_ok, ok, DIGIT: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The plane of a digit. A field has as many channels as the plane has words, or half or twice as many."""
+    OWN: tl.constexpr = digit_bits(BITS, DIGIT)
+    OWN_WORDS: tl.constexpr = plane_words(OWN, D, 0)
+    at = qdata_ptr + word_at(row, BITS, D, digit_plane(BITS, DIGIT), BLOCK)[:, None]
+    if OWN_WORDS >= WORDS:
+        HALVES: tl.constexpr = OWN_WORDS // WORDS
+        for h in tl.static_range(HALVES):
+            packed = _own_bits(codes[h], BITS, DIGIT)
+            for f in tl.static_range(1, FIELDS // HALVES):
+                packed += _own_bits(codes[f * HALVES + h], BITS, DIGIT) << (f * OWN)
+            tl.store(at + h * WORDS + word[None, :], packed.to(tl.int16), mask=ok)
+    else:
+        HALF: tl.constexpr = WORDS // 2
+        packed = _own_bits(codes[0], BITS, DIGIT)
+        for f in tl.static_range(1, FIELDS):
+            packed += _own_bits(codes[f], BITS, DIGIT) << (2 * f * OWN)
+        packed = tl.where((word < HALF)[None, :], packed, packed << OWN)
+        packed = tl.sum(tl.reshape(packed, [packed.shape[0], 2, HALF]), 1)
+        tl.store(at + tl.arange(0, HALF)[None, :], packed.to(tl.int16), mask=row_ok[:, None])
 
 
 @triton.jit
@@ -168,38 +239,17 @@ def _store_words(
 ):  # fmt: skip
     """Pack every field's codes into words and store them; what is above a word's 16 bits is cut off.
 
-    `row` is [tokens], counted from `qdata_ptr`. For 3 bits a field has as many channels as the wide plane has
-    words (8 fields), or as the narrow plane has (16).
+    `row` is [tokens], counted from `qdata_ptr`.
     """
-    at = qdata_ptr + word_at(row, BITS, D, 0, BLOCK)[:, None] + word[None, :]
     ok = row_ok[:, None] & word_ok[None, :]
-    if BITS != 3:
-        packed = codes[0]
-        for f in tl.static_range(1, FIELDS):
-            packed += codes[f] << (f * BITS)
-        tl.store(at, packed.to(tl.int16), mask=ok)
-    else:
-        COPIES: tl.constexpr = fold_copies(BITS, D, 0)
-        WIDE: tl.constexpr = cut_column(COPIES)[0]
-        NARROW: tl.constexpr = cut_column(COPIES)[1]
-        low_at = qdata_ptr + word_at(row, BITS, D, 1, BLOCK)[:, None]
-        # a thread has the columns of one wide word, or of two that lie half a plane from each other
-        HALVES: tl.constexpr = FIELDS // 8
-        low = tl.zeros_like(codes[0])
-        for h in tl.static_range(HALVES):
-            high = tl.zeros_like(codes[0])
-            for r in tl.static_range(COPIES):
-                wide, narrow = _column_pieces(codes, r * HALVES + h, COPIES * HALVES, COPIES)
-                high += wide << (r * WIDE)
-                low += narrow << ((2 * r + h) * NARROW)
-            tl.store(at + h * WORDS, high.to(tl.int16), mask=ok)
-        if HALVES == 2:
-            tl.store(low_at + word[None, :], low.to(tl.int16), mask=ok)
+    for d in tl.static_range(digit_count(BITS)):
+        if is_cut(digit_bits(BITS, d)):
+            _store_cut(
+                qdata_ptr, codes, row, word, row_ok, ok, digit_bits(BITS, d), digit_plane(BITS, d),
+                D, BITS, BLOCK, FIELDS, WORDS,
+            )  # fmt: skip
         else:
-            HALF: tl.constexpr = WORDS // 2
-            low = tl.where((word < HALF)[None, :], low, low << NARROW)
-            low = tl.sum(tl.reshape(low, [low.shape[0], 2, HALF]), 1)
-            tl.store(low_at + tl.arange(0, HALF)[None, :], low.to(tl.int16), mask=row_ok[:, None])
+            _store_plane(qdata_ptr, codes, row, word, row_ok, ok, d, D, BITS, BLOCK, FIELDS, WORDS)
 
 
 @triton.jit
@@ -214,7 +264,7 @@ def _flush(
 
     A part is a group of tokens for AXIS 0 and a block of TOKENS tokens for AXIS 1. A field is a tile
     [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange (but for the
-    narrow plane of 3 bits where the fields are as wide as the wide one).
+    narrow plane of a cut digit where the fields are as wide as the wide one).
 
     Minimum and maximum ignore a NaN, so what must not count in a range is made one: x + 0 * x for
     whatever is not finite, x + NaN * x for whatever is hidden.
@@ -356,7 +406,7 @@ def _append_one(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     end = live + count
-    if BITS != 16:
+    if BITS != RAW_BITS:
         old = tl.maximum(live - sink - window, 0) // tile
         due = tl.maximum(end - sink - window, 0) // tile
         if FLUSH != ALL_TILES:
@@ -386,7 +436,7 @@ def _append_one(
             b = (row // count // heads).to(tl.int64)
             h = (row // count % heads).to(tl.int64)
             position = live + index
-            if BITS == 16:
+            if BITS == RAW_BITS:
                 ok = row < total
                 slot = position
             else:
@@ -480,7 +530,7 @@ def pack_kernel(
     at = (pid // jobs).to(tl.int64)
     x_ptr += sequence * x_sb + (at - sequence * heads) * x_sh
     end = packed_end_of(count, tile, sink, window)
-    if BITS != 16:
+    if BITS != RAW_BITS:
         if job < tiles * parts:
             if AXIS == 0:
                 grid_rows = tiles * (tile // GROUP) * D
@@ -497,7 +547,7 @@ def pack_kernel(
     if job >= tiles * parts:
         slot = (job - tiles * parts) * ROWS + tl.arange(0, ROWS)
         channel = tl.arange(0, DP)
-        if BITS == 16:
+        if BITS == RAW_BITS:
             position = slot
             held = slot < count
         else:

@@ -10,8 +10,10 @@ tensor cores take subnormals at full speed. The caller folds 2**-p into the othe
 positions below 10 work, so higher fields are first shifted down by 8.
 
 A plane with fewer than 16 words per token is *folded*: R copies of its words lie side by side,
-copy r shifted right by r fields (for 3 bits by r pieces), which makes fields of R * words channels,
+copy r shifted right by r fields (for a cut digit by r pieces), which makes fields of R * words channels,
 wide enough for a dot.
+
+BITS are those of whole codes where a function takes a DIGIT beside them, and those of one digit elsewhere.
 """
 
 from __future__ import annotations
@@ -27,20 +29,61 @@ constexpr_function = triton.constexpr_function
 INTERPRET = bool(knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter: no inline assembly, and no bfloat16 dots."""
 
-# what kernels call at compile time has to be wrapped, all the way down
-words_per_token = constexpr_function(layout.words_per_token)
-_plane_words = constexpr_function(layout.plane_words)
-_copies = constexpr_function(layout.fold_copies)
-cut_column = constexpr_function(layout.cut_column)
+RAW_BITS = tl.constexpr(layout.RAW_BITS)
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
+
+
+# what kernels call at compile time has to be wrapped, all the way down
+words_per_token = constexpr_function(layout.words_per_token)
+is_cut = constexpr_function(layout.is_cut)
+cut_column = constexpr_function(layout.cut_column)
+_plane_words = constexpr_function(layout.plane_words)
+_copies = constexpr_function(layout.fold_copies)
+_digits = constexpr_function(layout.digits)
 
 
 @constexpr_function
 def next_power_of_2(n):
     """Smallest power of two that is at least n (and at least 1)."""
     return 1 << max(0, n - 1).bit_length()
+
+
+@constexpr_function
+def digit_count(bits):
+    """Digits of a code."""
+    return len(_digits(bits))
+
+
+@constexpr_function
+def digit_bits(bits, digit):
+    """Bits of a digit."""
+    return _digits(bits)[digit].bits
+
+
+@constexpr_function
+def digit_above(bits, digit):
+    """Bits of the digits below it."""
+    return _digits(bits)[digit].above
+
+
+@constexpr_function
+def digit_plane(bits, digit):
+    """Its first plane."""
+    return _digits(bits)[digit].first
+
+
+@constexpr_function
+def digit_factor(bits, digit):
+    """What a digit counts, in units of the highest: a power of two that is at most 1."""
+    return 2.0 ** (_digits(bits)[digit].above - _digits(bits)[-1].above)
+
+
+@constexpr_function
+def top_digit(bits):
+    """What the highest digit counts."""
+    return 2.0 ** _digits(bits)[-1].above
 
 
 @constexpr_function
@@ -77,7 +120,7 @@ def fold_width(bits, head_dim):
 @constexpr_function
 def fold_fields(bits, head_dim):
     """Number of folded fields of a token."""
-    return layout.WORD_BITS // layout.PLANES[bits][0] // _copies(bits, head_dim)
+    return layout.WORD_BITS // layout.DIGITS[bits][0][0] // _copies(bits, head_dim)
 
 
 @constexpr_function
@@ -102,28 +145,33 @@ def field_sum(bits, head_dim, group, field, of):
 
 
 @constexpr_function
+def digit_sums(bits, head_dim, group, digit):
+    """How many pairs of a field and a group the digits before this one have."""
+    widths = [d.bits for d in _digits(bits)[:digit]]
+    last = head_dim // group
+    return sum(field_sum(width, head_dim, group, fold_fields(width, head_dim), last) for width in widths)
+
+
+@constexpr_function
 def _field_place(bits, head_dim, field):
     """(position in the word, how far the word is shifted right first), so that the field may be read as a subnormal."""
-    if bits == 3:
-        cut = cut_column(_copies(bits, head_dim))
+    if is_cut(bits):
+        cut, shift = cut_column(_copies(bits, head_dim)), _cut_shift(bits, head_dim)
         if field == cut.code:
-            return cut.narrow - (3 - cut.high), _cut_shift(head_dim)
+            return cut.narrow - (bits - cut.high), shift
         if field > cut.code:
-            return 3 * (field - cut.code - 1), 0
-        return (
-            (3 * field, 0)
-            if 3 * field + 3 <= 10
-            else (3 * field - _cut_shift(head_dim), _cut_shift(head_dim))
-        )
+            return bits * (field - cut.code - 1), 0
+        position = bits * field
+        return (position, 0) if position + bits <= 10 else (position - shift, shift)
     position = field * bits * _copies(bits, head_dim)
     return (position, 0) if position + bits <= 10 else (position - 8, 8)
 
 
 @constexpr_function
-def _cut_shift(head_dim):
+def _cut_shift(bits, head_dim):
     """How far the wide plane is shifted right for its bits of the cut code to follow those of the narrow one."""
-    cut = cut_column(_copies(3, head_dim))
-    return 3 * cut.code - cut.narrow
+    cut = cut_column(_copies(bits, head_dim))
+    return bits * cut.code - cut.narrow
 
 
 @constexpr_function
@@ -149,18 +197,18 @@ def _field_mask(bits, head_dim, field):
 
 @constexpr_function
 def _is_cut(bits, head_dim, field):
-    return bits == 3 and field == cut_column(_copies(bits, head_dim)).code
+    return is_cut(bits) and field == cut_column(_copies(bits, head_dim)).code
 
 
 @constexpr_function
 def _is_narrow(bits, head_dim, field):
-    return bits == 3 and field > cut_column(_copies(bits, head_dim)).code
+    return is_cut(bits) and field > cut_column(_copies(bits, head_dim)).code
 
 
 @constexpr_function
-def _cut_mask(head_dim):
+def _cut_mask(bits, head_dim):
     """The bits of the cut code that the wide plane holds, once it is shifted."""
-    cut = cut_column(_copies(3, head_dim))
+    cut = cut_column(_copies(bits, head_dim))
     return ((1 << cut.high) - 1) << cut.narrow
 
 
@@ -176,12 +224,12 @@ def _shift_asm(target, source, right):
 
 @constexpr_function
 def _field_asm(bits, head_dim, field):
-    """PTX for a register of two tokens' words ($1; for 3 bits the narrow plane's is $2)."""
+    """PTX for a register of two tokens' words ($1; of a cut digit the narrow plane's is $2)."""
     mask = _both_halves(_field_mask(bits, head_dim, field))
     if _is_cut(bits, head_dim, field):
         # the table 0xd8 is "second where the third is set, else first"
         shift = _shift_asm("t", "$1", _shift(bits, head_dim, field))
-        select = _both_halves(_cut_mask(head_dim))
+        select = _both_halves(_cut_mask(bits, head_dim))
         return f"{{ .reg .b32 t; {shift} lop3.b32 t, $2, t, {select}, 0xd8; and.b32 $0, t, {mask}; }}"
     if _is_narrow(bits, head_dim, field):
         return f"and.b32 $0, $2, {mask};"
@@ -190,14 +238,22 @@ def _field_asm(bits, head_dim, field):
     return f"and.b32 $0, $1, {mask};"
 
 
+@constexpr_function
+def shifts_first(bits, head_dim, digit):
+    """Where the rows of a digit begin in the table of `fold_shifts`; behind the last digit, its size."""
+    return sum(2 * fold_width(d.bits, head_dim) for d in _digits(bits)[:digit])
+
+
 def fold_shifts(bits: int, head_dim: int) -> list[int]:
-    """Per plane (two rows) and column of a fold, how far its copy is shifted right."""
+    """Per digit, of its planes (two rows) and column of a fold, how far its copy is shifted right."""
     rows = []
-    for index in range(2):
-        index = min(index, len(layout.PLANES[bits]) - 1)
-        words, copies = layout.plane_words(bits, head_dim)[index], fold_copies(bits, head_dim, index)
-        step = layout.WORD_BITS // copies if bits == 3 else bits
-        rows += [column // words % copies * step for column in range(fold_width(bits, head_dim))]
+    for digit in layout.digits(bits):
+        words_of = layout.plane_words(digit.bits, head_dim)
+        for index in range(2):
+            index = min(index, len(words_of) - 1)
+            words, copies = words_of[index], fold_copies(digit.bits, head_dim, index)
+            step = layout.WORD_BITS // copies if layout.is_cut(digit.bits) else digit.bits
+            rows += [column // words % copies * step for column in range(fold_width(digit.bits, head_dim))]
     return rows
 
 
@@ -229,7 +285,7 @@ def fold(word, shift, BITS: tl.constexpr, D: tl.constexpr, PLANE: tl.constexpr, 
 def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PORTABLE: tl.constexpr):
     """Folded field FIELD of a tile of words, as float16 code * 2**-24 / field_factor.
 
-    `low` is the narrow plane's tile for 3 bits and ignored otherwise.
+    `low` is the narrow plane's tile of a cut digit and ignored otherwise.
     """
     if PORTABLE:
         moved = word
@@ -241,9 +297,9 @@ def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, P
             else:
                 moved = word << -_shift(BITS, D, FIELD)
         if _is_cut(BITS, D, FIELD):
-            moved = (moved & _cut_mask(D)) | (low & ~_cut_mask(D))
+            moved = (moved & _cut_mask(BITS, D)) | (low & ~_cut_mask(BITS, D))
         return (moved & _field_mask(BITS, D, FIELD)).to(tl.int16).to(tl.float16, bitcast=True)
-    if BITS == 3:
+    if is_cut(BITS):
         return tl.inline_asm_elementwise(
             _field_asm(BITS, D, FIELD), "=r,r,r", [word, low], dtype=tl.float16, is_pure=True, pack=2
         )
@@ -263,89 +319,90 @@ def word_at(row, BITS: tl.constexpr, D: tl.constexpr, PLANE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _codes_3(qdata_ptr, row, channel, ok, D: tl.constexpr, BLOCK: tl.constexpr):
-    WORDS: tl.constexpr = plane_words(3, D, 0)
-    HALF: tl.constexpr = plane_words(3, D, 1)
-    COLUMNS: tl.constexpr = fold_channels(3, D)
-    WIDE: tl.constexpr = cut_column(_copies(3, D))[0]
-    NARROW: tl.constexpr = cut_column(_copies(3, D))[1]
-    CUT: tl.constexpr = cut_column(_copies(3, D))[2]
-    LOW: tl.constexpr = 3 - cut_column(_copies(3, D))[3]
+def _cut_digit(
+    qdata_ptr, row, channel, ok, BITS: tl.constexpr, DIGIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    OWN: tl.constexpr = digit_bits(BITS, DIGIT)
+    PLANE: tl.constexpr = digit_plane(BITS, DIGIT)
+    WORDS: tl.constexpr = plane_words(OWN, D, 0)
+    HALF: tl.constexpr = plane_words(OWN, D, 1)
+    COLUMNS: tl.constexpr = fold_channels(OWN, D)
+    WIDE: tl.constexpr = cut_column(_copies(OWN, D))[0]
+    NARROW: tl.constexpr = cut_column(_copies(OWN, D))[1]
+    CUT: tl.constexpr = cut_column(_copies(OWN, D))[2]
+    LOW: tl.constexpr = OWN - cut_column(_copies(OWN, D))[3]
     column = channel % COLUMNS
     code = channel // COLUMNS
-    wide = tl.load(qdata_ptr + word_at(row, 3, D, 0, BLOCK) + column % WORDS, mask=ok, other=0).to(tl.int32)
-    narrow = tl.load(qdata_ptr + word_at(row, 3, D, 1, BLOCK) + column % HALF, mask=ok, other=0).to(tl.int32)
+    wide_at = word_at(row, BITS, D, PLANE, BLOCK) + column % WORDS
+    narrow_at = word_at(row, BITS, D, PLANE + 1, BLOCK) + column % HALF
+    wide = tl.load(qdata_ptr + wide_at, mask=ok, other=0).to(tl.int32)
+    narrow = tl.load(qdata_ptr + narrow_at, mask=ok, other=0).to(tl.int32)
     wide = (wide >> (column // WORDS * WIDE)) & ((1 << WIDE) - 1)
     narrow = (narrow >> (column // HALF * NARROW)) & ((1 << NARROW) - 1)
-    high = wide >> (3 * tl.minimum(code, CUT))
-    whole = narrow >> (3 * tl.maximum(code - CUT - 1, 0))
-    cut = (wide >> (3 * CUT) << LOW) | (narrow >> (NARROW - LOW))
-    return tl.where(code == CUT, cut, tl.where(code < CUT, high, whole) & 7)
+    high = wide >> (OWN * tl.minimum(code, CUT))
+    whole = narrow >> (OWN * tl.maximum(code - CUT - 1, 0))
+    cut = (wide >> (OWN * CUT) << LOW) | (narrow >> (NARROW - LOW))
+    return tl.where(code == CUT, cut, tl.where(code < CUT, high, whole) & ((1 << OWN) - 1))
+
+
+@triton.jit
+def _digit(
+    qdata_ptr, row, channel, ok, BITS: tl.constexpr, DIGIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    OWN: tl.constexpr = digit_bits(BITS, DIGIT)
+    if is_cut(OWN):
+        return _cut_digit(qdata_ptr, row, channel, ok, BITS, DIGIT, D, BLOCK)
+    WORDS: tl.constexpr = plane_words(OWN, D, 0)
+    at = word_at(row, BITS, D, digit_plane(BITS, DIGIT), BLOCK) + channel % WORDS
+    word = tl.load(qdata_ptr + at, mask=ok, other=0).to(tl.int32)
+    return (word >> (channel // WORDS * OWN)) & ((1 << OWN) - 1)
 
 
 @triton.jit
 def codes(qdata_ptr, row, channel, ok, BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Codes (int32) at broadcastable indices `row`, `channel`; 0 where not `ok`."""
-    if BITS == 3:
-        return _codes_3(qdata_ptr, row, channel, ok, D, BLOCK)
-    WORDS: tl.constexpr = words_per_token(BITS, D)
-    word = tl.load(qdata_ptr + row * WORDS + channel % WORDS, mask=ok, other=0).to(tl.int32)
-    return (word >> (channel // WORDS * BITS)) & ((1 << BITS) - 1)
+    code = _digit(qdata_ptr, row, channel, ok, BITS, 0, D, BLOCK)
+    for digit in tl.static_range(1, digit_count(BITS)):
+        code |= _digit(qdata_ptr, row, channel, ok, BITS, digit, D, BLOCK) << digit_above(BITS, digit)
+    return code
 
 
 @triton.jit
 def stored_values(
-    qdata_ptr,
-    scale_ptr,
-    zero_ptr,
-    residual_ptr,
-    new_ptr,
-    new_stride,
-    position,
-    channel,
-    ok,
-    live,
-    packed_end,
-    sink,
-    ring,
-    BITS: tl.constexpr,
-    AXIS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NEW: tl.constexpr,
-    PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    x, new_ptr, new_stride, position, channel, ok, places,
+    X: tl.constexpr, NEW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """Tokens wherever they lie (packed, raw, or the step's own), as DTYPE; 0 where not `ok`.
 
-    `position` and `channel` are broadcastable index tiles. Pointers are those of one head. PACKED
-    says whether any asked-for token may be packed.
+    `x` is a `Stored`, `places` its `Places`, X its `Form`. `position` and `channel` are broadcastable index
+    tiles. PACKED says whether any asked-for token may be packed.
     """
+    live = places.live
+    sink = places.sink
     is_new = position >= live
-    if BITS == 16:
+    if X.BITS == RAW_BITS:
         raw = ok & (position < live)
         slot = position
     else:
-        raw = ok & (position < live) & ((position < sink) | (position >= packed_end))
+        raw = ok & (position < live) & ((position < sink) | (position >= places.end))
         behind = position - sink
-        slot = tl.where(position < sink, position, sink + behind % ring)
-    out = tl.load(residual_ptr + slot * D + channel, mask=raw, other=0.0).to(DTYPE)
+        slot = tl.where(position < sink, position, sink + behind % places.ring)
+    out = tl.load(x.residual + slot * X.D + channel, mask=raw, other=0.0).to(DTYPE)
     if NEW:
         fresh = tl.load(
             new_ptr + (position - live).to(tl.int64) * new_stride + channel, mask=ok & is_new, other=0.0
         )
         out = tl.where(is_new, fresh.to(DTYPE), out)
-    if BITS != 16 and PACKED:
-        packed = ok & (position >= sink) & (position < packed_end)
+    if X.BITS != RAW_BITS and PACKED:
+        packed = ok & (position >= sink) & (position < places.end)
         row = position - sink
-        code = codes(qdata_ptr, row, channel, packed, BITS, D, BLOCK)
-        if AXIS == 0:
-            at = row // GROUP * D + channel
+        code = codes(x.qdata, row, channel, packed, X.BITS, X.D, X.BLOCK)
+        if X.AXIS == 0:
+            at = row // X.GROUP * X.D + channel
         else:
-            at = row * (D // GROUP) + channel // GROUP
-        step = tl.load(scale_ptr + at, mask=packed, other=0.0).to(tl.float32)
-        offset = tl.load(zero_ptr + at, mask=packed, other=0.0).to(tl.float32)
+            at = row * (X.D // X.GROUP) + channel // X.GROUP
+        step = tl.load(x.scale + at, mask=packed, other=0.0).to(tl.float32)
+        offset = tl.load(x.zero + at, mask=packed, other=0.0).to(tl.float32)
         value = code.to(tl.float32) * step + offset
         out = tl.where(packed, value.to(DTYPE), out)
     return out

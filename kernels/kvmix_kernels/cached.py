@@ -1,0 +1,113 @@
+"""One cached tensor as an object: its format and its buffers. Knows torch, and nothing of the ops over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvmix_kernels import layout
+from kvmix_kernels.errors import FormatError
+from kvmix_kernels.layout import TensorFormat
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""As `layout.SCALE_DTYPES`."""
+
+
+class Cached(NamedTuple):
+    """The keys or the values of one layer, as drawn in `kvmix_kernels.layout`.
+
+    tensors: the buffers that `format.buffer_names` lists, in that order, as ops take them.
+    """
+
+    format: TensorFormat
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], format: Sequence[int]) -> Cached:
+        """From what an op is given: a list of buffers, and a format as `TensorFormat.encode` writes it.
+
+        Raises:
+            FormatError: the format does not have as many buffers.
+        """
+        fmt = TensorFormat.decode(format)
+        names = fmt.buffer_names
+        if len(tensors) != len(names):
+            raise FormatError(f"this format has the buffers {names}, got {len(tensors)} tensors")
+        return cls(fmt, tuple(tensors))
+
+    @property
+    def qdata(self) -> Tensor:
+        """Packed codes, int16 [B, H, tiles * tile, words]."""
+        return self.tensors[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """One per group, [B, H, *layout.scale_grid]."""
+        return self.tensors[1]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """Likewise."""
+        return self.tensors[2]
+
+    @property
+    def residual(self) -> Tensor:
+        """Raw tokens, [B, H, slots, D]."""
+        return self.tensors[3]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return int(self.residual.shape[3])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cached:
+        """The same tensor with `function` of each buffer."""
+        return self._replace(tensors=tuple(map(function, self.tensors)))
+
+    def replace(self, **buffers: Tensor) -> Cached:
+        """The same tensor with other buffers of these names."""
+        named = zip(self.format.buffer_names, self.tensors, strict=True)
+        return self._replace(tensors=tuple(buffers.get(name, buffer) for name, buffer in named))
+
+
+def shapes(
+    fmt: TensorFormat, head_dim: int, tiles: int, slots: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, int], torch.dtype]]:
+    """Last two dimensions and dtype of each buffer for `tiles` tiles and `slots` raw tokens of `dtype`."""
+    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, head_dim)
+    grid = layout.scale_grid(fmt, head_dim, tiles)
+    stored = SCALE_DTYPES[fmt.scale_dtype]
+    return [
+        ((tiles * fmt.tile, words), torch.int16),
+        (grid, stored),
+        (grid, stored),
+        ((slots, head_dim), dtype),
+    ]
+
+
+def allocate(
+    batch: int,
+    heads: int,
+    head_dim: int,
+    tiles: int,
+    slots: int,
+    fmt: TensorFormat,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Cached:
+    """Zeroed buffers for `tiles` tiles and `slots` raw tokens.
+
+    Raises:
+        HeadSizeError: heads of `head_dim` channels cannot be stored in this format.
+    """
+    layout.check_head_size(fmt, head_dim)
+    return Cached(
+        fmt,
+        tuple(
+            torch.zeros(batch, heads, *size, dtype=kind, device=device)
+            for size, kind in shapes(fmt, head_dim, tiles, slots, dtype)
+        ),
+    )

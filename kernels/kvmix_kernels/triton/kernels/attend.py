@@ -1,0 +1,160 @@
+"""Split-KV attention over the segments of a cache.
+
+A row of the score tile is a token and a column is one query row of one query head; the query
+heads of a group share every load. Each program yields a partial output with its running maximum
+and sum for one share of the tokens; `merge.combine_kernel` merges them.
+
+Two kinds of program run in one launch: those of `bulk` take tokens that are packed in both tensors, keys with
+one scale per channel, values with scales per token; those of `rest` take all others. The number of tokens
+may live on the device; programs share the live tokens evenly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from kvmix_kernels.triton.kernels.bulk import attend_bulk
+from kvmix_kernels.triton.kernels.fields import packed_end_of
+from kvmix_kernels.triton.kernels.forms import Form, Mask, Places, Scores, Steps, Stored
+from kvmix_kernels.triton.kernels.masks import LOWEST
+from kvmix_kernels.triton.kernels.rest import attend_rest
+
+
+@triton.jit
+def _nothing(stats_ptr, N: tl.constexpr):
+    """The share of a program without tokens."""
+    column = tl.arange(0, N)
+    tl.store(stats_ptr + column, tl.zeros([N], tl.float32) + LOWEST)
+    tl.store(stats_ptr + N + column, tl.zeros([N], tl.float32))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length", "new_count", "rows", "query_length", "k_tile", "k_sink", "k_window", "k_ring",
+        "v_tile", "v_sink", "v_window", "v_ring", "bulk_splits", "splits", "column_blocks", "kv_heads",
+    ]
+)  # fmt: skip
+def attend_kernel(
+    query_ptr, new_k_ptr, new_v_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr,
+    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr,
+    mask_ptr, start_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
+    query_sb, query_sh, query_sl, new_k_sb, new_k_sh, new_k_sl, new_v_sb, new_v_sh, new_v_sl,
+    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh,
+    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh,
+    mask_sb, mask_sh, mask_sl, mask_ss,
+    kv_heads, rows, query_length, length, new_count,
+    k_tile, k_sink, k_window, k_ring, v_tile, v_sink, v_window, v_ring,
+    bulk_splits, splits, column_blocks, room, scale, cap,
+    BULK: tl.constexpr, ON_DEVICE: tl.constexpr, NEW: tl.constexpr,
+    MASK: tl.constexpr, MASK_SHARED: tl.constexpr, CAPPED: tl.constexpr,
+    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr, DP: tl.constexpr,
+    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr, DVP: tl.constexpr,
+    REST_PACKED: tl.constexpr, N: tl.constexpr,
+    BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
+    PART: tl.constexpr, SINGLE: tl.constexpr, V_ALIGN: tl.constexpr, BULK_PRECISION: tl.constexpr,
+    REST_TOKENS: tl.constexpr, REST_STAGES: tl.constexpr, REST_DTYPE: tl.constexpr, REST_PRECISION: tl.constexpr,
+    PORTABLE: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Partial attention of one share of the tokens, for N query rows of one KV head.
+
+    Grid: bulk splits, fastest, x column blocks x KV heads x batch, and behind all of these the other
+    splits likewise: short programs last, or they would delay long ones. Writes
+    partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N]. EARLY: once all
+    programs have started, `combine_kernel` may take its place beside them.
+    """
+    K: tl.constexpr = Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP)
+    V: tl.constexpr = Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP)
+    S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED)
+    P: tl.constexpr = Steps(
+        BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE
+    )
+    if EARLY:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    bulk_programs = tl.num_programs(0) // splits * bulk_splits
+    if pid < bulk_programs:
+        split = pid % bulk_splits
+        owner = pid // bulk_splits
+    else:
+        split = bulk_splits + (pid - bulk_programs) % (splits - bulk_splits)
+        owner = (pid - bulk_programs) // (splits - bulk_splits)
+    block = owner % column_blocks
+    head = (owner // column_blocks % kv_heads).to(tl.int64)
+    batch = (owner // column_blocks // kv_heads).to(tl.int64)
+
+    live = length
+    if ON_DEVICE:
+        live = tl.minimum(tl.load(start_ptr).to(tl.int32), length)
+    place = owner.to(tl.int64) * splits + split
+    partial_ptr += place * (N * DV)
+    stats_ptr += place * (2 * N)
+
+    column = block * N + tl.arange(0, N) % (N // BULK_SPREAD)
+    column_ok = column < rows
+    query_head = head * (rows // query_length) + column // query_length
+    query_ptr += batch * query_sb + query_head * query_sh + (column % query_length) * query_sl
+    mask_at = column
+    if MASK != 0:
+        mask_ptr += batch * mask_sb
+        if not MASK_SHARED:
+            first_head = head * (rows // query_length) + block * N // query_length
+            mask_ptr += first_head * mask_sh + (block * N % query_length).to(tl.int64) * mask_sl
+            mask_at = (column // query_length - block * N // query_length) * mask_sh
+            mask_at += (column % query_length - block * N % query_length) * mask_sl
+
+    mask = Mask(mask_ptr, mask_at, mask_ss, column_ok)
+    k = Stored(
+        k_qdata_ptr + batch * k_qdata_sb + head * k_qdata_sh,
+        k_scale_ptr + batch * k_scale_sb + head * k_scale_sh,
+        k_zero_ptr + batch * k_scale_sb + head * k_scale_sh,
+        k_residual_ptr + batch * k_residual_sb + head * k_residual_sh,
+    )
+    v = Stored(
+        v_qdata_ptr + batch * v_qdata_sb + head * v_qdata_sh,
+        v_scale_ptr + batch * v_scale_sb + head * v_scale_sh,
+        v_zero_ptr + batch * v_scale_sb + head * v_scale_sh,
+        v_residual_ptr + batch * v_residual_sb + head * v_residual_sh,
+    )
+    k_end = packed_end_of(live, k_tile, k_sink, k_window)
+    v_end = packed_end_of(live, v_tile, v_sink, v_window)
+
+    bulk_begin = 0
+    bulk_tokens = 0
+    if BULK:
+        # whole groups of keys whose values are packed, too
+        skipped = (tl.maximum(k_sink, v_sink) - k_sink + K_GROUP - 1) // K_GROUP
+        bulk_groups = tl.maximum((tl.minimum(k_end, v_end) - k_sink) // K_GROUP - skipped, 0)
+        bulk_begin = k_sink + skipped * K_GROUP
+        bulk_tokens = bulk_groups * K_GROUP
+        if split < bulk_splits:
+            share = (bulk_groups + bulk_splits - 1) // bulk_splits
+            first = split * share
+            groups = tl.minimum(share, bulk_groups - first)
+            if groups <= 0:
+                _nothing(stats_ptr, N)
+            else:
+                begin = bulk_begin + first * K_GROUP
+                offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
+                attend_bulk(
+                    query_ptr, k, v, mask, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
+                    begin, begin - k_sink, begin - v_sink, groups, scale, cap, K, V, S, N, P,
+                )  # fmt: skip
+
+    if split >= bulk_splits:
+        new_k_ptr += batch * new_k_sb + head * new_k_sh
+        new_v_ptr += batch * new_v_sb + head * new_v_sh
+        count = live + new_count - bulk_tokens
+        share = (count + splits - bulk_splits - 1) // (splits - bulk_splits)
+        share = (share + REST_TOKENS - 1) // REST_TOKENS * REST_TOKENS
+        first = (split - bulk_splits) * share
+        if first >= count:
+            _nothing(stats_ptr, N)
+        else:
+            attend_rest(
+                query_ptr, k, v, Places(live, k_end, k_sink, k_ring), Places(live, v_end, v_sink, v_ring),
+                new_k_ptr, new_v_ptr, new_k_sl, new_v_sl, mask, partial_ptr, stats_ptr,
+                first, tl.minimum(first + share, count), bulk_begin, bulk_tokens, scale, cap, K, V, S, N,
+                NEW, REST_PACKED, REST_TOKENS, REST_STAGES, REST_DTYPE, REST_PRECISION,
+            )  # fmt: skip

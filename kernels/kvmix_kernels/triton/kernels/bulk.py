@@ -1,0 +1,455 @@
+"""Tokens packed in both tensors: codes go to the tensor cores as they lie (see `fields.field`).
+
+Scales multiply the query (once per group of tokens) and the probabilities, offsets become one number per
+group and per token. Everything is normalized, so half precision can not overflow.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvmix_kernels.triton.kernels.fields import (
+    digit_above,
+    digit_bits,
+    digit_count,
+    digit_factor,
+    digit_plane,
+    digit_sums,
+    field,
+    field_end,
+    field_factor,
+    field_first,
+    field_sum,
+    fold,
+    fold_channels,
+    fold_copies,
+    fold_fields,
+    fold_width,
+    is_cut,
+    next_power_of_2,
+    plane_words,
+    shifts_first,
+    top_digit,
+    word_at,
+    words_per_token,
+)
+from kvmix_kernels.triton.kernels.masks import LN2, LOWEST, MAX_LOOK, capped, exp, reach, under_mask
+
+TINY = tl.constexpr(1e-30)
+
+PEAK = tl.constexpr(16384.0)
+"""Largest half-precision operand after normalization."""
+
+
+@triton.jit
+def _load_plane(
+    base_ptr, first, token, column,
+    X: tl.constexpr, DIGIT: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Words of a digit's plane at broadcastable indices, folded copies side by side but not yet shifted.
+
+    `token` counts from row `first`, a multiple of ALIGN.
+    """
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    AT: tl.constexpr = digit_plane(X.BITS, DIGIT) + PLANE
+    WORDS: tl.constexpr = plane_words(OWN, X.D, PLANE)
+    COPIES: tl.constexpr = fold_copies(OWN, X.D, PLANE)
+    word = column
+    if COPIES > 1:
+        # two threads of a copy that read the same 16 bytes are slow; pieces of 8 go through L1, which serves both
+        PIECE: tl.constexpr = min(4, WORDS & -WORDS)
+        if column.shape[0] == 1:
+            word = tl.max_contiguous(column % WORDS, [1, PIECE])
+        else:
+            word = tl.max_contiguous(column % WORDS, [PIECE, 1])
+    if ALIGN % X.BLOCK == 0:
+        # places from the first are the same in every step
+        base_ptr += first * words_per_token(X.BITS, X.D)
+        at = word_at(token, X.BITS, X.D, AT, X.BLOCK) + word
+    else:
+        at = word_at(first + token, X.BITS, X.D, AT, X.BLOCK) + word
+    if fold_width(OWN, X.D) == WORDS * COPIES:
+        return tl.load(base_ptr + at)
+    return tl.load(base_ptr + at, mask=(token >= 0) & (column < WORDS * COPIES), other=0)
+
+
+@triton.jit
+def _load_digit(
+    base_ptr, first, token, X: tl.constexpr, DIGIT: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr
+):
+    """Words of a digit [tokens, columns], and of its narrow plane if it is cut. TURNED: [columns, tokens]."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    if TURNED:
+        at = token[None, :]
+        column = tl.arange(0, fold_width(OWN, X.D))[:, None]
+    else:
+        at = token[:, None]
+        column = tl.arange(0, fold_width(OWN, X.D))[None, :]
+    word = _load_plane(base_ptr, first, at, column, X, DIGIT, 0, ALIGN)
+    low = word
+    if is_cut(OWN):
+        low = _load_plane(base_ptr, first, at, column, X, DIGIT, 1, ALIGN)
+    return word, low
+
+
+@triton.jit
+def _load_shifts(shifts_ptr, X: tl.constexpr, DIGIT: tl.constexpr, TURNED: tl.constexpr):
+    """How far the copies of a digit's words are shifted, and of its narrow plane's."""
+    WIDTH: tl.constexpr = fold_width(digit_bits(X.BITS, DIGIT), X.D)
+    at = shifts_first(X.BITS, X.D, DIGIT) + tl.arange(0, WIDTH)
+    if TURNED:
+        at = at[:, None]
+    else:
+        at = at[None, :]
+    return tl.load(shifts_ptr + at), tl.load(shifts_ptr + WIDTH + at)
+
+
+@triton.jit
+def _fold_digit(words, shifts, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr):
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    word = fold(words[0], shifts[0], OWN, X.D, 0, PORTABLE)
+    low = words[1]
+    if is_cut(OWN):
+        low = fold(low, shifts[1], OWN, X.D, 1, PORTABLE)
+    return word, low
+
+
+@triton.jit
+def _add_scores(
+    score, words, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
+    WIDTH: tl.constexpr = fold_width(OWN, X.D)
+    HALF: tl.constexpr = step_ptr.dtype.element_ty == tl.float16
+    column = tl.arange(0, WIDTH)
+    step_ptr += column[:, None]
+    for f in tl.static_range(fold_fields(OWN, X.D)):
+        if CHANNELS == WIDTH:
+            step = tl.load(step_ptr + f * CHANNELS)
+        else:
+            step = tl.load(step_ptr + f * CHANNELS, mask=(column < CHANNELS)[:, None], other=0.0)
+        if not HALF:
+            step = (step.to(tl.float32) * unit).to(tl.float16)
+        score = tl.dot(field(words[0], words[1], f, OWN, X.D, PORTABLE), queries[f] * step, score)
+    return score
+
+
+@triton.jit
+def _add_values(outs, words, scaled, fade, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr):
+    """The sums of a digit's values by the weights of their groups, after what was summed before has faded."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    FIRST: tl.constexpr = digit_sums(X.BITS, X.D, X.GROUP, DIGIT)
+    sums = ()
+    for f in tl.static_range(fold_fields(OWN, X.D)):
+        tile = field(words[0], words[1], f, OWN, X.D, PORTABLE)
+        for g in tl.static_range(field_first(OWN, X.D, X.GROUP, f), field_end(OWN, X.D, X.GROUP, f)):
+            out = outs[FIRST + field_sum(OWN, X.D, X.GROUP, f, g)] * fade[None, :]
+            sums = sums + (tl.dot(tile, scaled[g], out),)
+    return sums
+
+
+@triton.jit
+def _sweep(
+    k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
+    restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+    K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
+    STAGES: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """`steps` steps of TOKENS tokens from group `begin` of the share; returns (top, total, shifts, outs) after them.
+
+    MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
+    of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
+    up by itself. A step has as many groups or one.
+    """
+    KD: tl.constexpr = digit_count(K.BITS)
+    VD: tl.constexpr = digit_count(V.BITS)
+    SPREAD: tl.constexpr = P.SPREAD
+    VG: tl.constexpr = V.D // V.GROUP
+    STEPS: tl.constexpr = max(1, K.GROUP // TOKENS)
+    SLOTS: tl.constexpr = max(1, TOKENS // K.GROUP)
+    # rows that a step may begin with are multiples of it
+    K_ALIGN: tl.constexpr = min(TOKENS, K.GROUP)
+    ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
+    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16
+    token = tl.arange(0, TOKENS)
+    first_group = first_k_row // K.GROUP
+    column = tl.arange(0, N)
+    slot = column // (N // SPREAD)
+    own = (token // K.GROUP)[:, None] == slot[None, :]
+
+    k_shifts = ()
+    for d in tl.static_range(KD):
+        k_shifts = k_shifts + (_load_shifts(shifts_ptr, K, d, False),)
+    v_shifts = ()
+    for d in tl.static_range(VD):
+        v_shifts = v_shifts + (_load_shifts(shifts_ptr + shifts_first(K.BITS, K.D, KD), V, d, True),)
+
+    for i in tl.range(0, steps, num_stages=STAGES):
+        step_group = begin + i // STEPS * SLOTS
+        first = begin * K.GROUP + i * TOKENS
+        k_first = first_k_row + first
+        v_first = first_v_row + first
+        v_row = v_first + token
+        k_words = ()
+        for d in tl.static_range(KD):
+            k_words = k_words + (_load_digit(k.qdata, k_first, token, K, d, K_ALIGN, False),)
+        v_words = ()
+        for d in tl.static_range(VD):
+            v_words = v_words + (_load_digit(v.qdata, v_first, token, V, d, ALIGN, True),)
+        # of each column, if the columns have several groups
+        if SPREAD > 1:
+            own_group = step_group + tl.minimum(slot, SLOTS - 1)
+            step_ptr = k.scale + (first_group + own_group)[None, :] * K.D
+        else:
+            step_ptr = k.scale + (first_group + step_group) * K.D
+
+        # scores
+        score = tl.zeros([TOKENS, N], tl.float32)
+        for d in tl.static_range(KD):
+            folded = _fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE)
+            score = _add_scores(score, folded, queries[d], step_ptr, k_unit, K, d, P.PORTABLE)
+        if SPREAD > 1:
+            offset = tl.load(offset_ptr + own_group * N + column)
+        else:
+            offset = tl.load(offset_ptr + step_group * N + column)
+
+        # online softmax
+        if S.KIND != 2 and not S.CAPPED:
+            if MASKED:
+                # what is hidden stays at minus infinity: `restore` is positive
+                score = under_mask(score, mask, first_position + first + token, token >= 0, S)
+            if SPREAD > 1:
+                score = tl.where(own, score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
+            weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
+        else:
+            score = score * restore[None, :] + offset[None, :]
+            if S.CAPPED:
+                score = capped(score, cap)
+            if MASKED:
+                score = under_mask(score, mask, first_position + first + token, token >= 0, S)
+            if SPREAD > 1:
+                score = tl.where(own, score, -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, 0) - headroom)
+            weight = exp(score - new_top[None, :], S.KIND)
+        fade = exp(top - new_top, S.KIND)
+        top = new_top
+        # sums over tokens stay apart by the token's place among 8: no exchange between threads
+        total = total * fade[None, :] + tl.sum(tl.reshape(weight, [TOKENS // 8, 8, N]), 0)
+
+        half = weight.to(tl.float16)
+        new_shifts = ()
+        scaled = ()
+        for g in tl.static_range(VG):
+            v_step = tl.load(v.scale + v_row * VG + g)
+            if not V_HALF:
+                v_step = (v_step.to(tl.float32) * v_unit).to(tl.float16)
+            v_zero = tl.load(v.zero + v_row * VG + g).to(tl.float32)
+            shift = tl.sum(tl.reshape(weight * v_zero[:, None], [TOKENS // 8, 8, N]), 0)
+            new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
+            scaled = scaled + (half * v_step[:, None],)
+        shifts = new_shifts
+        new_outs = ()
+        for d in tl.static_range(VD):
+            folded = _fold_digit(v_words[d], v_shifts[d], V, d, P.PORTABLE)
+            new_outs = new_outs + _add_values(outs, folded, scaled, fade, V, d, P.PORTABLE)
+        outs = new_outs
+    return top, total, shifts, outs
+
+
+@triton.jit
+def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
+    """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
+    channel = tl.arange(0, fold_width(OWN, X.D))
+    ok = column_ok[None, :] & (channel < CHANNELS)[:, None]
+    found = ()
+    for f in tl.static_range(fold_fields(OWN, X.D)):
+        q = tl.load(query_ptr[None, :] + f * CHANNELS + channel[:, None], mask=ok, other=0.0).to(tl.float32)
+        factor = field_factor(OWN, X.D, f) * digit_factor(X.BITS, DIGIT)
+        found = found + ((q * shrink[None, :] * factor).to(tl.float16),)
+    return found
+
+
+@triton.jit
+def _store_digit(
+    partial_ptr, outs, shifts, share, column_ok, unit, N: tl.constexpr, X: tl.constexpr, DIGIT: tl.constexpr, SPREAD: tl.constexpr
+):  # fmt: skip
+    """What a digit adds to the partial output; the lowest one brings the offsets, `shifts`."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
+    WIDTH: tl.constexpr = fold_width(OWN, X.D)
+    FIRST: tl.constexpr = digit_sums(X.BITS, X.D, X.GROUP, DIGIT)
+    ROWS: tl.constexpr = N // SPREAD
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    for f in tl.static_range(fold_fields(OWN, X.D)):
+        for g in tl.static_range(field_first(OWN, X.D, X.GROUP, f), field_end(OWN, X.D, X.GROUP, f)):
+            summed = outs[FIRST + field_sum(OWN, X.D, X.GROUP, f, g)]
+            summed = summed * (unit * (field_factor(OWN, X.D, f) * 2.0 ** digit_above(X.BITS, DIGIT)))
+            if DIGIT == 0:
+                summed += tl.sum(shifts[g], 0)[None, :]
+            if g == field_first(OWN, X.D, X.GROUP, f):
+                out = summed
+            else:
+                out = tl.where((f * CHANNELS + column < g * X.GROUP)[:, None], out, summed)
+        if SPREAD > 1:
+            out = tl.sum(tl.reshape(out * share[None, :], [WIDTH, SPREAD, ROWS]), 1)
+            ok = (column < CHANNELS)[:, None]
+        else:
+            ok = (column < CHANNELS)[:, None] & column_ok[None, :]
+        out_ptr = partial_ptr + row[None, :] * X.D + f * CHANNELS + column[:, None]
+        if DIGIT > 0:
+            out += tl.load(out_ptr, mask=ok, other=0.0)
+        tl.store(out_ptr, out, mask=ok)
+
+
+@triton.jit
+def attend_bulk(
+    query_ptr, k, v, mask, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, first_position, first_k_row, first_v_row,
+    groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """One share of the packed tokens: `groups` groups of keys; at `offset_ptr` is room for N numbers of each.
+
+    `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
+    """
+    # channels that are looked at together before the loop: as many as a field of the lowest digit has
+    KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
+    KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
+    KD: tl.constexpr = digit_count(K.BITS)
+    VD: tl.constexpr = digit_count(V.BITS)
+    VG: tl.constexpr = V.D // V.GROUP
+    SPREAD: tl.constexpr = P.SPREAD
+    # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
+    first_k_row = first_k_row // K.GROUP * K.GROUP
+    first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
+
+    k_column = tl.arange(0, KW)
+    k_column_ok = k_column < KC
+    first_group = first_k_row // K.GROUP
+
+    # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
+    # small groups would spill
+    largest = tl.zeros([N], tl.float32) + TINY
+    largest_k = tl.zeros([P.PART, KW], tl.float32)
+    # a loop of one turn is none: what is read at first is then on its way together
+    for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=1):
+        group = part + tl.arange(0, P.PART)
+        offsets = tl.zeros([P.PART, N], tl.float32)
+        for f in tl.static_range(K.D // KC):
+            q = tl.load(
+                query_ptr[None, :] + f * KC + k_column[:, None],
+                mask=mask.column_ok[None, :] & k_column_ok[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
+            at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
+            at_ok = (group < groups)[:, None] & k_column_ok[None, :]
+            k_steps = tl.load(k.scale + at, mask=at_ok, other=0.0)
+            largest_k = tl.maximum(largest_k, k_steps.to(tl.float32))
+            zero = tl.load(k.zero + at, mask=at_ok, other=0.0).to(tl.float32)
+            offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
+        tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
+    tl.debug_barrier()
+    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, K.GROUP * next_power_of_2(VG))
+    v_top = TINY
+    for part in tl.range(
+        0, LOOK if P.SINGLE and K.GROUP * VG <= MAX_LOOK else groups * K.GROUP * VG, LOOK, num_stages=1
+    ):
+        place = part + tl.arange(0, LOOK)
+        v_steps = tl.load(v.scale + first_v_row * VG + place, mask=place < groups * K.GROUP * VG, other=0.0)
+        v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
+    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY)
+
+    # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
+    K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16
+    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16
+    k_unit = 1.0 / k_top
+    v_unit = 1.0 / v_top
+    # the largest product of query (or probability) and scale is PEAK, or below it for small scales
+    k_peak = tl.minimum(PEAK * k_unit, PEAK) if K_HALF else PEAK
+    v_peak = tl.minimum(PEAK * v_unit, PEAK) if V_HALF else PEAK
+    shrink = k_peak / largest
+    queries = ()
+    for d in tl.static_range(KD):
+        queries = queries + (_queries(query_ptr, mask.column_ok, shrink, K, d),)
+    # undoes 2**-24 of the subnormals and the peak
+    restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)
+    if not K_HALF:
+        restore = restore * k_top
+    # probabilities are exp(score - top) with top so far below the running maximum that they peak at v_peak
+    headroom = tl.log2(v_peak)
+    if S.KIND == 2:
+        headroom = headroom * LN2
+
+    top = tl.zeros([N], tl.float32) + LOWEST
+    total = tl.zeros([8, N], tl.float32)
+    shifts = ()
+    for g in tl.static_range(VG):
+        shifts = shifts + (tl.zeros([8, N], tl.float32),)
+    # a field that has channels of several groups is summed up with the scales of each
+    outs = ()
+    for d in tl.static_range(VD):
+        for _ in tl.static_range(
+            digit_sums(V.BITS, V.D, V.GROUP, d), digit_sums(V.BITS, V.D, V.GROUP, d + 1)
+        ):
+            outs = outs + (tl.zeros([fold_width(digit_bits(V.BITS, d), V.D), N], tl.float32),)
+
+    # groups that no query sees are left out, the mask is read up to the last token that it changes
+    skipped = 0
+    masked = 0
+    if S.KIND != 0:
+        masked = groups
+        if S.SHARED:
+            unseen, changed = reach(
+                mask, first_position, groups * K.GROUP, S, P.PART * min(MAX_LOOK // 2, K.GROUP)
+            )
+            skipped = unseen // K.GROUP
+            masked = tl.maximum((changed + K.GROUP - 1) // K.GROUP, skipped)
+    STEPS: tl.constexpr = max(1, K.GROUP // P.TOKENS)
+    full = (groups - skipped) // SPREAD
+    if S.KIND != 0:
+        masked = tl.minimum((masked - skipped + SPREAD - 1) // SPREAD, full)
+        top, total, shifts, outs = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K, V, S, True, N, P.TOKENS, P.STAGES, P,
+        )  # fmt: skip
+    if S.KIND == 0 or S.SHARED:
+        top, total, shifts, outs = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SPREAD, (full - masked) * STEPS,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K, V, S, False, N, P.TOKENS, P.STAGES, P,
+        )  # fmt: skip
+    if SPREAD > 1:
+        # groups that do not fill a step
+        top, total, shifts, outs = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SPREAD, groups - skipped - full * SPREAD,
+            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            K, V, S, S.KIND != 0, N, K.GROUP, 1, P,
+        )  # fmt: skip
+
+    ROWS: tl.constexpr = N // SPREAD
+    row = tl.arange(0, ROWS)
+    sums = tl.sum(total, 0)
+    share = sums
+    if SPREAD > 1:
+        whole_top = tl.max(tl.reshape(top, [SPREAD, ROWS]), 0)
+        share = exp(tl.reshape(top, [SPREAD, ROWS]) - whole_top[None, :], S.KIND)
+        sums = tl.sum(tl.reshape(sums, [SPREAD, ROWS]) * share, 0)
+        share = tl.reshape(share, [N])
+        top = whole_top
+    unit = 16777216.0
+    if not V_HALF:
+        unit = unit * v_top
+    for d in tl.static_range(VD):
+        if d > 0:
+            # other threads added the digit before
+            tl.debug_barrier()
+        _store_digit(partial_ptr, outs, shifts, share, mask.column_ok, unit, N, V, d, SPREAD)
+    tl.store(stats_ptr + row, top)
+    tl.store(stats_ptr + N + row, sums)
