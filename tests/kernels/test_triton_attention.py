@@ -21,7 +21,8 @@ from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
-from kvmix_kernels.triton import attention, configs
+from kvmix_kernels.triton import configs
+from kvmix_kernels.triton.launch_plan import has_bulk_path
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -239,7 +240,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
 @pytest.mark.parametrize("D", [32, 80, 96, 192, 256])
 def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
-    assert attention.has_bulk_path(k, v, D, 1)
+    assert has_bulk_path(k, v, D, 1)
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
 
 
@@ -258,7 +259,7 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
 )
 def test_the_bulk_path_where_a_field_has_channels_of_several_groups(D: int, bits: int, size: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", size, 32, 0, 0)
-    assert attention.has_bulk_path(k, v, D, 1)
+    assert has_bulk_path(k, v, D, 1)
     config = configs.AttendConfig(tokens=64, spread=2)
     check(k, v, B=1, Hkv=2, group=3, Lq=1, D=D, Dv=D, L=170, spread=8.0, config=config)
 
@@ -299,7 +300,7 @@ def test_tokens_hidden_from_all_query_rows(hidden: Ranges, group: int, mask: str
 def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
     g = torch.Generator().manual_seed(3)
     k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in ("channel", "token"))
-    assert attention.has_bulk_path(k, v, 64, 1)
+    assert has_bulk_path(k, v, 64, 1)
     x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
     caches = []
     for tokens, fmt in zip(x, (k, v), strict=True):

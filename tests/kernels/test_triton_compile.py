@@ -25,7 +25,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     from kvmix_kernels import layout
     from kvmix_kernels.cached import allocate
     from kvmix_kernels.layout import make_format
-    from kvmix_kernels.triton import attention, configs, reading, storage
+    from kvmix_kernels.triton import attention, configs, launch_plan, reading, storage
 
     D, group = case["head_dim"], case["group"]
     k = make_format(case["bits"], "channel", group, 128, 0, 128)
@@ -46,7 +46,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             recorded(attention, "attend_kernel", "combine_kernel") as found,
         ):
             patch.setattr(configs, "device_name", lambda _: case["gpu"])
-            columns = min(max(8, 4 * Lq), attention.MAX_BULK_COLUMNS)
+            columns = min(max(8, 4 * Lq), launch_plan.MAX_BULK_COLUMNS)
             config = configs.attend_config(
                 case["gpu"], case["bits"], case["bits"], D, group, columns, True, 512
             )

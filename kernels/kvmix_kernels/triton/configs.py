@@ -57,7 +57,7 @@ def _device_name(index: int | None) -> str:
 def entries(name: str) -> tuple[dict[str, dict[str, Any]], ...]:
     """Entries for a GPU, most specific source first."""
     found: list[dict[str, dict[str, Any]]] = []
-    folder = resources.files(__package__) / "configs"
+    folder = resources.files("kvmix_kernels.triton") / "configs"
     for stem in dict.fromkeys((name, "default")):
         file = folder / f"{stem}.json"
         if file.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtyp
 
 def decode_inputs(
     case: Case, k: TensorFormat, v: TensorFormat, dtype: torch.dtype = torch.bfloat16
-) -> list[object]:
+) -> list[Any]:
     """Arguments of `attend` for one decode step on a fixed cache that is full but for the new token."""
     capacity = case.tokens + 1
     shape = (case.batch, case.heads, 1, case.head_dim)

@@ -121,9 +121,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="every timing, one a line; default: standard output")
     options = parser.parse_args()
     cases = [Case.parse(name) for name in options.case or ["b64 h8x4 n8192 d128", "b1 h8x4 n131072 d128"]]
-    settings: list[Setting] = [
-        tuple(map(int, text.split(","))) for text in options.bits or ["2,2,128,0", "4,4,128,0"]
-    ]
+    named = [text.split(",") for text in options.bits or ["2,2,128,0", "4,4,128,0"]]
+    settings = [(int(kb), int(vb), int(kg), int(vg)) for kb, vb, kg, vg in named]
     sweep = {name: list(map(int, values.split(","))) for name, values in
              (part.split("=") for part in options.sweep.split(";"))}  # fmt: skip
     log = options.log.open("w") if options.log else sys.stdout

@@ -1,0 +1,213 @@
+"""How one attention launch is cut, as arithmetic on plain numbers: no tensor, no device, no Triton.
+
+`attend_plan` chooses the path of the packed tokens, the columns, the shares of the tokens and the scratch that
+they need. `attention.attend` checks its arguments, asks for a plan and launches.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from kvmix_kernels import layout
+from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
+from kvmix_kernels.triton import configs
+from kvmix_kernels.triton.configs import AttendConfig
+
+MIN_DOT = layout.FIELD_CHANNELS
+"""Smallest inner dimension of a half-precision dot."""
+
+MAX_BULK_COLUMNS = 16
+"""Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
+MAX_COLUMNS = 64
+"""Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
+MIN_PART, MAX_PART = 16, 32
+"""Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
+FEW_SPLITS = 8
+"""Up to here one warp merges a row."""
+REST_SHARE = 128
+"""Tokens outside the bulk that one program should not fall below."""
+
+
+class Step(NamedTuple):
+    """What is asked for.
+
+    heads: KV heads of all sequences; rows: query rows of one; D, Dv: channels of keys and values; length: tokens
+    cached, or the capacity; new: the step's own; positive: whether larger products are larger scores; half:
+    whether the query is in half precision; alike: whether all raw tokens are in the query's dtype.
+    """
+
+    heads: int
+    rows: int
+    D: int
+    Dv: int
+    length: int
+    new: int
+    positive: bool
+    half: bool
+    alike: bool
+
+
+class FormPlan(NamedTuple):
+    """Of one tensor, what `kernels.forms.Form` holds."""
+
+    bits: int
+    axis: int
+    group: int
+    channels: int
+    block: int
+    padded: int
+
+
+class AttendPlan(NamedTuple):
+    """One launch of `attend_kernel` and one of `combine_kernel`.
+
+    keys, values: how they are stored; columns, column_blocks: query rows of a program, and programs that share
+    a head's; tokens, spread, stages: of a step of the bulk, and how many groups it takes beside each other;
+    bulk_splits, splits: shares of a head's tokens, those of the bulk and all; part, room: offsets that are
+    made at a time, and that a share has room for; v_align: what rows of values begin at multiples of; rest_*: of
+    the other tokens; warps, registers: of `attend_kernel`; merge_*: of `combine_kernel`.
+    """
+
+    keys: FormPlan
+    values: FormPlan
+    bulk: bool
+    columns: int
+    column_blocks: int
+    tokens: int
+    spread: int
+    stages: int
+    bulk_splits: int
+    splits: int
+    part: int
+    room: int
+    v_align: int
+    exact_half: bool
+    rest_packed: bool
+    rest_half: bool
+    rest_tokens: int
+    rest_stages: int
+    warps: int
+    registers: int
+    merge_channels: int
+    merge_blocks: int
+    merge_splits: int
+    merge_chunk: int
+    merge_warps: int
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n (and at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int, rows: int) -> bool:
+    """Whether packed tokens of these formats can take the fast path for `rows` query rows."""
+    k, v = key_format, value_format
+    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_COLUMNS:
+        return False
+    group = layout.channel_group(v, Dv)
+    return k.group_size >= MIN_DOT and k.group_size & (k.group_size - 1) == 0 and Dv // group <= 8
+
+
+@lru_cache(256)
+def form_plan(fmt: TensorFormat, head_dim: int) -> FormPlan:
+    """How a tensor's tokens are to be read. Kept: every layer asks."""
+    group = 1
+    if not fmt.is_raw:
+        group = layout.channel_group(fmt, head_dim) if fmt.axis == AXIS_TOKEN else fmt.group_size
+    padded = max(16, next_power_of_2(head_dim))
+    return FormPlan(fmt.bits, fmt.axis, group, head_dim, layout.plane_block(fmt), padded)
+
+
+@lru_cache(256)
+def attend_plan(
+    key_format: TensorFormat,
+    value_format: TensorFormat,
+    step: Step,
+    gpu: str,
+    config: AttendConfig | None = None,
+) -> AttendPlan:
+    """The plan of one launch; `config` overrides the parameters tuned for `gpu`. Kept: every layer asks."""
+    k, v = key_format, value_format
+    keys, values = form_plan(k, step.D), form_plan(v, step.Dv)
+    bulk = step.positive and has_bulk_path(k, v, step.Dv, step.rows)
+    N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, next_power_of_2(step.rows)))
+    column_blocks = -(-step.rows // N)
+    if config is None:
+        config = configs.attend_config(gpu, k.bits, v.bits, step.D, keys.group, N, bulk, step.heads)
+
+    # columns that rows do not need take other groups of keys
+    spread = 1
+    if bulk and column_blocks == 1:
+        spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // keys.group, config.spread))
+
+    # shares: fixed by the capacity, filled evenly by however many tokens are alive
+    heads = step.heads * column_blocks
+    bulk_splits, part, room = 0, MIN_PART, 0
+    outside = step.length + step.new
+    same = (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window)
+    groups = _bulk_groups(k, v, step.length, keys.group) if bulk else 0
+    bulk = groups > 0
+    if bulk:
+        fitting = min(groups, config.programs // heads, config.max_splits)
+        bulk_splits = max(1, fitting, -(-groups // config.max_groups))
+        # of a share, which has room for the offsets of as many groups
+        share = -(-groups // bulk_splits)
+        most = MAX_PART * config.warps * 128 // next_power_of_2(max(128, step.D))
+        part = max(MIN_PART, min(next_power_of_2(share), most))
+        room = -(-share // part) * part
+        # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
+        # values differ the edges of groups
+        apart = 0 if same else 2 * keys.group
+        waiting = max(k.window + k.tile, v.window + v.tile)
+        outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
+    rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
+    rest_splits = -(-outside // REST_SHARE)
+    if not bulk:
+        rest_splits = max(1, min(rest_splits, config.programs // heads))
+    splits = bulk_splits + rest_splits
+
+    # the tuned parameters are those of half-precision tiles of raw tokens with heads of up to 128 channels
+    rest_half = step.half and step.alike and not rest_packed
+    rest_tokens, rest_stages = config.rest_tokens, config.rest_stages
+    if not rest_half:
+        rest_tokens, rest_stages = min(rest_tokens, 32), 1
+    rest_tokens = max(16, min(rest_tokens, 64 * 128 // max(keys.padded, values.padded)))
+
+    # few shares: a program merges whole rows; many: there are few rows, so programs share each
+    few = splits <= FEW_SPLITS
+    channels = values.padded if few else 32
+    return AttendPlan(
+        keys=keys,
+        values=values,
+        bulk=bulk,
+        columns=N,
+        column_blocks=column_blocks,
+        tokens=min(keys.group * spread, config.tokens) if bulk else 16,
+        spread=spread,
+        stages=config.stages,
+        bulk_splits=bulk_splits,
+        splits=splits,
+        part=part,
+        room=room,
+        v_align=math.gcd(keys.group, k.sink - v.sink),
+        exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
+        rest_packed=rest_packed,
+        rest_half=rest_half,
+        rest_tokens=rest_tokens,
+        rest_stages=rest_stages,
+        warps=config.warps,
+        registers=config.registers,
+        merge_channels=channels,
+        merge_blocks=-(-step.Dv // channels),
+        merge_splits=next_power_of_2(splits),
+        merge_chunk=min(32, next_power_of_2(splits)),
+        merge_warps=1 if few else 4,
+    )
+
+
+def _bulk_groups(k: TensorFormat, v: TensorFormat, length: int, group: int) -> int:
+    """Whole groups of keys whose values are packed, too."""
+    return max(0, min(k.packed_end(length), v.packed_end(length)) - max(k.sink, v.sink)) // group
