@@ -12,8 +12,10 @@ from kvmix_kernels import layout
 from kvmix_kernels.errors import FormatError
 from kvmix_kernels.layout import TensorFormat
 
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 """As `layout.SCALE_DTYPES`."""
+ZERO_DTYPES = (*SCALE_DTYPES[:3], torch.int8)
+"""Of the offsets beside them."""
 
 
 class Cached(NamedTuple):
@@ -59,6 +61,11 @@ class Cached(NamedTuple):
         return self.tensors[3]
 
     @property
+    def order(self) -> Tensor | None:
+        """Which channel each packed one is, int32 [B, H, D]; None without tiers."""
+        return self.tensors[4] if self.format.order else None
+
+    @property
     def head_dim(self) -> int:
         """D."""
         return int(self.residual.shape[3])
@@ -75,17 +82,15 @@ class Cached(NamedTuple):
 
 def shapes(
     fmt: TensorFormat, head_dim: int, tiles: int, slots: int, dtype: torch.dtype
-) -> list[tuple[tuple[int, int], torch.dtype]]:
-    """Last two dimensions and dtype of each buffer for `tiles` tiles and `slots` raw tokens of `dtype`."""
-    words = 0 if fmt.is_raw else layout.words_per_token(fmt.bits, head_dim)
-    grid = layout.scale_grid(fmt, head_dim, tiles)
-    stored = SCALE_DTYPES[fmt.scale_dtype]
-    return [
-        ((tiles * fmt.tile, words), torch.int16),
-        (grid, stored),
-        (grid, stored),
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of each buffer the dimensions behind batch and heads, and the dtype; raw tokens are of `dtype`."""
+    found: list[tuple[tuple[int, ...], torch.dtype]] = [
+        ((tiles * fmt.tile, layout.row_words(fmt, head_dim)), torch.int16),
+        (layout.scale_grid(fmt, head_dim, tiles), SCALE_DTYPES[fmt.scale_dtype]),
+        (layout.zero_grid(fmt, head_dim, tiles), ZERO_DTYPES[fmt.scale_dtype]),
         ((slots, head_dim), dtype),
     ]
+    return [*found, ((head_dim,), torch.int32)] if fmt.order else found
 
 
 def allocate(
@@ -98,16 +103,19 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Cached:
-    """Zeroed buffers for `tiles` tiles and `slots` raw tokens.
+    """Zeroed buffers for `tiles` tiles and `slots` raw tokens; channels in their own order.
 
     Raises:
         HeadSizeError: heads of `head_dim` channels cannot be stored in this format.
     """
     layout.check_head_size(fmt, head_dim)
-    return Cached(
+    cached = Cached(
         fmt,
         tuple(
             torch.zeros(batch, heads, *size, dtype=kind, device=device)
             for size, kind in shapes(fmt, head_dim, tiles, slots, dtype)
         ),
     )
+    if cached.order is not None:
+        cached.order.copy_(torch.arange(head_dim, dtype=torch.int32, device=device))
+    return cached

@@ -10,6 +10,7 @@ stored in the buffers that `TensorFormat.buffer_names` lists, in that order ever
     scale       scale dtype  [B, Hkv, *grid]                  one per group
     zero_point  scale dtype  [B, Hkv, *grid]                  value of code 0, added after scaling
     residual    model dtype  [B, Hkv, sink + ring, D]         raw tokens: sink, then recent window
+    order       int32        [B, Hkv, D]                      channels as packed; with tiers alone
 
 Words used throughout: a *segment* is tokens kept alike (sink, packed, window), a *tier* is channels with
 bits of their own (a uniform format has one), a *digit* is a part of a code that is stored by itself, a
@@ -33,6 +34,15 @@ Words are *field-major along D*: b bits take W = D * b / 16 words per token, and
 
 A code is the sum of its digits. Most widths have one; 6 bits are a digit of 4 and above it one of 2, each
 laid out as codes of so many bits. A digit lies in one plane, or, if its bits do not divide a word, in two.
+
+With *tiers* the channels of keys are packed in an order, the most important first: packed channel j is
+channel order[j]. All but the dropped ones have a digit of 2 bits, the first of them a second one above it,
+so 4 bits. Dropped channels are the last; they have no codes, and their offset is the mean of their group.
+
+Scales of one *byte* are float16 whose sign and last 7 bits are 0 (5 bits of exponent, 3 of mantissa). Their
+offsets are a signed byte in quarters of the scale: x = s * (code + z / 4). *Symmetric* formats store no
+offset: it is -s * (2^bits - 1) / 2. Under *rotation* tokens are multiplied by an orthonormal Hadamard matrix
+(`hadamard_block` channels at a time) before they are rounded, and by it again when they are read.
 
 A digit of 3 bits is cut. Codes lie in *columns* of 3 * F bits: code f of column c is channel f * C + c,
 for C columns of F codes. C is D / 8 (F = 8), or for heads of fewer than 128 channels the
@@ -66,12 +76,15 @@ DIGITS: dict[int, tuple[tuple[int, ...], ...]] = {
     4: ((4,),),
     6: ((4,), (2,)),
     8: ((8,),),
+    42: ((2,), (2,)),
 }
 """Per width its digits, lowest first; per digit its planes, in bits per channel. All that a width is.
 
 The functions from here to `cut_column` call no others, so that kernels can call them while they are compiled.
 """
-WIDTHS = tuple(DIGITS)
+TIERED = 42
+"""As the width of a format with tiers: 4 bits in two digits, of which the higher has fewer channels."""
+WIDTHS = tuple(width for width in DIGITS if width != TIERED)
 """Bits that codes can have."""
 RAW_BITS = 16
 BITS = (*WIDTHS, RAW_BITS)
@@ -80,8 +93,18 @@ AXIS_CHANNEL = 0
 AXIS_TOKEN = 1
 AXES = {"channel": AXIS_CHANNEL, "token": AXIS_TOKEN}
 
-SCALE_DTYPES = ("float16", "bfloat16", "float32")
-SCALE_ITEMSIZE = (2, 2, 4)
+SCALE_DTYPES = ("float16", "bfloat16", "float32", "byte")
+SCALE_ITEMSIZE = (2, 2, 4, 1)
+BYTE_SCALES = SCALE_DTYPES.index("byte")
+FLOAT_SCALES = SCALE_DTYPES[:BYTE_SCALES]
+
+ORDERS = ("none", "plan", "prompt")
+"""Who says how the channels of a format with tiers are ordered: the plan, or the first tokens packed."""
+ORDER_NONE, ORDER_PLAN, ORDER_PROMPT = range(3)
+
+TIER_BITS = (4, 2, 0)
+TIER_CHANNELS = 8
+"""Counts of channels of tiers are multiples of it: a word holds the 2-bit digits of as many."""
 
 WHOLE_HEAD = 0
 """As `group_size` with axis "token": one group over all channels of the head."""
@@ -105,15 +128,27 @@ MIN_GROWING_TILES = 2
 
 BUFFER_NAMES = ("qdata", "scale", "zero_point", "residual")
 
+NARROW_SPAN = 80
+"""Percent of a group's range that codes of 2 bits cover where nobody says: in tiers and symmetric formats."""
+
 ALL_CHANNELS = 0
 """As the channels of a tier: those of the whole head."""
 
 
+PLAIN_NUMBERS = 7
+"""Of the encoding of a format that has nothing but bits, axis, group, tile, sink, window and scale dtype."""
+
+
 class Tier(NamedTuple):
-    """Channels that are stored alike. bits: of their codes; channels: how many, or ALL_CHANNELS."""
+    """Channels that are stored alike.
+
+    bits: of their codes, 0 for dropped channels; channels: how many, or ALL_CHANNELS; span: how much of a
+    group's range the codes cover, in percent.
+    """
 
     bits: int
     channels: int = ALL_CHANNELS
+    span: int = 100
 
 
 class TensorFormat(NamedTuple):
@@ -122,7 +157,8 @@ class TensorFormat(NamedTuple):
     tiers: channels with bits of their own, one tier for a uniform format, whose bits are 1, 2, 3, 4, 6, 8 or
     16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of one channel) or AXIS_TOKEN
     (`group_size` consecutive channels of one token); tile: tokens packed together; sink: leading tokens
-    kept raw; window: recent tokens kept raw at least; scale_dtype: index into SCALE_DTYPES.
+    kept raw; window: recent tokens kept raw at least; scale_dtype: index into SCALE_DTYPES; symmetric,
+    rotation: 1 or 0; order: index into ORDERS.
     """
 
     tiers: tuple[Tier, ...]
@@ -132,6 +168,9 @@ class TensorFormat(NamedTuple):
     sink: int
     window: int
     scale_dtype: int
+    symmetric: int = 0
+    rotation: int = 0
+    order: int = ORDER_NONE
 
     @property
     def bits(self) -> int:
@@ -139,18 +178,39 @@ class TensorFormat(NamedTuple):
         return self.tiers[0].bits
 
     @property
+    def code(self) -> int:
+        """The width of its codes, a key of DIGITS: the bits, or TIERED."""
+        return TIERED if len(self.tiers) > 1 else self.bits
+
+    @property
     def label(self) -> str:
-        """Its bits as people write them: "4"."""
-        return str(self.bits)
+        """Its bits as people write them: "4", or "4/2 of 32/96" with tiers."""
+        if len(self.tiers) == 1:
+            return str(self.bits)
+        bits, channels = ("/".join(map(str, part)) for part in list(zip(*self.tiers, strict=True))[:2])
+        return f"{bits} of {channels}"
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers of a tensor in this format, in the order in which ops take and return them."""
-        return BUFFER_NAMES
+        return BUFFER_NAMES if self.order == ORDER_NONE else (*BUFFER_NAMES, "order")
+
+    def channels(self, head_dim: int) -> tuple[int, int]:
+        """Channels of the lowest digit (all but the dropped ones) and of those above it."""
+        if len(self.tiers) == 1:
+            return head_dim, head_dim
+        counts = {tier.bits: tier.channels for tier in self.tiers}
+        return head_dim - counts.get(0, 0), counts[4]
 
     def encode(self) -> list[int]:
-        """As ops take it, an `int[]`. `decode` is the inverse; nothing else knows the order."""
-        return [self.bits, *self[1:]]
+        """As ops take it, an `int[]`. `decode` is the inverse; nothing else knows the order.
+
+        PLAIN_NUMBERS, as formats had before there was more to say, and more where there is.
+        """
+        plain = [self.bits, *self[1:PLAIN_NUMBERS]]
+        if self.tiers == (Tier(self.bits),) and not any(self[PLAIN_NUMBERS:]):
+            return plain
+        return [*plain, *self[PLAIN_NUMBERS:], *(number for tier in self.tiers for number in tier)]
 
     @staticmethod
     def decode(numbers: Sequence[int]) -> TensorFormat:
@@ -164,7 +224,7 @@ class TensorFormat(NamedTuple):
     @property
     def is_raw(self) -> bool:
         """Whether tokens are never packed."""
-        return self.bits == RAW_BITS
+        return self.tiers[0].bits == RAW_BITS
 
     @property
     def ring(self) -> int:
@@ -189,13 +249,17 @@ class TensorFormat(NamedTuple):
 
 @cache
 def _decoded(numbers: tuple[int, ...]) -> TensorFormat:
-    if len(numbers) != len(TensorFormat._fields):
-        raise FormatError(
-            f"a format is {len(TensorFormat._fields)} numbers, as TensorFormat.encode writes them, "
-            f"got {len(numbers)}"
-        )
-    bits, *rest = numbers
-    return TensorFormat((Tier(bits),), *rest)
+    count = len(TensorFormat._fields)
+    plain, more, tiers = numbers[1:PLAIN_NUMBERS], numbers[PLAIN_NUMBERS:count], numbers[count:]
+    if (
+        len(plain) != PLAIN_NUMBERS - 1
+        or len(more) not in (0, 3)
+        or len(tiers) % 3
+        or bool(more) != bool(tiers)
+    ):
+        raise FormatError(f"a format is numbers as TensorFormat.encode writes them, got {len(numbers)}")
+    found = tuple(Tier(*tiers[i : i + 3]) for i in range(0, len(tiers), 3)) or (Tier(numbers[0]),)
+    return TensorFormat(found, *plain, *more)
 
 
 def make_format(
@@ -206,14 +270,29 @@ def make_format(
     sink: int = 0,
     window: int = 32,
     scale_dtype: str | int = "float16",
+    tiers: Sequence[tuple[int, int]] = (),
+    order: str | int = "none",
+    symmetric: bool = False,
+    rotation: bool = False,
+    span: int | None = None,
 ) -> TensorFormat:
     """Check the parts of a format against each other and return it.
+
+    `tiers` are (bits, channels), 4 bits first, then 2 and 0 (dropped), which add up to the head; `bits` is
+    then 4, and `order` says who orders the channels. `span` is how much of a group's range the codes cover,
+    of tiers those of 2 bits, in percent; None is 80 for tiers and symmetric codes of 2 bits, else 100.
 
     Raises:
         FormatError: naming the part that does not fit and the values that would.
     """
     if bits not in BITS:
         raise FormatError(f"bits must be one of {BITS}, got {bits!r}")
+    if isinstance(order, str):
+        if order not in ORDERS:
+            raise FormatError(f"order must be one of {ORDERS}, got {order!r}")
+        order = ORDERS.index(order)
+    if span is not None and not 1 <= span <= 100:
+        raise FormatError(f"span must be between 1 and 100 percent, got {span}")
     if isinstance(axis, str):
         if axis not in AXES:
             raise FormatError(f'axis must be "channel" or "token", got {axis!r}')
@@ -238,7 +317,48 @@ def make_format(
                 f'group_size {group_size} must be a multiple of 16 with axis="token" '
                 f"(or {WHOLE_HEAD} for the whole head)"
             )
-    return TensorFormat((Tier(bits),), axis, group_size, tile, sink, window, scale_dtype)
+    if rotation and (axis != AXIS_TOKEN or bits == RAW_BITS):
+        raise FormatError(
+            'rotation needs packed codes with axis="token": rotated keys lose the channels that tell them '
+            "apart, so leave rotation to values"
+        )
+    if symmetric and not rotation:
+        raise FormatError(
+            "symmetric codes need rotation: without it they lose most of what values say; set rotation or "
+            "leave symmetric out"
+        )
+    found = (Tier(bits, span=_span(bits, symmetric, span)),)
+    if tiers:
+        found = _tiers(tiers, bits, axis, order, span)
+    elif order:
+        raise FormatError("an order of channels needs tiers, which are packed in that order")
+    return TensorFormat(
+        found, axis, group_size, tile, sink, window, scale_dtype, int(symmetric), int(rotation), order
+    )
+
+
+def _span(bits: int, symmetric: bool, span: int | None) -> int:
+    if span is not None:
+        return span
+    return NARROW_SPAN if symmetric and bits == 2 else 100
+
+
+def _tiers(
+    tiers: Sequence[tuple[int, int]], bits: int, axis: int, order: int, span: int | None
+) -> tuple[Tier, ...]:
+    given = [width for width, _ in tiers]
+    if len(set(given)) != len(given) or given != [width for width in TIER_BITS if width in given]:
+        raise FormatError(f"tiers must be of {TIER_BITS} bits, each once and in this order, got {given}")
+    if len(given) < 2 or given[0] != 4 or bits != 4:
+        raise FormatError("tiers need some channels at 4 bits and others below: use bits=4, or bits alone")
+    if any(count < TIER_CHANNELS or count % TIER_CHANNELS for _, count in tiers):
+        raise FormatError(f"channels of a tier must be multiples of {TIER_CHANNELS}, got {tiers}")
+    if axis != AXIS_CHANNEL:
+        raise FormatError('tiers of channels need axis="channel"')
+    if order == ORDER_NONE:
+        raise FormatError('tiers need an order of channels: order="plan" or "prompt"')
+    narrow = NARROW_SPAN if span is None else span
+    return tuple(Tier(width, count, narrow if width == 2 else 100) for width, count in tiers)
 
 
 @cache
@@ -249,6 +369,11 @@ def check_head_size(fmt: TensorFormat, head_dim: int) -> None:
     if head_dim < WORD_BITS or head_dim % WORD_BITS:
         raise HeadSizeError(
             f"head size {head_dim} is not a multiple of {WORD_BITS}: keep this layer at 16 bits"
+        )
+    if len(fmt.tiers) > 1 and sum(tier.channels for tier in fmt.tiers) != head_dim:
+        raise HeadSizeError(
+            f"tiers of {[tier.channels for tier in fmt.tiers]} channels do not add up to the head size "
+            f"{head_dim}: take counts that do"
         )
     group = channel_group(fmt, head_dim)
     if fmt.axis == AXIS_TOKEN and head_dim % group:
@@ -288,9 +413,23 @@ def is_cut(bits: int) -> bool:
     return any(len(digit) > 1 for digit in DIGITS[bits])
 
 
-def words_per_token(bits: int, head_dim: int) -> int:
-    """16-bit words that hold the codes of one token of one head."""
-    return sum(head_dim * width // WORD_BITS for digit in DIGITS[bits] for width in digit)
+def hadamard_block(head_dim: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides the head."""
+    return head_dim & -head_dim
+
+
+def words_per_token(bits: int, head_dim: int, above: int | None = None) -> int:
+    """16-bit words that hold the codes of one token of one head; arguments as of `plane_words`."""
+    return sum(
+        (head_dim if above is None or i == 0 else above) * width // WORD_BITS
+        for i, digit in enumerate(DIGITS[bits])
+        for width in digit
+    )
+
+
+def row_words(fmt: TensorFormat, head_dim: int) -> int:
+    """16-bit words of one token of one head: the rows of qdata."""
+    return 0 if fmt.is_raw else words_per_token(fmt.code, *fmt.channels(head_dim))
 
 
 def reads(version: int, bits: int) -> bool:
@@ -311,14 +450,18 @@ class BitField(NamedTuple):
     channel: int
 
 
-def plane_words(bits: int, head_dim: int) -> tuple[int, ...]:
-    """Words per token of each plane."""
-    return tuple(head_dim * width // WORD_BITS for digit in DIGITS[bits] for width in digit)
+def plane_words(bits: int, head_dim: int, above: int | None = None) -> tuple[int, ...]:
+    """Words per token of each plane; `above`: channels of digits above the lowest, if they are fewer."""
+    return tuple(
+        (head_dim if above is None or i == 0 else above) * width // WORD_BITS
+        for i, digit in enumerate(DIGITS[bits])
+        for width in digit
+    )
 
 
 def plane_block(fmt: TensorFormat) -> int:
     """Tokens whose planes lie together; a power of two that divides the tile (1 for a single plane)."""
-    several = not fmt.is_raw and len(plane_words(fmt.bits, WORD_BITS)) > 1
+    several = not fmt.is_raw and len(plane_words(fmt.code, WORD_BITS)) > 1
     return min(BLOCK_TOKENS, fmt.tile & -fmt.tile) if several else 1
 
 
@@ -351,12 +494,12 @@ def cut_column(copies: int) -> Cut:
 
 
 @cache
-def bit_fields(bits: int, head_dim: int) -> tuple[BitField, ...]:
+def bit_fields(bits: int, head_dim: int, above: int | None = None) -> tuple[BitField, ...]:
     """Where all bits of all codes lie: digit by digit, plane by plane, in the order of channels."""
     return tuple(
         field._replace(plane=digit.first + field.plane, above=digit.above + field.above)
-        for digit in digits(bits)
-        for field in _digit_fields(digit.bits, head_dim)
+        for i, digit in enumerate(digits(bits))
+        for field in _digit_fields(digit.bits, head_dim if above is None or i == 0 else above)
     )
 
 
@@ -380,13 +523,19 @@ def _digit_fields(bits: int, head_dim: int) -> list[BitField]:
 
 
 def scale_grid(fmt: TensorFormat, head_dim: int, tiles: int) -> tuple[int, int]:
-    """Last two dimensions of `scale` and `zero_point` for `tiles` tiles."""
+    """Last two dimensions of `scale` for `tiles` tiles."""
     tokens = tiles * fmt.tile
     if fmt.is_raw:
         return (0, head_dim)
     if fmt.axis == AXIS_CHANNEL:
         return (tokens // fmt.group_size, head_dim)
     return (tokens, head_dim // channel_group(fmt, head_dim))
+
+
+def zero_grid(fmt: TensorFormat, head_dim: int, tiles: int) -> tuple[int, int]:
+    """Last two dimensions of `zero_point`: those of `scale`, or no columns for symmetric formats."""
+    rows, columns = scale_grid(fmt, head_dim, tiles)
+    return (rows, 0 if fmt.symmetric else columns)
 
 
 def growing_tiles(fmt: TensorFormat, length: int, maximum: Callable[[Any, Any], Any] = max) -> int:
@@ -435,19 +584,27 @@ def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int
         raise CapacityError.exceeded(count, length, room)
 
 
+ORDER_ITEMSIZE = 4
+
+
 def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, itemsize: int) -> int:
-    """Bytes of all four buffers for one batch row and one KV head."""
+    """Bytes of all buffers for one batch row and one KV head."""
     raw = slots * head_dim * itemsize
     if fmt.is_raw:
         return raw
-    rows, columns = scale_grid(fmt, head_dim, tiles)
-    codes = tiles * fmt.tile * words_per_token(fmt.bits, head_dim) * 2
-    return codes + 2 * rows * columns * SCALE_ITEMSIZE[fmt.scale_dtype] + raw
+    (rows, columns), (_, offsets) = scale_grid(fmt, head_dim, tiles), zero_grid(fmt, head_dim, tiles)
+    codes = tiles * fmt.tile * row_words(fmt, head_dim) * 2
+    order = head_dim * ORDER_ITEMSIZE if fmt.order else 0
+    return codes + rows * (columns + offsets) * SCALE_ITEMSIZE[fmt.scale_dtype] + raw + order
 
 
 def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
-    """Bits of one packed element: its code and its share of scale and offset."""
+    """Bits of one packed element: its code and its share of scale and offset.
+
+    What a sequence has once, the order of its channels, is not in it.
+    """
     if fmt.is_raw:
         return float(RAW_BITS)
-    group = fmt.group_size if fmt.axis == AXIS_CHANNEL else channel_group(fmt, head_dim)
-    return fmt.bits + 2 * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group
+    (rows, columns), (_, offsets) = scale_grid(fmt, head_dim, 1), zero_grid(fmt, head_dim, 1)
+    numbers = rows * (columns + offsets) * 8 * SCALE_ITEMSIZE[fmt.scale_dtype]
+    return WORD_BITS * row_words(fmt, head_dim) / head_dim + numbers / (fmt.tile * head_dim)

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, allocate, shapes
 from kvmix_kernels.cpu import attention as cpu_attention
-from kvmix_kernels.errors import CapacityError
+from kvmix_kernels.errors import CapacityError, FormatError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import attention, storage
 
@@ -33,11 +33,11 @@ _USE_TRITON = os.environ.get("KVMIX_KERNELS", "triton") != "reference"
 """CUDA tensors take the Triton kernels unless the environment says KVMIX_KERNELS=reference."""
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_library.define("quantize_pack(Tensor x, Tensor? mask, int[] format) -> Tensor[]")
+_library.define("quantize_pack(Tensor x, Tensor? mask, int[] format, Tensor? hint=None) -> Tensor[]")
 # only what is written may stand in an (a!) list: functionalization copies the others as well
 _library.define(
     "append_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor new_keys, Tensor new_values, Tensor? mask, "
-    "Tensor? start, SymInt length, int[] key_format, int[] value_format) -> ()",
+    "Tensor? start, SymInt length, int[] key_format, int[] value_format, Tensor? query=None) -> ()",
 )
 _library.define(
     "attend(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
@@ -51,18 +51,38 @@ def _live(start: Tensor | None, length: int) -> int:
     return length if start is None else int(start)
 
 
-def _quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
+def _quantize_pack(
+    x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
+) -> list[Tensor]:
     """Buffers of a growing cache holding the tokens x [B, H, L, D]; reads x once.
 
     `mask` is the attention mask of the step that made the tokens: what its last row hides is
-    padding and does not widen any group.
+    padding and does not widen any group. `hint` is what an order of channels comes from where the format
+    has one: the order itself, [H, D] or [B, H, D], if it is the plan's, and the queries of the step,
+    [B, Hq, L, D], if it is the prompt's.
+
+    Raises:
+        FormatError: the plan's order is missing, or is none of this head.
     """
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     cached = allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
-    storage.append(cached, x, storage.valid_tokens(mask, B), 0)
+    if fmt.order == layout.ORDER_PLAN and cached.order is not None:
+        cached.order.copy_(_checked_order(hint, H, D))
+    query = hint if fmt.order == layout.ORDER_PROMPT else None
+    storage.append(cached, x, storage.valid_tokens(mask, B), 0, query)
     return list(cached.tensors)
+
+
+def _checked_order(order: Tensor | None, heads: int, head_dim: int) -> Tensor:
+    if order is None or order.shape[-2:] != (heads, head_dim):
+        found = None if order is None else list(order.shape)
+        raise FormatError(
+            f"this format packs channels in the plan's order, which has to be given as [{heads}, "
+            f'{head_dim}], got {found}: take the order from a profile of this model, or order="prompt"'
+        )
+    return order
 
 
 def _append_(
@@ -75,8 +95,11 @@ def _append_(
     length: int,
     key_format: list[int],
     value_format: list[int],
+    query: Tensor | None = None,
 ) -> None:
     """Append the tokens `new_keys`, `new_values` [B, H, Lq, D] in place and flush what left the window.
+
+    `query`: the step's queries, [B, Hq, Lq, D], for formats that choose an order of channels from them.
 
     Raises:
         CapacityError: the buffers are too small, or with `start` given the capacity `length` is; nothing has
@@ -91,7 +114,7 @@ def _append_(
     # only a flush asks which tokens are padding
     flushes = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
     valid = storage.valid_tokens(mask, new_keys.shape[0]) if flushes else None
-    storage.append(both[0], new_keys, valid, live)
+    storage.append(both[0], new_keys, valid, live, query)
     storage.append(both[1], new_values, valid, live)
 
 
@@ -135,7 +158,9 @@ def _dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, for
     return full
 
 
-def _fake_quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
+def _fake_quantize_pack(
+    x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
+) -> list[Tensor]:
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     tiles = layout.growing_tiles(fmt, L, torch.sym_max)

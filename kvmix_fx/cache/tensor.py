@@ -25,7 +25,7 @@ from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
-from kvmix_kernels.layout import BUFFER_NAMES, TensorFormat
+from kvmix_kernels.layout import BUFFER_NAMES, PLAIN_NUMBERS, TensorFormat
 from kvmix_kernels.reference import storage
 
 # dims that grow, or differ between caches: marked so that a compiler treats them as symbols from the
@@ -286,8 +286,9 @@ class QuantizedKVTensor(torch.Tensor):
             CacheVersionError: it was saved under another packed layout.
         """
         length, *numbers = state[prefix + "meta"].tolist()
-        count = len(TensorFormat._fields)
-        fmt, version = TensorFormat.decode(numbers[:count]), (*numbers[count:], 1)[0]
+        # version 1 was not written down
+        *numbers, version = numbers if len(numbers) > PLAIN_NUMBERS else [*numbers, 1]
+        fmt = TensorFormat.decode(numbers)
         if not layout.reads(version, fmt.bits):
             raise CacheVersionError(
                 f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and "

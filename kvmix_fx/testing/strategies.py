@@ -39,7 +39,7 @@ def quant_specs(draw: st.DrawFn, head_dim: int = 128, bits: tuple[int, ...] = la
         along_tokens if axis == "channel" else st.sampled_from((*along_head, "head"))
     )
     return QuantSpec(
-        draw(st.sampled_from(bits)), axis, group_size, draw(st.sampled_from(layout.SCALE_DTYPES))
+        draw(st.sampled_from(bits)), axis, group_size, draw(st.sampled_from(layout.FLOAT_SCALES))
     )
 
 

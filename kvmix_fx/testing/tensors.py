@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.reference.scales import load_scale, load_zero
 
 FAMILIES = ("normal", "outlier channels", "constant", "huge", "tiny", "offset", "signed zeros")
 
@@ -35,11 +38,17 @@ def values(family: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = 
     return x.to(dtype)
 
 
-def formats(head_dim: int, bits: tuple[int, ...] = layout.BITS) -> st.SearchStrategy[TensorFormat]:
-    """Formats legal for heads of `head_dim` channels, with windows and sinks of odd lengths."""
+def formats(
+    head_dim: int, bits: tuple[int, ...] = layout.BITS, plain: bool = False
+) -> st.SearchStrategy[TensorFormat]:
+    """Formats legal for heads of `head_dim` channels, with windows and sinks of odd lengths.
+
+    `plain`: without tiers, rotation, symmetric codes, narrowed ranges and scales of a byte.
+    """
 
     @st.composite
     def draw_format(draw: st.DrawFn) -> TensorFormat:
+        width = draw(st.sampled_from(bits))
         axis = draw(st.sampled_from(("channel", "token")))
         if axis == "channel":
             group = draw(st.sampled_from((1, 8, 16, 32)))
@@ -48,23 +57,49 @@ def formats(head_dim: int, bits: tuple[int, ...] = layout.BITS) -> st.SearchStra
             sizes = [g for g in range(16, head_dim + 1, 16) if head_dim % g == 0]
             group = draw(st.sampled_from((*sizes, layout.WHOLE_HEAD)))
             tile = draw(st.sampled_from((1, 7, 32)))
+        more: dict[str, Any] = {}
+        if not plain and width != layout.RAW_BITS and draw(st.booleans()):
+            more = {"span": draw(st.sampled_from((None, 80)))}
+            if axis == "token":
+                more |= {"rotation": True, "symmetric": draw(st.booleans())}
+            elif 4 in bits:
+                width, counts = 4, draw(st.sampled_from(_tier_counts(head_dim)))
+                more |= {"tiers": counts, "order": "prompt"}
         return layout.make_format(
-            draw(st.sampled_from(bits)),
+            width,
             axis,
             group,
             tile,
             draw(st.sampled_from((0, 1, 4))),
             draw(st.sampled_from((0, 1, 5, 32))),
-            draw(st.sampled_from(layout.SCALE_DTYPES)),
+            draw(st.sampled_from(layout.FLOAT_SCALES if plain else layout.SCALE_DTYPES)),
+            **more,
         )
 
     return draw_format()
 
 
+def _tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
+    """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped channels."""
+    found = []
+    for high in {8, head_dim // 4 // 8 * 8, head_dim // 2 // 8 * 8} - {0}:
+        found.append(((4, high), (2, head_dim - high)))
+        if head_dim - high > 8:
+            found += [((4, high), (2, head_dim - high - 8), (0, 8)), ((4, high), (0, head_dim - high))]
+    return found
+
+
 def poison(cached: Cached) -> Cached:
-    """The same shapes filled with what must never be read: 0xAA codes and NaN."""
-    # 0xAAAA as int16
-    return cached.map(lambda b: torch.full_like(b, float("nan") if b.is_floating_point() else -21846))
+    """The same shapes filled with what must never be read: 0xAA bytes and NaN. Orders stay: they are read."""
+    # 0xAA in each byte
+    integers = {torch.int16: -21846, torch.uint8: 0xAA, torch.int8: -86}
+
+    def poisoned(b: Tensor) -> Tensor:
+        return (
+            b.clone() if b.dtype == torch.int32 else torch.full_like(b, integers.get(b.dtype, float("nan")))
+        )
+
+    return cached.map(poisoned)
 
 
 def error_budget(low: Tensor, exact: Tensor, factor: float = 3.0) -> float:
@@ -74,3 +109,15 @@ def error_budget(low: Tensor, exact: Tensor, factor: float = 3.0) -> float:
     """
     lost = (low.double() - exact.double()).abs().max().item()
     return factor * lost + 1e-7 * (1 + exact.abs().max().item())
+
+
+def split_sums_lose(query: Tensor, keys: Cached, stored: Cached, scale: float, exact: Tensor) -> float:
+    """What float32 loses in attention when codes times scales and offsets, which may cancel, are summed apart."""
+
+    def largest(cached: Cached) -> float:
+        step = load_scale(cached.scale, cached.format, torch.float64)
+        grids = (step * (2**cached.format.bits - 1), load_zero(step, cached.zero_point, cached.format))
+        return sum(float(g.nan_to_num(0.0).abs().amax()) for g in grids if g.numel())
+
+    of_scores = largest(keys) * float(query.double().abs().sum(-1).max()) * scale
+    return 2**-22 * (of_scores * float(exact.abs().max()) + largest(stored))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
+from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, split_sums_lose, values
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.cpu import attention as cpu
@@ -127,20 +127,9 @@ def assert_equals_the_reference(got, case):
     assert got.dtype == low.dtype
     assert got.shape == low.shape
     assert torch.equal(got.isnan(), low.isnan())
-    budget = error_budget(low, exact, 4.0) + split_sums_lose(case, exact.abs().max().item())
-    assert (got.double() - exact).abs().max().item() <= budget
-
-
-def split_sums_lose(case, out):
-    """What float32 loses when codes times scales and zero points, which may cancel, are summed apart."""
-
-    def largest(cached):
-        grids = (cached.scale.double() * (2**cached.format.bits - 1), cached.zero_point.double())
-        return sum(g.nan_to_num(0.0).abs().amax().item() for g in grids if g.numel())
-
     query, _, _, keys, stored, _, _, scale, _ = case
-    of_scores = largest(keys) * query.double().abs().sum(-1).max().item() * scale
-    return 2**-22 * (of_scores * out + largest(stored))
+    budget = error_budget(low, exact, 4.0) + split_sums_lose(query, keys, stored, scale, exact)
+    assert (got.double() - exact).abs().max().item() <= budget
 
 
 @given(cases(), st.sampled_from((1, 1 << 12, 1 << 20)))

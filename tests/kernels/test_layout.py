@@ -60,7 +60,7 @@ def test_blocks_of_planes_are_powers_of_two_that_divide_the_tile(fmt):
     block = layout.plane_block(fmt)
     assert block & (block - 1) == 0
     assert fmt.tile % block == 0
-    assert block == 1 or len(layout.plane_words(fmt.bits, 64)) > 1
+    assert block == 1 or len(layout.plane_words(fmt.code, 64)) > 1
 
 
 @pytest.mark.parametrize(

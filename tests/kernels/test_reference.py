@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, values
+from kvmix_fx.testing.tensors import FAMILIES, error_budget, formats, poison, split_sums_lose, values
 from kvmix_kernels import layout, ops
-from kvmix_kernels.cached import Cached, allocate
+from kvmix_kernels.cached import SCALE_DTYPES, Cached, allocate
 from kvmix_kernels.layout import AXIS_CHANNEL
 from kvmix_kernels.reference import quantize as q
 from kvmix_kernels.reference import storage
@@ -71,7 +71,7 @@ def test_three_bits_are_columns_in_two_planes_block_by_block():
     st.sampled_from(FAMILIES),
     st.integers(0, 1000),
     st.sampled_from((torch.float32, torch.float16, torch.bfloat16)),
-    formats(64, PACKED),
+    formats(64, PACKED, plain=True),
 )
 def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
     x = values(family, (2, 2, fmt.tile * 2, 64), seed, dtype)
@@ -85,10 +85,10 @@ def test_error_is_at_most_half_a_step(family, seed, dtype, fmt):
         else (lambda t: t.repeat_interleave(group, 3))
     )
     step, offset = spread(scale.double()), spread(zero_point.double())
-    eps = torch.finfo(q.SCALE_DTYPES[fmt.scale_dtype]).eps
+    eps = torch.finfo(SCALE_DTYPES[fmt.scale_dtype]).eps
     # half a step, plus what storing the step and the offset in few bits moves the ends of the range,
     # plus what the smallest subnormal cannot express
-    floor = torch.finfo(q.SCALE_DTYPES[fmt.scale_dtype]).tiny
+    floor = torch.finfo(SCALE_DTYPES[fmt.scale_dtype]).tiny
     budget = step / 2 + eps * (step * (2**fmt.bits - 1) + offset.abs()) + floor * 2**fmt.bits
     assert ((back.double() - x.double()).abs() <= budget * 1.001 + 1e-12).all()
 
@@ -130,7 +130,7 @@ def test_window_and_sink_are_exact(fmt, length):
     assert torch.equal(back[:, :, end:], x[:, :, end:].float())
 
 
-@given(formats(64, PACKED), st.integers(0, 1000))
+@given(formats(64, PACKED, plain=True), st.integers(0, 1000))
 def test_padding_does_not_widen_groups(fmt, seed):
     """Masked tokens may hold anything: the codes of the others do not change."""
     length = fmt.sink + fmt.tile * 2 + fmt.window
@@ -148,7 +148,7 @@ def test_padding_does_not_widen_groups(fmt, seed):
     assert torch.equal(clean[0], dirty[0])
 
 
-@given(formats(64, PACKED), st.integers(0, 1000))
+@given(formats(64, PACKED, plain=True), st.integers(0, 1000))
 def test_non_finite_elements_leave_their_neighbours_alone(fmt, seed):
     x = values("normal", (1, 1, fmt.tile, 64), seed)
     bad = x.clone()
@@ -261,7 +261,8 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
     exact = dense(torch.float64)
     low = dense(case["dtype"]) if case["dtype"] != torch.float32 else dense(torch.float32)
     assert got.dtype == query.dtype
-    assert (got.double() - exact).abs().max().item() <= error_budget(low, exact)
+    lost = split_sums_lose(query, Cached.of(k, kf), Cached.of(v, vf), scale, exact)
+    assert (got.double() - exact).abs().max().item() <= error_budget(low, exact) + lost
 
 
 def test_a_query_that_may_see_nothing_gets_zeros():

@@ -30,6 +30,7 @@ from kvmix_kernels.cpu import native
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.reference.quantize import split_planes
+from kvmix_kernels.reference.scales import load_scale, load_zero, rotate
 from kvmix_kernels.reference.storage import runs
 
 CHUNK_ELEMENTS = 1 << 20
@@ -93,18 +94,21 @@ def _scores(q: Tensor, cached: Cached, new: Tensor | None, length: int) -> Tenso
     """Products of q [B * H, R, D] with all keys, [B * H, R, length + Ln], in the order of positions."""
     fmt = cached.format
     parts = [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(cached, 0, min(length, fmt.sink))]
+    packed = _as_packed(q, cached)
     for first, last in _chunks(cached, length):
         total: Tensor | None = None
+        step, zero_point = _numbers(cached, first, last)
         for fields, power in _fields(cached, first, last):
-            product = torch.bmm(q * power, _scaled(fields, cached, first, last).transpose(0, 1))
+            scaled = _scaled(fields, step, fmt, last - first)
+            product = torch.bmm(packed[:, :, : len(power)] * power, scaled.transpose(0, 1))
             total = product if total is None else total.add_(product)
         assert total is not None
-        zero_point = _groups(cached.zero_point, first, last, fmt).float().flatten(0, 1)
+        zero_point = zero_point.flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
-            offset = torch.bmm(q, zero_point.mT)
+            offset = torch.bmm(packed, zero_point.mT)
             total.view(*offset.shape, fmt.group_size).add_(offset.unsqueeze(3))
         else:
-            total.baddbmm_(q.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
+            total.baddbmm_(packed.unflatten(2, (zero_point.shape[2], -1)).sum(3), zero_point.mT)
         parts.append(total)
     parts += [torch.bmm(q, tokens.mT) for _, _, tokens in _raw(cached, fmt.packed_end(length), length)]
     if new is not None:
@@ -121,25 +125,45 @@ def _weighted_sum(weights: Tensor, cached: Cached, new: Tensor | None, length: i
             out.baddbmm_(weights[:, :, first:last], tokens)
     if new is not None:
         out.baddbmm_(weights[:, :, length:], new.float().flatten(0, 1))
+    # what is packed in other channels, or in a rotated basis, is summed by itself and turned back once
+    apart = bool(fmt.rotation or fmt.order)
+    packed = torch.zeros_like(out) if apart else out
     for first, last in _chunks(cached, length):
         p = weights[:, :, fmt.sink + first : fmt.sink + last]
-        zero_point = _groups(cached.zero_point, first, last, fmt).float().flatten(0, 1)
+        step, zero_point = _numbers(cached, first, last)
+        zero_point = zero_point.flatten(0, 1)
         if fmt.axis == AXIS_CHANNEL:
-            out.baddbmm_(p.unflatten(2, (-1, fmt.group_size)).sum(3), zero_point)
+            packed.baddbmm_(p.unflatten(2, (-1, fmt.group_size)).sum(3), zero_point)
             for fields, power in _fields(cached, first, last):
-                scaled = _scaled(fields, cached, first, last)
-                out.addcmul_(torch.bmm(p, scaled.permute(1, 2, 0)), power)
+                scaled = _scaled(fields, step, fmt, last - first)
+                packed[:, :, : len(power)].addcmul_(torch.bmm(p, scaled.permute(1, 2, 0)), power)
         else:
             groups = zero_point.shape[2]
-            scale = _groups(cached.scale, first, last, fmt).permute(3, 0, 1, 2)
-            scale = scale.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2).unsqueeze(2)
+            scale = step.permute(3, 0, 1, 2).contiguous().flatten(1, 2).unsqueeze(2)
             by_group = (p * scale).unbind()
             for fields, power in _fields(cached, first, last):
                 channels = fields.permute(1, 2, 0).chunk(groups, 2)
                 sums = [torch.bmm(w, c) for w, c in zip(by_group, channels, strict=True)]
-                out.addcmul_(torch.cat(sums, 2) if groups > 1 else sums[0], power)
-            out.view(*out.shape[:2], groups, -1).add_(torch.bmm(p, zero_point).unsqueeze(3))
-    return out
+                packed.addcmul_(torch.cat(sums, 2) if groups > 1 else sums[0], power)
+            packed.view(*packed.shape[:2], groups, -1).add_(torch.bmm(p, zero_point).unsqueeze(3))
+    if cached.order is not None:
+        packed = torch.empty_like(packed).scatter_(2, _places(cached, packed), packed)
+    if fmt.rotation:
+        packed = rotate(packed)
+    return out.add_(packed) if apart else out
+
+
+def _as_packed(q: Tensor, cached: Cached) -> Tensor:
+    """Queries [B * H, R, D] as the packed tokens' channels lie: in their order, or rotated as they are."""
+    if cached.order is not None:
+        q = q.gather(2, _places(cached, q))
+    return rotate(q) if cached.format.rotation else q
+
+
+def _places(cached: Cached, like: Tensor) -> Tensor:
+    """The order of channels as an index of `like`, [B * H, R, D]."""
+    assert cached.order is not None
+    return cached.order.long().flatten(0, 1).unsqueeze(1).expand(like.shape)
 
 
 def _chunks(cached: Cached, length: int) -> Iterator[tuple[int, int]]:
@@ -170,15 +194,22 @@ def _groups(grid: Tensor, first: int, last: int, fmt: TensorFormat) -> Tensor:
     return grid.narrow(2, first, last - first)
 
 
-def _scaled(fields: Tensor, cached: Cached, first: int, last: int) -> Tensor:
-    """Fields [D, B * H, n] of rows first..last-1, multiplied in place by the scales of their groups."""
+def _numbers(cached: Cached, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets of the rows first..last-1, float32, shaped as `_groups` has them."""
     fmt = cached.format
-    scale = _groups(cached.scale, first, last, fmt).permute(3, 0, 1, 2)
+    step = load_scale(_groups(cached.scale, first, last, fmt), fmt, torch.float32)
+    return step, load_zero(step, _groups(cached.zero_point, first, last, fmt), fmt)
+
+
+def _scaled(fields: Tensor, step: Tensor, fmt: TensorFormat, count: int) -> Tensor:
+    """Fields [n, B * H, count], multiplied in place by the scales of their groups."""
+    scale = step.permute(3, 0, 1, 2)
     columns, B, H, _ = scale.shape
     if fmt.axis == AXIS_CHANNEL:
-        fields.view(columns, B, H, -1, fmt.group_size).mul_(scale.unsqueeze(4))
+        channels = len(fields)
+        fields.view(channels, B, H, -1, fmt.group_size).mul_(scale[:channels].unsqueeze(4))
     else:
-        fields.view(columns, -1, B, H, last - first).mul_(scale.contiguous().unsqueeze(1))
+        fields.view(columns, -1, B, H, count).mul_(scale.contiguous().unsqueeze(1))
     return fields
 
 
@@ -187,12 +218,14 @@ def _fields(cached: Cached, first: int, last: int) -> Iterator[tuple[Tensor, Ten
 
     Yields:
         (fields, float32 [D, B * H, n], free to be overwritten until the next are asked for; factor of
-        each channel, float32 [D]). Fields times factors, summed over the planes, are the codes.
+        each channel, float32 [D]). Fields times factors, summed over the planes, are the codes. With tiers
+        there are fewer channels than D, the first of their order.
     """
     fmt, D = cached.format, cached.head_dim
     rows = cached.qdata.narrow(2, first, last - first)
-    planes = split_planes(rows, layout.plane_words(fmt.bits, D), layout.plane_block(fmt))
-    for plane, (masks, power) in zip(planes, _field_constants(fmt.bits, D), strict=True):
+    kept, above = fmt.channels(D)
+    planes = split_planes(rows, layout.plane_words(fmt.code, kept, above), layout.plane_block(fmt))
+    for plane, (masks, power) in zip(planes, _field_constants(fmt.code, kept, above), strict=True):
         words = plane.permute(3, 0, 1, 2).contiguous()
         masked, unsigned, floats, fields = _scratch.take((len(masks), *words.shape))
         torch.bitwise_and(words, masks, out=masked)
@@ -241,16 +274,19 @@ _scratch = _Scratch()
 
 
 @cache
-def _field_constants(bits: int, head_dim: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Per plane: masks of its fields, int16 [fields, 1, 1, 1, 1]; 2^(shift - position) of each channel, [D].
+def _field_constants(bits: int, channels: int, above: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Per plane: masks of its fields, int16 [fields, 1, 1, 1, 1]; 2^(shift - position) of each channel.
 
-    Channels of which a plane holds nothing have a mask of 0.
+    `channels` are those of the lowest digit, `above` those of the others. Channels of which a plane holds
+    nothing have a mask of 0.
     """
     found = []
-    for plane, words in enumerate(layout.plane_words(bits, head_dim)):
-        masks = torch.zeros(head_dim // words, dtype=torch.int32)
-        power = torch.ones(head_dim // words)
-        for field in layout.bit_fields(bits, head_dim):
+    digits = layout.digits(bits)
+    for plane, words in enumerate(layout.plane_words(bits, channels, above)):
+        count = above if len(digits) > 1 and plane >= digits[1].first else channels
+        masks = torch.zeros(count // words, dtype=torch.int32)
+        power = torch.ones(count // words)
+        for field in layout.bit_fields(bits, channels, above):
             if field.plane == plane:
                 masks[field.channel // words] = (2**field.count - 1) << field.position
                 power[field.channel // words] = 2.0 ** (field.above - field.position)

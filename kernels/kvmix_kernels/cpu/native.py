@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
 SOURCE = Path(__file__).with_name("attend.c")
@@ -167,6 +167,8 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     Kept, as the layers of a step ask for the same.
     """
     if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
+        return None
+    if fmt.order or fmt.symmetric or fmt.rotation or fmt.scale_dtype == BYTE_SCALES:
         return None
     group = words = block = count = 0
     digits = [0] * (_DIGIT * _MAX_DIGITS)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
-from kvmix_kernels.cached import SCALE_DTYPES, Cached
+from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.reference.scales import load_scale, load_zero, rotate, store
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -24,24 +25,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def quantize(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, valid: Tensor | None, fmt: TensorFormat, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round whole tiles to codes.
 
     Args:
         x: [B, H, n * tile, D], floating point.
         valid: tokens that may set a group's range, bool [B, n * tile]; None for all.
         fmt: a packed format.
+        order: for tiers, which channel each packed one is, [B, H, D].
 
     Returns:
-        codes int16 [B, H, n * tile, D]; scale and zero_point [B, H, *layout.scale_grid].
+        codes int16 [B, H, n * tile, D] (with tiers in their order, of all but the dropped channels); scale
+        [B, H, *layout.scale_grid] and zero_point [B, H, *layout.zero_grid].
     """
     B, H, L, D = x.shape
     dtype = compute_dtype(x)
+    x = x.to(dtype)
+    if fmt.rotation:
+        # one number that is not finite would be in all of them
+        x = rotate(x.masked_fill(~x.isfinite(), 0))
+    if order is not None:
+        x = in_order(x, order)
     if fmt.axis == AXIS_CHANNEL:
-        grouped, dim = x.reshape(B, H, L // fmt.group_size, fmt.group_size, D).to(dtype), 3
+        grouped, dim = x.reshape(B, H, L // fmt.group_size, fmt.group_size, D), 3
     else:
         group = layout.channel_group(fmt, D)
-        grouped, dim = x.reshape(B, H, L, D // group, group).to(dtype), 4
+        grouped, dim = x.reshape(B, H, L, D // group, group), 4
     usable = grouped.isfinite()
     if valid is not None and fmt.axis == AXIS_CHANNEL:
         usable &= valid.view(B, 1, L // fmt.group_size, fmt.group_size, 1)
@@ -50,48 +61,101 @@ def quantize(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> tuple[Tensor
     empty = low > high
     low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
 
-    top = 2**fmt.bits - 1
-    stored = SCALE_DTYPES[fmt.scale_dtype]
-    limit = torch.finfo(stored).max
+    top, margin = _per_channel(fmt, x)
+    if fmt.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    if any(tier.span < 100 for tier in fmt.tiers):
+        cut = margin * high - margin * low
+        low, high = low + cut, high - cut
     # divided before subtracting: high - low may overflow where the scale does not
-    scale = (high / top - low / top).clamp(max=limit).to(stored)
-    zero_point = low.clamp(-limit, limit).to(stored)
-    step = scale.to(dtype)
-    codes = torch.round((grouped - zero_point.to(dtype)) / step)
-    codes = codes.nan_to_num_(nan=0.0, posinf=top, neginf=0).clamp_(0, top)
+    step = high / top - low / top
+    if len(fmt.tiers) > 1:
+        kept = fmt.channels(D)[0]
+        finite = grouped[..., kept:].masked_fill(~usable[..., kept:], 0)
+        counted = usable[..., kept:].sum(dim, keepdim=True).clamp(min=1)
+        low = torch.cat([low[..., :kept], finite.sum(dim, keepdim=True) / counted], -1)
+        step = torch.cat([step[..., :kept], torch.zeros_like(step[..., kept:])], -1)
+    scale, zero_point = store(step, low, fmt)
+    step = load_scale(scale, fmt, dtype)
+    codes = torch.round((grouped - load_zero(step, zero_point, fmt)) / step)
+    codes = torch.minimum(codes.nan_to_num_(nan=0.0, posinf=255, neginf=0).clamp_(min=0), top)
     codes.masked_fill_((step == 0).expand_as(codes), 0)
     grid = layout.scale_grid(fmt, D, L // fmt.tile)
-    return (
-        codes.to(torch.int16).view(B, H, L, D),
-        scale.reshape(B, H, *grid),
-        zero_point.reshape(B, H, *grid),
-    )
+    codes = codes.to(torch.int16).view(B, H, L, D)
+    if len(fmt.tiers) > 1:
+        codes = codes[..., : fmt.channels(D)[0]]
+    zeros = layout.zero_grid(fmt, D, L // fmt.tile)
+    return codes, scale.reshape(B, H, *grid), zero_point.reshape(B, H, *grid)[..., : zeros[1]]
 
 
-def pack(codes: Tensor, bits: int, block: int = 1) -> Tensor:
+def _per_channel(fmt: TensorFormat, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest code, and what is cut off at either end of the range, of each packed channel (or of all)."""
+    counts = [tier.channels for tier in fmt.tiers] if len(fmt.tiers) > 1 else [1]
+    repeats = torch.tensor(counts, device=like.device)
+    top = like.new_tensor([max(1, 2**tier.bits - 1) for tier in fmt.tiers])
+    margin = like.new_tensor([(100 - tier.span) / 200 for tier in fmt.tiers])
+    return top.repeat_interleave(repeats), margin.repeat_interleave(repeats)
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """X [B, H, n, D] with its channels in the order [B, H, D]."""
+    return x.gather(3, order.long().unsqueeze(2).expand(x.shape))
+
+
+def out_of_order(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `in_order`."""
+    return torch.empty_like(x).scatter_(3, order.long().unsqueeze(2).expand(x.shape), x)
+
+
+def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorFormat) -> Tensor:
+    """Channels by how much of the scores they make, the most important first: int32 [B, H, D].
+
+    The score of a channel is the mean size of the queries in it times the mean range of the keys in a group,
+    for each KV head by itself: rounding errors grow with the range and count with the query's size.
+
+    Args:
+        x: keys of whole tiles, [B, H, n * tile, D].
+        valid: as for `quantize`.
+        query: queries, [B, Hq, Lq, D]; those of padding are 0.
+        fmt: a format with tiers.
+    """
+    B, H, L, D = x.shape
+    grouped = x.float().reshape(B, H, L // fmt.group_size, fmt.group_size, D)
+    usable = grouped.isfinite()
+    if valid is not None:
+        usable = usable & valid[:, :L].view(B, 1, L // fmt.group_size, fmt.group_size, 1)
+    low = grouped.masked_fill(~usable, torch.inf).amin(3)
+    high = grouped.masked_fill(~usable, -torch.inf).amax(3)
+    spread = (high - low).masked_fill(low > high, 0).mean(2)
+    size = query.float().abs().nan_to_num(0, 0, 0).reshape(B, H, -1, D).mean(2)
+    return (spread * size).argsort(dim=2, descending=True, stable=True).to(torch.int32)
+
+
+def pack(codes: Tensor, bits: int, block: int = 1, above: int | None = None) -> Tensor:
     """Codes [..., n, D] of `bits` bits to int16 words [..., n, words_per_token].
 
-    `block` is `layout.plane_block`; it divides n.
+    `block` is `layout.plane_block`; it divides n. `above`: channels of the higher digits, if they are fewer.
     """
     D = codes.shape[-1]
     wide = codes.to(torch.int32)
-    packed = [wide.new_zeros(*codes.shape[:-1], count) for count in layout.plane_words(bits, D)]
-    for plane, position, count, above, channel in layout.bit_fields(bits, D):
+    packed = [wide.new_zeros(*codes.shape[:-1], count) for count in layout.plane_words(bits, D, above)]
+    for plane, position, count, low, channel in layout.bit_fields(bits, D, above):
         words = packed[plane]
         field = wide[..., channel : channel + words.shape[-1]]
-        words |= ((field >> above) & (2**count - 1)) << position
+        words |= ((field >> low) & (2**count - 1)) << position
     together = join_planes(packed, block)
     # to two's complement by hand: converting 32768..65535 to int16 is undefined in C
     return torch.where(together >= 1 << 15, together - (1 << 16), together).to(torch.int16)
 
 
-def unpack(words: Tensor, bits: int, head_dim: int, block: int = 1) -> Tensor:
+def unpack(words: Tensor, bits: int, head_dim: int, block: int = 1, above: int | None = None) -> Tensor:
     """Inverse of `pack`: int16 words [..., n, words_per_token] to int16 codes [..., n, D]."""
-    planes = split_planes(words, layout.plane_words(bits, head_dim), block)
+    planes = split_planes(words, layout.plane_words(bits, head_dim, above), block)
     codes = words.new_empty(*words.shape[:-1], head_dim)
     parts = [torch.empty_like(plane) for plane in planes[1:]]
     done = 0
-    for plane, position, count, above, channel in layout.bit_fields(bits, head_dim):
+    for plane, position, count, low, channel in layout.bit_fields(bits, head_dim, above):
         end = channel + planes[plane].shape[-1]
         target = codes[..., channel:end]
         # a code of which a plane before this one has bits gets the others added
@@ -100,8 +164,8 @@ def unpack(words: Tensor, bits: int, head_dim: int, block: int = 1) -> Tensor:
         torch.bitwise_right_shift(planes[plane], position, out=field)
         # the mask removes the copies of the sign bit that an arithmetic shift brings in
         field.bitwise_and_(2**count - 1)
-        if above:
-            field <<= above
+        if low:
+            field <<= low
         if end <= done:
             target += field
         done = max(done, end)
@@ -135,22 +199,31 @@ def dequantize(cached: Cached, first: int, last: int) -> Tensor:
     B, H = qdata.shape[:2]
     count = last - first
     dtype = torch.float32
+    kept, above = fmt.channels(head_dim)
     block = layout.plane_block(fmt)
     begin, end = first // block * block, -(-last // block) * block
-    codes = unpack(qdata[:, :, begin:end], fmt.bits, head_dim, block)[:, :, first - begin : last - begin].to(
-        dtype
-    )
+    codes = unpack(qdata[:, :, begin:end], fmt.code, kept, block, above)
+    codes = codes[:, :, first - begin : last - begin].to(dtype)
+    if kept < head_dim:
+        codes = torch.nn.functional.pad(codes, (0, head_dim - kept))
     if fmt.axis == AXIS_CHANNEL:
         G = fmt.group_size
         groups = slice(first // G, -(-last // G))
-        step, offset = scale[:, :, groups].to(dtype), zero_point[:, :, groups].to(dtype)
+        step = load_scale(scale[:, :, groups], fmt, dtype)
+        offset = load_zero(step, zero_point[:, :, groups], fmt)
         if count % G:
             step = step.repeat_interleave(G, 2)[:, :, :count]
             offset = offset.repeat_interleave(G, 2)[:, :, :count]
-            return torch.addcmul(offset, codes, step)
-        codes = codes.view(B, H, count // G, G, head_dim)
-        return torch.addcmul(offset.unsqueeze(3), codes, step.unsqueeze(3)).view(B, H, count, head_dim)
-    group = layout.channel_group(fmt, head_dim)
-    step, offset = scale[:, :, first:last].to(dtype), zero_point[:, :, first:last].to(dtype)
-    codes = codes.view(B, H, count, head_dim // group, group)
-    return torch.addcmul(offset.unsqueeze(4), codes, step.unsqueeze(4)).view(B, H, count, head_dim)
+            tokens = torch.addcmul(offset, codes, step)
+        else:
+            codes = codes.view(B, H, count // G, G, head_dim)
+            tokens = torch.addcmul(offset.unsqueeze(3), codes, step.unsqueeze(3)).view(B, H, count, head_dim)
+    else:
+        group = layout.channel_group(fmt, head_dim)
+        step = load_scale(scale[:, :, first:last], fmt, dtype)
+        offset = load_zero(step, zero_point[:, :, first:last], fmt)
+        codes = codes.view(B, H, count, head_dim // group, group)
+        tokens = torch.addcmul(offset.unsqueeze(4), codes, step.unsqueeze(4)).view(B, H, count, head_dim)
+    if cached.order is not None:
+        tokens = out_of_order(tokens, cached.order)
+    return rotate(tokens) if fmt.rotation else tokens

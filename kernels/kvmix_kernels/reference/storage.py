@@ -34,7 +34,7 @@ def valid_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
     return row.any(1).expand(batch, -1)
 
 
-def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int) -> None:
+def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: Tensor | None = None) -> None:
     """Store tokens `length`, `length + 1`, ... and flush every tile that left the window.
 
     Args:
@@ -42,6 +42,8 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int) -> None
         x: new tokens, [B, H, Lq, D].
         valid: bool [B, at least length + Lq] over token positions, or None.
         length: tokens stored before.
+        query: queries of this step, [B, Hq, Lq, D]. Where the format says so, an order of channels is chosen
+            from them with the first tiles; without them channels keep the order that they have.
     """
     fmt, residual = cached.format, cached.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
@@ -53,6 +55,14 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int) -> None
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
     per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
     step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
+    if fmt.order == layout.ORDER_PROMPT and old == 0 < new and query is not None:
+        first = _tokens(cached, x, length, fmt.sink, fmt.sink + new * fmt.tile)
+        seen = None
+        if valid is not None:
+            seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
+            query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
+        assert cached.order is not None
+        cached.order.copy_(q.choose_order(first, seen, query, fmt))
     for tile in range(old, new, step):
         _flush(cached, x, valid, length, tile, min(new, tile + step))
     if length < fmt.sink and not fmt.is_raw:
@@ -67,15 +77,24 @@ def _flush(cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: in
     """Pack tiles old..new-1, whose tokens are in the window or among the new ones."""
     fmt = cached.format
     first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
-    tokens = x[:, :, max(0, first - length) : max(0, last - length)]
-    if first < length:
-        tokens = torch.cat([raw_tokens(cached, first, min(last, length)), tokens], 2)
-    codes, scale, zero_point = q.quantize(tokens, None if valid is None else valid[:, first:last], fmt)
-    cached.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(codes, fmt.bits, layout.plane_block(fmt))
+    tokens = _tokens(cached, x, length, first, last)
+    seen = None if valid is None else valid[:, first:last]
+    codes, scale, zero_point = q.quantize(tokens, seen, fmt, cached.order)
+    cached.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(
+        codes, fmt.code, layout.plane_block(fmt), fmt.channels(x.shape[3])[1]
+    )
     per_tile = layout.scale_grid(fmt, x.shape[3], 1)[0]
     groups = slice(old * per_tile, new * per_tile)
     cached.scale[:, :, groups] = scale
     cached.zero_point[:, :, groups] = zero_point
+
+
+def _tokens(cached: Cached, x: Tensor, length: int, first: int, last: int) -> Tensor:
+    """Tokens first..last-1, none of them packed yet, from the raw ones and the new ones `x`."""
+    tokens = x[:, :, max(0, first - length) : max(0, last - length)]
+    if first < length:
+        tokens = torch.cat([raw_tokens(cached, first, min(last, length)), tokens], 2)
+    return tokens
 
 
 def runs(begin: int, end: int, fmt: TensorFormat) -> list[tuple[int, int, int]]:
