@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx import api
-from kvmix_fx.api import _unwrapped as unwrapped
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
-from kvmix_fx.passes import replay
-from kvmix_fx.passes.replay import Recording, Replayed
+from kvmix_fx.integrations.transformers.pool import GenerationCaches
+from kvmix_fx.runtime import recording
+from kvmix_fx.runtime import step as steps
+from kvmix_fx.runtime.recording import Recording, Replayed
+from kvmix_fx.runtime.step import _unwrapped
 from kvmix_fx.testing.models import tiny_llama
 
 
@@ -147,8 +148,8 @@ def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recor
 @pytest.fixture
 def on_cpu(monkeypatch, recorder):
     """Let machines without a GPU do what CUDA does."""
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(replay, "record_cuda", recorder)
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(recording, "record_cuda", recorder)
     return recorder
 
 
@@ -161,7 +162,7 @@ def generate(model, ids, **kwargs):
 
 def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     guarded = []
-    monkeypatch.setattr(api, "_unwrapped", lambda *call: guarded.append(1) or unwrapped(*call))
+    monkeypatch.setattr(steps, "_unwrapped", lambda *call: guarded.append(1) or _unwrapped(*call))
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))
@@ -260,7 +261,7 @@ def test_a_conversation_outgrows_the_cache_of_its_first_turn(on_cpu, monkeypatch
     assert isinstance(cache, integration.KVMixStaticCache)
     assert cache.layers[0].max_cache_len == 512
     assert on_cpu.replayed > 20
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ())
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ())
     kvmix_fx.compile(model, plan, inner="eager")
     grown, cache = talk()
     assert not isinstance(cache, integration.KVMixStaticCache)
@@ -305,13 +306,13 @@ def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
 
 def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
     model = tiny_llama()
-    caches = integration.GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
+    caches = GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
     held = [caches.new(batch, 100) for batch in range(1, 8)]
     newest = held[-1].layers
     while held:
         del held[0]
     gc.collect()
-    assert 1 <= len(caches._free) <= replay.MAX_ENTRIES
+    assert 1 <= len(caches._free) <= recording.MAX_ENTRIES
     assert caches.new(7, 100).layers is newest
 
 
