@@ -1,4 +1,4 @@
-"""Recording and replaying decode steps. The recorder here runs a step anew, on the recorded inputs."""
+"""Recording and replaying decode steps."""
 
 from __future__ import annotations
 
@@ -14,43 +14,15 @@ from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.integrations.transformers.pool import GenerationCaches
 from kvmix_fx.runtime import recording
 from kvmix_fx.runtime import step as steps
-from kvmix_fx.runtime.recording import Recording, Replayed
+from kvmix_fx.runtime.recording import Replayed
 from kvmix_fx.runtime.step import _unwrapped
 from kvmix_fx.testing.models import tiny_llama
-
-
-class Recorder:
-    """What a CUDA graph does: nothing while recording; a replay reads and writes the recorded tensors."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run, inputs):
-        self.recorded += 1
-        saved = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        outputs = list(run(*inputs))
-        for x, before in zip(inputs, saved, strict=True):
-            if isinstance(x, torch.Tensor):
-                x.copy_(before)
-
-        def again():
-            self.replayed += 1
-            for old, new in zip(outputs, run(*inputs), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.copy_(new)
-
-        return Recording(outputs, again)
 
 
 def step(weight, cache, x, factor):
     """A step that uses a weight, writes its cache and gives back a result and its cache."""
     cache.add_(x)
     return [weight * cache * factor, cache]
-
-
-@pytest.fixture
-def recorder():
-    return Recorder()
 
 
 def replayed(recorder):
@@ -143,14 +115,6 @@ def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recor
         run(weight, cache, torch.ones(2), 1)
     result, _ = run(weight, cache, torch.ones(2), 1)
     torch.testing.assert_close(result, torch.full((2,), 3.0))
-
-
-@pytest.fixture
-def on_cpu(monkeypatch, recorder):
-    """Let machines without a GPU do what CUDA does."""
-    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(recording, "record_cuda", recorder)
-    return recorder
 
 
 def generate(model, ids, **kwargs):

@@ -12,8 +12,6 @@ import torch
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import TrainingError
-from kvmix_fx.runtime import recording
-from kvmix_fx.runtime.recording import Recording
 from kvmix_fx.runtime.same import same_form, same_object
 from kvmix_fx.runtime.shortcut import Noted, Shortcut
 from kvmix_fx.testing.models import tiny_llama
@@ -91,8 +89,8 @@ def test_a_model_put_into_training_mode_is_refused():
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """Let a CPU do what CUDA does, and note the answers to whether a step is like the last one."""
+def asked(monkeypatch, on_cpu):
+    """The answers to whether a step is like the last one."""
     answers = []
     serves = Shortcut.serves
 
@@ -100,23 +98,7 @@ def asked(monkeypatch):
         answers.append(serves(self, arguments))
         return answers[-1]
 
-    def record(run, inputs):
-        own = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        outputs = list(run(*inputs))
-        for x, before in zip(inputs, own, strict=True):
-            if isinstance(x, torch.Tensor):
-                x.copy_(before)
-
-        def replay():
-            for mine, new in zip(outputs, run(*inputs), strict=True):
-                if mine is not new:
-                    mine.copy_(new)
-
-        return Recording(outputs, replay)
-
     monkeypatch.setattr(Shortcut, "serves", noting)
-    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(recording, "record_cuda", record)
     return answers
 
 
