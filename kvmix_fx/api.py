@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +12,11 @@ from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
-from kvmix_fx.passes.shortcut import Noted, Shortcut
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.runtime.shortcut import Shortcut
+from kvmix_fx.runtime.step import CompiledStep
 
 _ATTRIBUTE = "_kvmix"
-_MISSING = object()
-
-RECOMPILE_LIMIT = 64
-"""Graphs one model may be traced into: two per kind of cache, gradient mode and way of calling it, each for
-one row and for more. PyTorch's 8 are soon used up, and then `fullgraph` makes it an error."""
 
 
 def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
@@ -55,12 +47,18 @@ class Compiled:
         self.plan = plan
         self.backend = backend
         self.on_nothing = on_nothing
-        self.replaced = {name: vars(model).get(name, _MISSING) for name in names}
+        self.names = list(names)
+        self.replaced = {name: vars(model)[name] for name in self.names if name in vars(model)}
 
     @property
     def report(self) -> CompileReport:
         """Sites of all graphs traced so far."""
         return self.backend.report
+
+    def check(self, result: Any) -> None:
+        """After a graph was traced: something must be packed, or the user must know."""
+        if self.on_nothing == "raise":
+            _check_rewritten(self.report, result)
 
 
 def compile(
@@ -101,50 +99,16 @@ def compile(
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
     plan = _fitted(plan, model)
     options = dict(torch_compile_options.pop("options", None) or {})
-    backend = KVMixBackend(plan, inner, torch_compile_options.pop("mode", None), model=model, **options)
-    torch_compile_options.setdefault("fullgraph", True)
-    # an argument in newer releases, else a setting that holds during our own calls only
-    by_argument = "recompile_limit" in inspect.signature(torch.compile).parameters
-    if by_argument:
-        torch_compile_options.setdefault("recompile_limit", RECOMPILE_LIMIT)
-    limit: dict[str, int] = {} if by_argument else {"recompile_limit": RECOMPILE_LIMIT}
+    mode = torch_compile_options.pop("mode", None)
+    shortcut = Shortcut()
+    backend = KVMixBackend(plan, inner, mode, model=model, note=shortcut.note, **options)
 
     restore(model)
-    original = model.forward
-    compiled = torch.compile(original, backend=backend, **torch_compile_options)
-    shortcut = Shortcut()
-    noted: list[Noted] = []
-    backend.noted = noted
-    prepare, attributes, generating = hooks_for(model, plan, shortcut)
+    prepare, attributes = hooks_for(model, plan, shortcut)
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
-
-    # generate() inspects the signature to decide what to pass
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if model.training:
-            raise TrainingError("this model was compiled for inference: call model.eval()")
-        if torch.is_grad_enabled():
-            return _without_gradients(model, original, args, kwargs)
-        args, kwargs, finish = prepare(args, kwargs)
-        if not args and generating() and shortcut.serves(kwargs):
-            result = shortcut.run(kwargs)
-            noted.clear()
-            finish()
-            return result
-        graphs = len(backend.report.graphs)
-        noted.clear()  # an interrupted step may have left something
-        with torch._dynamo.config.patch(limit) if limit else contextlib.nullcontext():
-            result = _unwrapped(compiled, args, kwargs)
-        if len(backend.report.graphs) != graphs:
-            _check_rewritten(state, result)
-            # tracing leaves reference cycles that would keep the cache's memory
-            gc.collect()
-        shortcut.learn(kwargs, result, noted[0] if generating() and len(noted) == 1 else None)
-        noted.clear()
-        finish()
-        return result
-
-    vars(model).update(attributes, forward=forward)
+    step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
+    step.compile()
+    vars(model).update(attributes, forward=step)
     vars(model)[_ATTRIBUTE] = state
     return model
 
@@ -166,11 +130,9 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `compile`: the model runs unquantized again. No effect on other models."""
     state = vars(model).pop(_ATTRIBUTE, None)
     if state is not None:
-        for name, value in state.replaced.items():
-            if value is _MISSING:
-                vars(model).pop(name, None)
-            else:
-                vars(model)[name] = value
+        for name in state.names:
+            vars(model).pop(name, None)
+        vars(model).update(state.replaced)
     return model
 
 
@@ -212,25 +174,8 @@ def explain(
     return report
 
 
-def _unwrapped(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call compiled code; errors of ours come out as themselves, not as a backend failure."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    from kvmix_fx.errors import KVMixError
-
-    try:
-        return function(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        cause = error.inner_exception
-        if isinstance(cause, KVMixError):
-            raise cause from None
-        raise
-
-
-def _check_rewritten(state: Compiled, result: Any) -> None:
-    """After a graph was traced: something must be packed, or the user must know."""
-    report = state.report
-    if state.on_nothing == "ignore" or any(g.changed for g in report.graphs):
+def _check_rewritten(report: CompileReport, result: Any) -> None:
+    if any(g.changed for g in report.graphs):
         return
     reasons = sorted({site.reason for site in report.sites if site.reason})
     if reasons == [BY_PLAN]:
@@ -249,27 +194,6 @@ def _check_rewritten(state: Compiled, result: Any) -> None:
         f"{len(report.sites)} attention sites were found and none could be packed: {'; '.join(reasons)}. "
         'Pass on_nothing="ignore" to run the model unquantized.'
     )
-
-
-def _without_gradients(
-    model: nn.Module, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Gradient mode is on: fine for models without trainable weights, else plain or refused."""
-    if not any(p.requires_grad for p in model.parameters()):
-        with torch.no_grad():
-            return model.forward(*args, **kwargs)
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-        raise TrainingError(
-            "gradients cannot flow through a packed KV cache: call the model under torch.no_grad(), or "
-            "with use_cache=False for the plain, unquantized forward"
-        )
-    # no cache is asked for, so there is nothing to pack: the model's own forward, with gradients
-    kwargs["use_cache"] = False
-    try:
-        return original(*args, **kwargs)
-    except TypeError:
-        kwargs.pop("use_cache")
-        return original(*args, **kwargs)
 
 
 __all__ = ["Compiled", "compile", "compiled", "explain", "restore"]

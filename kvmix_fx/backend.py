@@ -16,12 +16,13 @@ import torch
 from torch import fx
 
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.passes import dynamo, manager, replay
-from kvmix_fx.passes.boundary import Boundary
+from kvmix_fx.passes import dynamo, manager
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
-from kvmix_fx.passes.shortcut import Noted
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.runtime import recording
+from kvmix_fx.runtime.boundary import Boundary
+from kvmix_fx.runtime.shortcut import Note
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class KVMixBackend:
         report: CompileReport | None = None,
         model: torch.nn.Module | None = None,
         cuda_graphs: bool = True,
+        note: Note | None = None,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -61,6 +63,8 @@ class KVMixBackend:
             model: whose own plain cache buffers may be exchanged for packed ones.
             cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. The
                 report says which graphs are.
+            note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
+                they hold every cache that was ever used.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -86,9 +90,13 @@ class KVMixBackend:
         self.model = model
         self.inner = inner
         self.report = report if report is not None else CompileReport()
-        # calls of replayed graphs, for a caller that asks for them and clears the list after every step
-        self.noted: list[Noted] | None = None
+        self.note = note
         self.__name__ = "kvmix"
+
+    @property
+    def traced(self) -> int:
+        """Graphs compiled so far."""
+        return len(self.report.graphs)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
@@ -104,23 +112,25 @@ class KVMixBackend:
         module = result.rewritten.module
         result.report.replay = self._no_replay(result, dynamo.example_inputs(module))
         inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
-        wrap = defer_appends(module) if inner == "inductor" and _is_short(result) else None
+        deferred = defer_appends(module) if inner == "inductor" and _is_short(result) else None
         compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
-        record = None if result.report.replay else replay.record_cuda
-        note = self.noted.append if record is not None and self.noted is not None else None
-        return Boundary(result.rewritten, wrap(compiled) if wrap else compiled, self.model, record, note)
+        if deferred is not None:
+            compiled = deferred.wrap(compiled)
+        record = None if result.report.replay else recording.record_cuda
+        note = None if record is None else self.note
+        return Boundary(result.rewritten.recipe, compiled, self.model, record, note)
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
         """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""
-        rewritten = result.rewritten
-        assert rewritten is not None
+        assert result.rewritten is not None
+        recipe = result.rewritten.recipe
         # a CPU tensor would be read once, while recording
         devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
         if not self.cuda_graphs:
             return "switched off"
-        if len(devices) != 1 or devices.pop().type not in replay.REPLAY_DEVICES:
+        if len(devices) != 1 or devices.pop().type not in recording.REPLAY_DEVICES:
             return "not on one CUDA device"
-        if not rewritten.packed or len(rewritten.fixed) != len(rewritten.packed):
+        if not recipe.packed or len(recipe.fixed) != len(recipe.packed):
             return "the cache grows: use a fixed one"
         return "" if _is_short(result) else f"more than {SHORT_STEP} tokens a step"
 
@@ -163,7 +173,7 @@ def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, An
         if mode not in known:
             raise BackendOptionError(f"mode must be one of {sorted(known)}, got {mode!r}")
         patches.update(known[mode])
-        # recorded here instead (see passes/replay.py), where the cache stays in place
+        # recorded here instead (see runtime/recording.py), where the cache stays in place
         patches.pop("triton.cudagraphs", None)
     settings = config.get_config_copy()
     for name, value in options.items():

@@ -46,7 +46,8 @@ from benchmarks.e2e.models import build, set_weights
 from benchmarks.rows import RESULTS, Row, load, machine_name, make_row, percentiles, save
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.integrations.transformers import KVMixStaticCache, KVMixStaticLayer
+from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.integrations.transformers.layers import KVMixStaticLayer
 
 WARM_STEPS = 8
 TIMED_STEPS = 8

@@ -8,31 +8,20 @@ until its end, so this is for short steps only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
+from kvmix_fx.runtime.deferred import Deferred, FromInput, FromOutput
 from kvmix_kernels import ops
 
 
-@dataclass(frozen=True)
-class _Input:
-    index: int
-
-
-@dataclass(frozen=True)
-class _Output:
-    index: int
-
-
-def defer_appends(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def defer_appends(gm: fx.GraphModule) -> Deferred:
     """Edit a rewritten module so that it returns what its appends would store.
 
     Returns:
-        A function that wraps what the module was compiled to: the result takes the same inputs, returns the
-        same outputs as before the edit, and appends.
+        The appends. Wrapped in them, what the module was compiled to takes the same inputs, returns the same
+        outputs as before the edit, and appends.
     """
     graph = gm.graph
     inputs = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -46,17 +35,7 @@ def defer_appends(gm: fx.GraphModule) -> Callable[[Callable[..., Any]], Callable
     output.args = (tuple(flat),)
     graph.lint()
     gm.recompile()
-
-    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Sequence[Any]:
-            results = inner(*args)
-            for arguments in appends:
-                ops.append_(*(_value(argument, args, results) for argument in arguments))
-            return results[:count]
-
-        return run
-
-    return wrap
+    return Deferred(appends, count)
 
 
 def _placed(argument: Any, inputs: dict[fx.Node, int], flat: list[Any], count: int) -> Any:
@@ -66,15 +45,7 @@ def _placed(argument: Any, inputs: dict[fx.Node, int], flat: list[Any], count: i
     if not isinstance(argument, fx.Node):
         return argument
     if argument in inputs:
-        return _Input(inputs[argument])
+        return FromInput(inputs[argument])
     if argument not in flat[count:]:
         flat.append(argument)
-    return _Output(flat.index(argument, count))
-
-
-def _value(argument: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
-    if isinstance(argument, list):
-        return [_value(item, inputs, outputs) for item in argument]
-    if isinstance(argument, _Input):
-        return inputs[argument.index]
-    return outputs[argument.index] if isinstance(argument, _Output) else argument
+    return FromOutput(flat.index(argument, count))

@@ -4,7 +4,7 @@ before   k = cat(cache_k, new_k); v = cat(cache_v, new_v); o = sdpa(q, heads(k),
 after    o = kvmix.attend(q, new_k, new_v, ks, vs); kvmix.append_(ks, vs, new_k, new_v); return o
 
 Packed inputs become their buffers; packed outputs disappear and are put together again outside
-the graph (`boundary`). Nodes are erased only if the rewrite orphaned them: Dynamo's graph is not
+the graph (`runtime/boundary.py`). Nodes are erased only if the rewrite orphaned them: Dynamo's graph is not
 functional, so a general dead-code elimination would delete live in-place operations.
 """
 
@@ -23,63 +23,22 @@ from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
+from kvmix_fx.passes.sizes import size_evaluator
+from kvmix_fx.runtime.boundary import Adopted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import ops
 from kvmix_kernels.layout import TensorFormat
-
-
-@dataclass(frozen=True)
-class Grown:
-    """A graph output that is a growing packed input with `extra` more tokens.
-
-    past: index of the input. extra: number of tokens, an int or a symbolic size.
-    """
-
-    past: int
-    extra: Any
-
-
-@dataclass(frozen=True)
-class Adopted:
-    """A graph output packed inside the graph: its format's buffers at flat outputs from `first` on."""
-
-    first: int
-    length: Any
-    format: TensorFormat
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A graph output as it was, at flat output `index`."""
-
-    index: int
 
 
 @dataclass
 class Rewritten:
     """The rewritten module and how to get from the original signature to its own.
 
-    packed: original input index -> number of tokens the graph appends (an int or symbolic).
-    outputs: one entry per original output. fixed: inputs of fixed capacity that are written;
-    live_output: flat output that holds the new token count of fixed caches. values: example
-    values of the original inputs. plain: buffers that may be packed after the step.
+    values: example values of the original inputs.
     """
 
     module: fx.GraphModule
-    packed: dict[int, Any]
-    outputs: list[Grown | Adopted | Plain]
-    fixed: list[int]
-    live_output: int | None
+    recipe: Recipe
     values: list[Any]
-    plain: list[PlainCache]
-
-
-@dataclass(frozen=True)
-class PlainCache:
-    """Input indices of plain fixed buffers, and the formats they are to be packed in."""
-
-    key: int
-    value: int
-    formats: tuple[TensorFormat, TensorFormat]
 
 
 FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
@@ -161,15 +120,16 @@ class _Rewriter:
         self.graph.lint()
         self.gm.recompile()
         index = {node: i for i, node in enumerate(self.inputs)}
-        return Rewritten(
-            self.gm,
-            {index[base]: self.extra.get(base, 0) for base in self.packed},
+        recipe = Recipe(
+            len(self.values),
+            {index[base]: size_evaluator(self.extra.get(base, 0), self.values) for base in self.packed},
+            {index[base]: len(buffers) for base, buffers in self.buffers.items()},
             outputs,
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
-            self.values,
             plain,
         )
+        return Rewritten(self.gm, recipe, self.values)
 
     def _by_cache(self) -> list[list[Site]]:
         """Sites grouped by the keys and values they read: one append serves all of a group."""
@@ -290,10 +250,11 @@ class _Rewriter:
         for value in self.output.args[0]:  # type: ignore[union-attr]
             if value in self.grown:
                 base = self.grown[value]
-                recipes.append(Grown(index[base], self.extra[base]))
+                recipes.append(Grown(index[base]))
             elif value in self.adopted:
                 items, fmt = self.adopted[value]
-                recipes.append(Adopted(len(flat), example(value).shape[2], fmt))
+                length = size_evaluator(example(value).shape[2], self.values)
+                recipes.append(Adopted(len(flat), length, fmt))
                 flat.extend(items)
             else:
                 recipes.append(Plain(len(flat)))

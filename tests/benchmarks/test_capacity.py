@@ -13,7 +13,7 @@ from benchmarks.rows import load, make_row, save
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
-from kvmix_fx.passes import replay
+from kvmix_fx.runtime import recording
 from kvmix_fx.testing.models import tiny_llama
 
 CONTEXT = 75
@@ -164,10 +164,10 @@ def test_a_size_whose_steps_cannot_be_recorded_does_not_fit(monkeypatch, model, 
         recorded.append(inputs)
         if len(recorded) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return replay.Recording(run(*inputs), lambda: None)
+        return recording.Recording(run(*inputs), lambda: None)
 
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu",))
-    monkeypatch.setattr(replay, "record_cuda", record)
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
+    monkeypatch.setattr(recording, "record_cuda", record)
     kvmix_fx.compile(model, plan, inner="eager")
 
     def attempt(size):

@@ -1,4 +1,4 @@
-"""Recording and replaying decode steps. The recorder here runs a step anew, on the recorded inputs."""
+"""Recording and replaying decode steps."""
 
 from __future__ import annotations
 
@@ -8,48 +8,21 @@ import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx import api
-from kvmix_fx.api import _unwrapped as unwrapped
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
-from kvmix_fx.passes import replay
-from kvmix_fx.passes.replay import Recording, Replayed
+from kvmix_fx.integrations.transformers.pool import GenerationCaches
+from kvmix_fx.runtime import recording
+from kvmix_fx.runtime import step as steps
+from kvmix_fx.runtime.recording import Replayed
+from kvmix_fx.runtime.step import _unwrapped
 from kvmix_fx.testing.models import tiny_llama
-
-
-class Recorder:
-    """What a CUDA graph does: nothing while recording; a replay reads and writes the recorded tensors."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run, inputs):
-        self.recorded += 1
-        saved = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        outputs = list(run(*inputs))
-        for x, before in zip(inputs, saved, strict=True):
-            if isinstance(x, torch.Tensor):
-                x.copy_(before)
-
-        def again():
-            self.replayed += 1
-            for old, new in zip(outputs, run(*inputs), strict=True):
-                if isinstance(old, torch.Tensor) and old is not new:
-                    old.copy_(new)
-
-        return Recording(outputs, again)
 
 
 def step(weight, cache, x, factor):
     """A step that uses a weight, writes its cache and gives back a result and its cache."""
     cache.add_(x)
     return [weight * cache * factor, cache]
-
-
-@pytest.fixture
-def recorder():
-    return Recorder()
 
 
 def replayed(recorder):
@@ -144,14 +117,6 @@ def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recor
     torch.testing.assert_close(result, torch.full((2,), 3.0))
 
 
-@pytest.fixture
-def on_cpu(monkeypatch, recorder):
-    """Let machines without a GPU do what CUDA does."""
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu", "cuda"))
-    monkeypatch.setattr(replay, "record_cuda", recorder)
-    return recorder
-
-
 def generate(model, ids, **kwargs):
     out = model.generate(
         ids, do_sample=False, max_new_tokens=12, output_logits=True, return_dict_in_generate=True, **kwargs
@@ -161,7 +126,7 @@ def generate(model, ids, **kwargs):
 
 def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     guarded = []
-    monkeypatch.setattr(api, "_unwrapped", lambda *call: guarded.append(1) or unwrapped(*call))
+    monkeypatch.setattr(steps, "_unwrapped", lambda *call: guarded.append(1) or _unwrapped(*call))
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))
@@ -260,7 +225,7 @@ def test_a_conversation_outgrows_the_cache_of_its_first_turn(on_cpu, monkeypatch
     assert isinstance(cache, integration.KVMixStaticCache)
     assert cache.layers[0].max_cache_len == 512
     assert on_cpu.replayed > 20
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ())
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ())
     kvmix_fx.compile(model, plan, inner="eager")
     grown, cache = talk()
     assert not isinstance(cache, integration.KVMixStaticCache)
@@ -305,13 +270,13 @@ def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
 
 def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
     model = tiny_llama()
-    caches = integration.GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
+    caches = GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
     held = [caches.new(batch, 100) for batch in range(1, 8)]
     newest = held[-1].layers
     while held:
         del held[0]
     gc.collect()
-    assert 1 <= len(caches._free) <= replay.MAX_ENTRIES
+    assert 1 <= len(caches._free) <= recording.MAX_ENTRIES
     assert caches.new(7, 100).layers is newest
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvmix_fx.runtime.same import same_form
+
 Run = Callable[..., Sequence[Any]]
 
 REPLAY_DEVICES = ("cuda",)
@@ -110,7 +112,7 @@ class Replayed:
     def _repeats(self, last: Sequence[Any], inputs: Sequence[Any]) -> bool:
         """Whether both calls used the same cache in the same way."""
         return len(last) == len(inputs) and all(
-            a() is b if self._pinned(i) else _alike(a, b)
+            a() is b if self._pinned(i) else same_form(a, b)
             for i, (a, b) in enumerate(zip(last, inputs, strict=True))
         )
 
@@ -150,7 +152,7 @@ class _Entry:
         if list(map(Tensor.data_ptr, fixed)) != self._addresses:
             return False
         return all(inputs[i] == value for i, value in self._constants) and all(
-            _alike(inputs[i], mine) for i, mine in self._moving
+            same_form(inputs[i], mine) for i, mine in self._moving
         )
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
@@ -164,9 +166,3 @@ class _Entry:
             inputs[place] if place is not None else out.clone() if isinstance(out, Tensor) else out
             for out, place in self._outputs
         ]
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

@@ -1,26 +1,80 @@
 """The callable handed to Dynamo: unpacks packed inputs, runs the rewritten graph, repacks outputs.
 
-This runs in every step, so it does no more than look up, extend and wrap. Token counts that the
-graph knew only as symbols are computed from the actual arguments; asking a traced symbol would
-freeze the first value.
+This runs in every step, so it does no more than look up, extend and wrap. What it has to know of the graph
+is a `Recipe`, made when the graph is compiled. Token counts that the graph knew only as symbols are functions
+of the actual arguments there; asking a traced symbol would freeze the first value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.growth import prepare_append
-from kvmix_fx.passes import dynamo
-from kvmix_fx.passes.replay import Record, Replayed
-from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
-from kvmix_fx.passes.shortcut import Noted
+from kvmix_fx.runtime.recording import Record, Replayed
+from kvmix_fx.runtime.shortcut import Noted
 from kvmix_kernels.cached import Cached
+from kvmix_kernels.layout import TensorFormat
 
 Arguments = Sequence[Any]
+Size = Callable[[Arguments], int]
+"""From the inputs of a step to a number that its graph may know as a symbol only."""
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A graph output that is the growing packed input at index `past`, with its new tokens."""
+
+    past: int
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A graph output packed inside the graph: its format's buffers at flat outputs from `first` on."""
+
+    first: int
+    length: Size
+    format: TensorFormat
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A graph output as it was, at flat output `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class PlainCache:
+    """Input indices of plain fixed buffers, and the formats they are to be packed in."""
+
+    key: int
+    value: int
+    formats: tuple[TensorFormat, TensorFormat]
+
+
+@dataclass
+class Recipe:
+    """How to get from the original signature of a graph to that of its rewriting, and back.
+
+    inputs: number of original inputs. packed: original input index -> number of tokens the graph appends.
+    buffers: likewise -> number of buffers that stand in its place.
+    outputs: one entry per original output. fixed: inputs of fixed capacity that are written.
+    live_output: flat output that holds the new token count of fixed caches. plain: buffers that may be
+    packed after the step.
+    """
+
+    inputs: int
+    packed: dict[int, Size]
+    buffers: dict[int, int]
+    outputs: list[Grown | Adopted | Plain]
+    fixed: list[int]
+    live_output: int | None
+    plain: list[PlainCache]
 
 
 class Boundary:
@@ -28,7 +82,7 @@ class Boundary:
 
     def __init__(
         self,
-        rewritten: Rewritten,
+        recipe: Recipe,
         inner: Callable[..., Any],
         model: torch.nn.Module | None = None,
         record: Record | None = None,
@@ -37,32 +91,28 @@ class Boundary:
         """Work out what does not depend on the arguments.
 
         Args:
-            rewritten: the graph's rewriting.
+            recipe: the graph's rewriting.
             inner: takes the rewritten module's inputs and returns its flat outputs.
             model: whose plain buffers may be exchanged for packed ones.
             record: how steps are recorded to be replayed; None runs every step as it is.
-            note: told of every call.
+            note: told of every call that can be done `again`.
         """
-        self._note = note
+        # `again` gives outputs back as they are
+        self._note = note if all(isinstance(output, Plain) for output in recipe.outputs) else None
         self._inner = inner
         self._model = model
-        self._plain = list(rewritten.plain)
-        self._live_output = rewritten.live_output
-        self._fixed = rewritten.fixed
-        values = rewritten.values
-        self._packed = {i: size_evaluator(extra, values) for i, extra in rewritten.packed.items()}
+        self._plain = list(recipe.plain)
+        self._live_output = recipe.live_output
+        self._fixed = recipe.fixed
+        self._packed = recipe.packed
         self._order = sorted(self._packed)
-        counts = [len(values[i].format.buffer_names) for i in self._order]
-        places = _buffer_places(self._order, counts)
-        self._width = len(values) + len(places) - len(self._order)
+        places = _buffer_places(self._order, [recipe.buffers[i] for i in self._order])
+        self._width = recipe.inputs + len(places) - len(self._order)
         self._step: Callable[..., Any] = self._run
         if record is not None:
             buffers = set(places)
             self._step = Replayed(self._run, lambda i: i in buffers or i >= self._width, record)
-        self._outputs = [
-            (recipe, size_evaluator(recipe.length, values) if isinstance(recipe, Adopted) else None)
-            for recipe in rewritten.outputs
-        ]
+        self._outputs = recipe.outputs
 
     def __call__(self, *args: Any) -> list[Any]:
         """Original inputs to original outputs."""
@@ -89,10 +139,15 @@ class Boundary:
         results = self._step(*flat)
         if self._plain and self._model is not None and self._live_output is not None:
             self._pack_plain(self._model, args, results[self._live_output])
-        outputs = [self._repack(recipe, length, args, results, prepared) for recipe, length in self._outputs]
+        outputs = [self._repack(output, args, results, prepared) for output in self._outputs]
         if self._note is not None:
-            self._note(Noted(self, args, outputs))
+            self._note(Noted(self._again, flat, outputs))
         return outputs
+
+    def _again(self, flat: Sequence[Any]) -> list[Any]:
+        """A step on inputs that have been taken apart, which those of a fixed cache are once and for all."""
+        results = self._step(*flat)
+        return [results[output.index] for output in self._outputs]
 
     def _run(self, *flat: Any) -> Any:
         """The graph on `flat`'s first inputs; the counters behind them get the new number of tokens."""
@@ -103,21 +158,18 @@ class Boundary:
 
     def _repack(
         self,
-        recipe: Any,
-        length: Callable[[Arguments], int] | None,
+        output: Grown | Adopted | Plain,
         args: Arguments,
         results: Sequence[Any],
         prepared: dict[int, tuple[Cached, Any, int]],
     ) -> Any:
-        if isinstance(recipe, Grown):
-            cached, store, total = prepared[recipe.past]
+        if isinstance(output, Grown):
+            cached, store, total = prepared[output.past]
             return QuantizedKVTensor(cached, total, store=store)
-        if isinstance(recipe, Adopted):
-            assert length is not None
-            count = len(recipe.format.buffer_names)
-            buffers = tuple(results[recipe.first : recipe.first + count])
-            return QuantizedKVTensor(Cached(recipe.format, buffers), length(args))
-        return results[recipe.index]
+        if isinstance(output, Adopted):
+            buffers = results[output.first : output.first + len(output.format.buffer_names)]
+            return QuantizedKVTensor(Cached(output.format, tuple(buffers)), output.length(args))
+        return results[output.index]
 
     def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
         """Exchange plain buffers of the model for packed ones; afterwards they are packed inputs."""
@@ -144,31 +196,3 @@ def _buffer_places(order: Sequence[int], counts: Sequence[int]) -> list[int]:
         first = i + len(places) - number
         places += range(first, first + count)
     return places
-
-
-def size_evaluator(size: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:
-    """A function from the actual arguments to the number that `size` stood for.
-
-    values: example values of the inputs; every symbol of `size` is a dimension of one of them.
-    """
-    if not dynamo.is_symbolic(size):
-        number = int(size)
-        return lambda _: number
-    expression = dynamo.expression(size)
-    readers = {symbol: _reader(symbol, values) for symbol in expression.free_symbols}
-    if expression.is_Symbol:
-        return readers[expression]
-    return lambda args: int(expression.xreplace({s: read(args) for s, read in readers.items()}))
-
-
-def _reader(symbol: Any, values: Sequence[Any]) -> Callable[[Arguments], int]:
-    for i, value in enumerate(values):
-        if dynamo.is_symbolic(value) and dynamo.expression(value) == symbol:
-            return lambda args: int(args[i])
-    for i, value in enumerate(values):
-        if not isinstance(value, torch.Tensor):
-            continue
-        for dim, size in enumerate(value.shape):
-            if dynamo.is_symbolic(size) and dynamo.expression(size) == symbol:
-                return lambda args: int(args[i].shape[dim])
-    raise LookupError(f"no input has the size {symbol}")

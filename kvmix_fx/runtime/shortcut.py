@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.runtime.same import same_object
+
 
 class Noted(NamedTuple):
-    """What a graph was called with and gave back."""
+    """What a graph was called with and gave back, and the way to call it again."""
 
-    graph: Callable[..., Sequence[Any]]
+    again: Callable[[Sequence[Any]], Sequence[Any]]
     inputs: Sequence[Any]
     outputs: Sequence[Any]
+
+
+Note = Callable[[Noted], None]
 
 
 class Shortcut:
@@ -27,7 +33,12 @@ class Shortcut:
 
     def __init__(self) -> None:
         """Start without knowledge."""
+        self._noted: list[Noted] = []
         self.forget()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model has caches of its own to learn about."""
+        return Shortcut, ()
 
     def forget(self) -> None:
         """Forget everything, and let go of the cache."""
@@ -39,12 +50,24 @@ class Shortcut:
         self._held: list[tuple[Any, Any, Any]] = []
         self._ready = False
 
-    def learn(self, arguments: Mapping[str, Any], result: Any, noted: Noted | None) -> None:
-        """After a step that went the long way; `noted` is its graph call, None if there was not just one."""
+    def listen(self) -> None:
+        """Before a step goes the long way."""
+        self._noted.clear()  # an interrupted step may have left something
+
+    def note(self, noted: Noted) -> None:
+        """Hear of a graph call of this step."""
+        self._noted.append(noted)
+
+    def learn(self, arguments: Mapping[str, Any], result: Any, generating: bool) -> None:
+        """After a step that went the long way; only steps of one call of generate() teach anything."""
         last = self._last
+        noted = self._noted[0] if generating and len(self._noted) == 1 else None
+        self._noted.clear()
         self.forget()
         if noted is None or not isinstance(result, dict):
             return
+        if any(isinstance(value, QuantizedKVTensor) for value in arguments.values()):
+            return  # among the inputs there are its buffers, and who brings another one could not tell
         names = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}
         places = {id(value): i for i, value in enumerate(noted.outputs) if isinstance(value, Tensor)}
         for name, value in result.items():
@@ -61,7 +84,7 @@ class Shortcut:
         moving = {i for i, _ in self._sources}
         self._ready = (
             last is not None
-            and last.graph is noted.graph
+            and last.again == noted.again
             and len(last.inputs) == len(noted.inputs)
             and all(
                 i in moving or a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
@@ -74,7 +97,7 @@ class Shortcut:
         return (
             self._ready
             and arguments.keys() == self._arguments.keys()
-            and all(_alike(arguments[name], value) for name, value in self._arguments.items())
+            and all(same_object(arguments[name], value) for name, value in self._arguments.items())
             and all(layer.keys is keys and layer.values is values for layer, keys, values in self._held)
         )
 
@@ -84,15 +107,9 @@ class Shortcut:
         inputs = list(self._last.inputs)
         for i, name in self._sources:
             inputs[i] = _laid_out(arguments[name], inputs[i])
-        outputs = self._last.graph(*inputs)
+        outputs = self._last.again(inputs)
         changed = {name: outputs[place] for name, place in self._fields}
         return type(self._result)(**{name: changed.get(name, value) for name, value in self._result.items()})
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    return a is b
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

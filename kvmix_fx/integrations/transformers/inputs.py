@@ -1,0 +1,322 @@
+"""What is done to the arguments of a call before the model sees them.
+
+Rules for masks, in order. The first two are for masks [B, tokens] that hide nothing: no column is padding.
+
+| cache | call | mask | becomes |
+|---|---|---|---|
+| empty, of any kind | n > 1 | [B, n] that hides nothing | None (1) |
+| one full row | in generate() | [1, tokens] that hides nothing (2) | None (3) |
+| fixed, empty | any | [B, 1, n, capacity] | [B, 1, n, n] (4) |
+| fixed, not empty | with position_ids (5) | [B, tokens] | [B, capacity] (6) |
+
+1. A graph can not look. Without a mask, prefill takes the fastest attention.
+2. Looking waits for the device. After a call of one token generate() itself has added a one, so nobody looks.
+3. Attention ends with the last token stored.
+4. generate() made it for a cache that attends to all of its slots; the first call of ours attends to its own
+   tokens. Of a dict of masks, the one named "full_attention".
+5. Without positions some models count the mask.
+6. One shape for all steps: one graph and one recording.
+
+n: tokens of the call. "Fixed": with layers of fixed capacity of ours. "One full row": a KVMixStaticCache of
+one sequence without padding, which is remembered from call to call. A cache becomes one when it is empty and
+a call of one row has no mask. It is one no longer when a call has more rows, or a mask that stays.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
+from kvmix_fx.integrations.transformers.caches import KVMixStaticCache, pack_static_layers
+from kvmix_fx.integrations.transformers.layers import (
+    KVMixStaticLayer,
+    PromptFirstStaticLayer,
+    fixed_layers,
+)
+from kvmix_fx.plan import KVPlan
+from kvmix_fx.runtime.shortcut import Shortcut
+from kvmix_fx.runtime.step import Call, Lane
+
+
+class InsideGenerate(threading.local):
+    """Whether this thread is inside generate(), and between two single tokens of it."""
+
+    calls = 0
+    steady = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model is not inside anything."""
+        return InsideGenerate, ()
+
+
+class TokensCall(Call):
+    """A call of a transformers model.
+
+    tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. cache: `past_key_values`
+    if it is a Cache. fixed: its layers of fixed capacity.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool) -> None:
+        """A call of which nothing is known yet."""
+        super().__init__(args, kwargs, generating)
+        self.tokens: Tensor | None = None
+        self.batch = self.n = 0
+        self.cache: Cache | None = None
+        self.fixed: list[PromptFirstStaticLayer] = []
+
+    def finish(self) -> None:
+        """Count the tokens that fixed layers have got."""
+        for layer in self.fixed:
+            layer.host_length += self.n
+
+
+class TransformersCalls:
+    """What a compiled transformers model does before each forward."""
+
+    def __init__(
+        self, model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut, inside: InsideGenerate
+    ) -> None:
+        """Keep what the checks need."""
+        self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Check the inputs, bring them and the cache into the form the graph expects, choose the lane.
+
+        Raises:
+            ModelInputError: no tokens. CapacityError: a fixed cache is too small; nothing was written.
+            CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
+        """
+        call = TokensCall(args, kwargs, self.inside.calls > 0)
+        if not _find_tokens(call):
+            self._choose_lane(call)
+            return call
+        for step in self._STEPS:
+            step(self, call)
+        if call.lane is Lane.SHORT:
+            self._check_room(call)
+            return call
+        for check in self._CHECKS:
+            check(self, call)
+        return call
+
+    def _own_slices(self, call: TokensCall) -> None:
+        """A slice of a longer row brings its place in it into the graph, another one in every step."""
+        if call.n == 1:
+            call.args = tuple(_own(x) for x in call.args)
+            for name in ("input_ids", "position_ids"):
+                if name in call.kwargs:
+                    call.kwargs[name] = _own(call.kwargs[name])
+
+    def _mark_lengths(self, call: TokensCall) -> None:
+        """Have tracing take the sizes that change for symbols.
+
+        Else the first prompt's length would be compiled in, and the second would recompile; likewise a
+        cache's capacity, by way of masks [B, 1, n, capacity].
+        """
+        _mark_length(call.tokens)
+        _mark_length(call.kwargs.get("position_ids"))
+        masks = call.kwargs.get("attention_mask")
+        for mask in masks.values() if isinstance(masks, dict) else (masks,):
+            _mark_length(mask)
+            _mark_length(mask, -1)
+
+    def _drop_mask_of_a_prompt(self, call: TokensCall) -> None:
+        if (
+            call.n > 1
+            and _is_empty(call.kwargs.get("past_key_values"))
+            and _hides_nothing(call.kwargs.get("attention_mask"), call.n)
+        ):
+            call.kwargs["attention_mask"] = None
+
+    def _drop_mask_of_one_row(self, call: TokensCall) -> None:
+        """Keep account of whether the cache is one sequence without padding; such a step has no mask."""
+        cache = call.cache
+        if not isinstance(cache, KVMixStaticCache):
+            return
+        mask = call.kwargs.get("attention_mask")
+        empty = _is_empty(cache)
+        if call.batch != 1 or not (empty or cache.one_full_row):
+            cache.one_full_row = False
+        elif mask is None:
+            cache.one_full_row = True
+        elif not empty and call.generating and isinstance(mask, Tensor) and mask.dim() == 2:
+            # between its single tokens generate() itself adds ones to the mask; else look, and wait for it
+            cache.one_full_row = self.inside.steady or _hides_nothing(mask, mask.shape[1])
+            if cache.one_full_row:
+                call.kwargs["attention_mask"] = None
+        else:
+            cache.one_full_row = False
+
+    def _note_single_token(self, call: TokensCall) -> None:
+        self.inside.steady = call.generating and call.n == 1
+
+    def _pack_static_layers(self, call: TokensCall) -> None:
+        if isinstance(call.cache, StaticCache) and self.plan.geometry is not None:
+            pack_static_layers(call.cache, self.plan)
+        if call.cache is not None:
+            call.fixed = fixed_layers(call.cache)
+
+    def _fit_mask(self, call: TokensCall) -> None:
+        if not call.fixed:
+            return
+        if not all(layer.has_tokens for layer in call.fixed):
+            # generate() built the mask for a plain StaticCache, which attends to all of its slots;
+            # the first step of a packed one attends to its own tokens
+            call.kwargs["attention_mask"] = _first_columns(call.kwargs.get("attention_mask"), call.n)
+        elif call.kwargs.get("position_ids") is not None:
+            # without positions some models count the mask
+            call.kwargs["attention_mask"] = _to_capacity(
+                call.kwargs.get("attention_mask"), call.fixed[0].max_cache_len
+            )
+
+    def _choose_lane(self, call: TokensCall) -> None:
+        if call.generating and not call.args and self.shortcut.serves(call.kwargs):
+            call.lane = Lane.SHORT
+
+    def _check_plan(self, call: TokensCall) -> None:
+        plan = getattr(call.cache, "plan", None)
+        if plan is not None and plan.digest != self.plan.digest:
+            raise PlanMismatchError(
+                f"this cache was made for {plan!r}, the model was compiled with {self.plan!r}: make the "
+                "cache from the plan given to kvmix_fx.compile"
+            )
+
+    def _check_room(self, call: TokensCall) -> None:
+        for layer in call.fixed:
+            if layer.host_length + call.n > layer.max_cache_len:
+                raise CapacityError.exceeded(call.n, layer.host_length, layer.max_cache_len)
+
+    def _mark_plain_layers(self, call: TokensCall) -> None:
+        """Packed layers grow without recompiling; plain ones beside them must not spoil that."""
+        layers = call.cache.layers if call.cache is not None else ()
+        for layer, layer_plan in zip(layers, self.plan.layers, strict=False):
+            if layer_plan.is_raw and isinstance(layer, DynamicLayer):
+                _mark_length(layer.keys, 2)
+                _mark_length(layer.values, 2)
+
+    def _allocate(self, call: TokensCall) -> None:
+        live: Tensor | None = None
+        for layer in call.fixed:
+            if not layer.is_initialized:
+                geometry = self.plan.geometry
+                assert geometry is not None
+                empty = torch.empty(
+                    (call.batch, geometry.num_kv_heads, 0, geometry.head_dim),
+                    dtype=self.model.dtype,
+                    device=self.model.device,
+                )
+                if isinstance(layer, KVMixStaticLayer):
+                    # one counter for all layers: a step then updates one number
+                    layer.lazy_initialization(empty, empty, live)
+                    live = layer.keys.live
+                else:
+                    layer.lazy_initialization(empty, empty)
+
+    def _check_packed(self, call: TokensCall) -> None:
+        checked = False
+        for layer in call.cache.layers if call.cache is not None else ():
+            for name in ("keys", "values"):
+                tensor = getattr(layer, name, None)
+                if not isinstance(tensor, QuantizedKVTensor):
+                    continue
+                if tensor._is_view():
+                    # slicing makes autograd views, which Dynamo would trace together with their base
+                    setattr(layer, name, tensor.alias())
+                if checked:
+                    continue
+                checked = True
+                mine = (call.batch, self.model.dtype, self.model.device)
+                theirs = (tensor.shape[0], tensor.dtype, tensor.device)
+                if mine != theirs:
+                    raise CacheShapeError(
+                        f"the model gets (batch, dtype, device) {mine}, the cache holds {theirs}: continue "
+                        "with the batch the cache was filled with, or start a new cache"
+                    )
+
+    # In this order, because
+    # - marks are for tensors as the caller made them; a rule that makes a mask marks it where it must;
+    # - the mask of one row asks what the last call was, so this one is noted after it;
+    # - masks are fitted to layers that are ours, so plain ones are exchanged first;
+    # - the short lane knows the last step's arguments as the graph got them, so the lane is chosen last.
+    _STEPS = (
+        _own_slices,
+        _mark_lengths,
+        _drop_mask_of_a_prompt,
+        _drop_mask_of_one_row,
+        _note_single_token,
+        _pack_static_layers,
+        _fit_mask,
+        _choose_lane,
+    )
+    # What the cache cannot do is found before anything is allocated. In the short lane it is the cache of the
+    # step before, and only its room has shrunk.
+    _CHECKS = (_check_plan, _check_room, _mark_plain_layers, _allocate, _check_packed)
+
+
+def _find_tokens(call: TokensCall) -> bool:
+    """Whether the call has tokens, as ids or embeddings."""
+    tokens = call.kwargs.get("input_ids")
+    if tokens is None:
+        tokens = call.kwargs.get("inputs_embeds", call.args[0] if call.args else None)
+    if not isinstance(tokens, Tensor):
+        return False
+    call.tokens = tokens
+    call.batch, call.n = tokens.shape[:2]
+    if call.batch == 0 or call.n == 0:
+        raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
+    cache = call.kwargs.get("past_key_values")
+    call.cache = cache if isinstance(cache, Cache) else None
+    return True
+
+
+def _own(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) and x.storage_offset() else x
+
+
+def _mark_length(x: Any, dim: int = 1) -> None:
+    if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
+
+
+def _is_empty(cache: Any) -> bool:
+    return cache is None or (
+        isinstance(cache, Cache)
+        and all(
+            not (
+                layer.has_tokens
+                if isinstance(layer, PromptFirstStaticLayer)
+                else getattr(layer, "is_initialized", True)
+            )
+            for layer in cache.layers
+        )
+    )
+
+
+def _hides_nothing(mask: Any, n: int) -> bool:
+    """Whether a mask is a tensor [B, n] without padding. Waits for the device."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == n and bool(mask.all())
+
+
+def _to_capacity(mask: Any, capacity: int) -> Any:
+    """A mask [B, stored] with a column for every token there is room for, as transformers extends it.
+
+    All steps then have a mask of one shape, for one graph and one recording.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] >= capacity:
+        return mask
+    mask = torch.nn.functional.pad(mask, (0, capacity - mask.shape[1]))
+    _mark_length(mask)
+    return mask
+
+
+def _first_columns(mask: Any, n: int) -> Any:
+    if isinstance(mask, dict):
+        return {name: _first_columns(m, n) if name == "full_attention" else m for name, m in mask.items()}
+    return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() == 4 else mask

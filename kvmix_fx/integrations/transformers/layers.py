@@ -1,0 +1,197 @@
+"""Cache layers: one that grows, and two of fixed capacity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.plan import LayerPlan
+
+
+class KVMixDynamicLayer(DynamicLayer):
+    """A growing layer that packs its first tokens itself when no compiled graph does."""
+
+    def __init__(self, layer_plan: LayerPlan) -> None:
+        """Start empty."""
+        super().__init__()
+        self.layer_plan = layer_plan
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, Hkv, n, D]; the first tokens are returned exact."""
+        if torch.compiler.is_compiling() or self.get_seq_length() > 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        key_format, value_format = self.layer_plan.formats(key_states.shape[-1])
+        self.keys = QuantizedKVTensor.from_hp(key_states, key_format)
+        self.values = QuantizedKVTensor.from_hp(value_states, value_format)
+        return key_states, value_states
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class PromptFirstStaticLayer(StaticLayer):
+    """A plain layer of fixed capacity whose first step attends to its own tokens only.
+
+    transformers' StaticLayer attends to all of its slots, empty ones included. Packed layers do
+    not, and layers that share a mask must agree.
+    """
+
+    keys: Any
+    values: Any
+    cumulative_length: Any
+
+    def __init__(self, max_cache_len: int) -> None:
+        """`max_cache_len`: capacity in tokens."""
+        super().__init__(max_cache_len)
+        # a plain bool: the first step runs another graph anyway
+        self.has_tokens = False
+        # tokens stored, known without asking the device
+        self.host_length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store [B, Hkv, n, D]. The first tokens are returned themselves, so prefill is exact."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        n = key_states.shape[-2]
+        positions = torch.arange(n, device=self.device)
+        if self.has_tokens:
+            # the pass sees that a first step starts at 0, and appends without asking the device
+            positions = positions + self.cumulative_length
+        self.keys.index_copy_(2, positions, key_states)
+        self.values.index_copy_(2, positions, value_states)
+        self.cumulative_length.add_(n)
+        if not self.has_tokens:
+            self.has_tokens = True
+            return key_states, value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the attention mask."""
+        # not max_cache_len: compilers take an attribute for a constant, and a size for a size
+        return (self.keys.shape[2] if self.has_tokens else query_length), 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens stored: 0 for an empty cache, else a tensor on the device."""
+        # a number, so that the first step's mask and positions depend on no data
+        return self.cumulative_length if self.has_tokens else 0
+
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping those stored."""
+        if self.is_initialized:
+            self.keys, self.values = (self._enlarged(x, capacity) for x in (self.keys, self.values))
+        self.max_cache_len = capacity
+
+    def _enlarged(self, x: Any, capacity: int) -> Any:
+        larger = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+        larger[:, :, : x.shape[2]] = x
+        return larger
+
+    def reset(self) -> None:
+        """Forget all tokens, keep the buffers."""
+        super().reset()
+        self.has_tokens = False
+        self.host_length = 0
+
+
+class KVMixStaticLayer(PromptFirstStaticLayer):
+    """A layer of fixed capacity whose keys and values are packed from the first token on."""
+
+    is_croppable = True
+
+    def __init__(self, max_cache_len: int, layer_plan: LayerPlan) -> None:
+        """`max_cache_len`: capacity in tokens."""
+        super().__init__(max_cache_len)
+        self.layer_plan = layer_plan
+
+    def lazy_initialization(
+        self, key_states: Tensor, value_states: Tensor, live: Tensor | None = None
+    ) -> None:
+        """Allocate the buffers; shapes come from the first keys and values [B, Hkv, n, D].
+
+        `live`: the counter of the other layers of the cache, to be shared.
+        """
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        key_format, value_format = self.layer_plan.formats(self.k_head_dim)
+        if live is None:
+            live = torch.zeros((), dtype=torch.int64, device=self.device)
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        self.keys = QuantizedKVTensor.empty_fixed(
+            *shape, self.k_head_dim, key_format, self.dtype, self.device, live
+        )
+        self.values = QuantizedKVTensor.empty_fixed(
+            *shape, self.v_head_dim, value_format, self.dtype, self.device, live
+        )
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+
+    def reset(self) -> None:
+        """Forget all tokens, keep the buffers."""
+        forget([self])
+
+    def _enlarged(self, x: QuantizedKVTensor, capacity: int) -> QuantizedKVTensor:
+        return x.enlarged(capacity)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        stored = int(self.cumulative_length)
+        length = tokens_to_remove if tokens_to_remove > 0 else max(0, stored + tokens_to_remove)
+        if length >= stored:
+            return
+        for tensor in (self.keys, self.values):
+            tensor.rewind_(length, stored)
+            tensor.live.fill_(length)
+        self.cumulative_length.fill_(length)
+        self.host_length = length
+        self.has_tokens = length > 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        self.keys, self.values = (t.repeat_interleave(repeats, dim=0) for t in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows."""
+        self.keys, self.values = self.keys[indices, ...], self.values[indices, ...]
+
+
+def forget(layers: list[KVMixStaticLayer]) -> None:
+    """Empty packed layers, in few launches.
+
+    Codes and scales beyond the live length are never used and always finite; raw tokens may be NaN, which
+    a mask does not stop.
+    """
+    counters: dict[int, Tensor] = {}
+    raw: list[Tensor] = []
+    for layer in layers:
+        layer.has_tokens = False
+        layer.host_length = 0
+        counters[id(layer.cumulative_length)] = layer.cumulative_length
+        if layer.is_initialized:
+            for tensor in (layer.keys, layer.values):
+                counters[id(tensor.live)] = tensor.live
+                raw.append(tensor.residual)
+    for tensors in (list(counters.values()), raw):
+        if tensors:
+            torch._foreach_zero_(tensors)
+
+
+def fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:
+    """The layers of a cache that have a fixed capacity of ours, packed or not."""
+    return [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+
+
+def capacity_of(layers: list[Any]) -> int:
+    """Tokens there is room for in all `fixed_layers` of a cache's layers; 0 without any."""
+    return min((x.max_cache_len for x in layers if isinstance(x, PromptFirstStaticLayer)), default=0)

@@ -1,0 +1,54 @@
+"""Appends that were taken out of a graph (`passes/defer.py`), done when the graph is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvmix_kernels import ops
+
+
+@dataclass(frozen=True)
+class FromInput:
+    """An argument of an append that is input `index` of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class FromOutput:
+    """An argument of an append that is flat output `index` of the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """The appends of one graph.
+
+    appends: their arguments; all but `FromInput` and `FromOutput` are meant as they are. outputs: how many
+    outputs the graph had before it returned what the appends store.
+    """
+
+    appends: list[tuple[Any, ...]]
+    outputs: int
+
+    def wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """A function like `inner`, the compiled graph, that also appends and returns the first outputs."""
+
+        def run(*args: Any) -> Sequence[Any]:
+            results = inner(*args)
+            for arguments in self.appends:
+                ops.append_(*(_value(argument, args, results) for argument in arguments))
+            return results[: self.outputs]
+
+        return run
+
+
+def _value(argument: Any, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    if isinstance(argument, list):
+        return [_value(item, inputs, outputs) for item in argument]
+    if isinstance(argument, FromInput):
+        return inputs[argument.index]
+    return outputs[argument.index] if isinstance(argument, FromOutput) else argument

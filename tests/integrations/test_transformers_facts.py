@@ -1,0 +1,218 @@
+"""One canary per fact of transformers, private or undocumented, that kvmix_fx.integrations.transformers uses.
+
+All of it is about plain models: when a release breaks one of these, start there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.generation.configuration_utils import GenerationMode
+
+import kvmix_fx
+from kvmix_fx.integrations.transformers.generate import _why_not_fixed
+from kvmix_fx.runtime import recording
+from kvmix_fx.testing.models import tiny_llama
+
+IDS = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+NEW = 4
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+def padded():
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    return mask
+
+
+def steps(model, **kwargs):
+    """What generate() calls a model with, step by step."""
+    calls = []
+    forward = model.forward
+
+    def noting(*args, **kwargs):
+        assert not args
+        calls.append(kwargs)
+        return forward(**kwargs)
+
+    noting.__signature__ = inspect.signature(forward)
+    vars(model)["forward"] = noting
+    model.generate(IDS, do_sample=False, max_new_tokens=NEW, **kwargs)
+    assert len(calls) == NEW
+    return calls
+
+
+def test_generate_asks_the_instance_for_its_cache_and_takes_the_one_it_is_given(model):
+    asked = []
+    cache = DynamicCache(config=model.config)
+
+    def prepare(*args):
+        asked.append(args)
+        args[1]["past_key_values"] = cache
+
+    vars(model)["_prepare_cache_for_generation"] = prepare
+    out = model.generate(IDS, do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True)
+    ((config, model_kwargs, mode, batch, length),) = asked
+    assert out.past_key_values is cache
+    assert isinstance(config, GenerationConfig)
+    assert "attention_mask" in model_kwargs
+    assert (mode, batch) == (GenerationMode.GREEDY_SEARCH, 2)
+    # with a token to spare or not, the cache holds all of them
+    assert length in (IDS.shape[1] + NEW - 1, IDS.shape[1] + NEW)
+
+
+def test_what_the_cache_of_generate_is_chosen_by_is_in_its_config(model):
+    config = model.generation_config
+    assert {"cache_implementation", "use_cache", "is_assistant", "num_return_sequences"} <= vars(
+        config
+    ).keys()
+    assert GenerationMode.SAMPLE is not GenerationMode.BEAM_SEARCH
+
+
+def test_classes_say_whether_they_compile_as_one_graph():
+    assert PreTrainedModel._can_compile_fullgraph is False
+    assert LlamaForCausalLM._can_compile_fullgraph is True
+
+
+def test_generate_gets_the_compiled_call_of_the_instance_for_its_decode_steps(model):
+    taken = []
+
+    def get(config):
+        def call(*args, **kwargs):
+            taken.append(config)
+            return model(*args, **kwargs)
+
+        return call
+
+    vars(model)["get_compiled_call"] = get
+    # true on CUDA only
+    vars(model)["_valid_auto_compile_criteria"] = lambda *_: True
+    model.generate(IDS, do_sample=False, max_new_tokens=NEW, cache_implementation="static")
+    assert len(taken) == NEW - 1
+
+
+def test_only_caches_that_say_they_compile_get_a_whole_mask(model):
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    masks = [call["attention_mask"] for call in steps(model, attention_mask=padded(), past_key_values=cache)]
+    assert [tuple(mask.shape[:1]) + tuple(mask.shape[-1:]) for mask in masks] == [(2, 32)] * NEW
+    assert {mask.dim() for mask in masks} == {4}
+
+    class Uncompilable(StaticCache):
+        is_compileable = False
+
+    cache = Uncompilable(config=model.config, max_cache_len=32)
+    model = tiny_llama()
+    masks = [call["attention_mask"] for call in steps(model, attention_mask=padded(), past_key_values=cache)]
+    assert [tuple(mask.shape) for mask in masks] == [(2, IDS.shape[1] + i) for i in range(NEW)]
+
+
+def test_between_single_tokens_generate_itself_adds_ones_to_the_mask(model):
+    masks = [call["attention_mask"] for call in steps(model, attention_mask=padded())]
+    for before, after in zip(masks, masks[1:], strict=False):
+        assert torch.equal(after[:, :-1], before)
+        assert after[:, -1].all()
+
+
+def test_steps_have_names_and_positions(model):
+    for call in steps(model, attention_mask=padded()):
+        assert {"input_ids", "position_ids", "past_key_values"} <= call.keys()
+
+
+def test_full_attention_layers_of_caches_are_of_these_very_classes(model):
+    assert {type(layer) for layer in StaticCache(config=model.config, max_cache_len=8).layers} == {
+        StaticLayer
+    }
+    growing = DynamicCache(config=model.config).layers
+    assert {type(layer) for layer in growing} == {DynamicLayer}
+    assert len(growing) == 2
+    assert not any(layer.is_initialized for layer in growing)
+
+
+def test_a_cache_is_made_of_the_layers_it_is_given():
+    layers = [DynamicLayer(), DynamicLayer()]
+    assert Cache(layers=layers).layers is layers
+
+
+def test_static_layers_count_their_tokens_in_a_tensor_of_their_own():
+    layer = StaticLayer(max_cache_len=8)
+    x = torch.ones(1, 2, 3, 16)
+    assert layer.cumulative_length.shape == ()
+    assert layer.cumulative_length.dtype == torch.int64
+    assert not layer.is_initialized
+    counter = layer.cumulative_length
+    layer.update(x, x)
+    assert layer.is_initialized
+    assert layer.cumulative_length.item() == 3
+    assert layer.keys.shape == (1, 2, 8, 16)
+    layer.reset()
+    assert layer.cumulative_length.item() == 0
+    assert layer.cumulative_length is counter
+
+
+def test_layers_are_cut_by_a_negative_number_of_tokens():
+    layer = DynamicLayer()
+    x = torch.ones(1, 2, 5, 16)
+    layer.update(x, x)
+    layer.crop(-2)
+    assert layer.get_seq_length() == 3
+
+
+@pytest.fixture
+def told(model, monkeypatch):
+    """Why a compiled model's generate() got no packed cache of fixed capacity; None if it did."""
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, group_size=16), options={"cuda_graphs": False})
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("kvmix_fx.integrations.transformers.generate")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+
+    def ask(**kwargs):
+        records.clear()
+        model.generate(IDS, max_new_tokens=2, **({"do_sample": False} | kwargs))
+        return (
+            records[0].removeprefix("generate() gets no packed cache of fixed capacity: ")
+            if records
+            else None
+        )
+
+    yield ask
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def test_who_gets_no_fixed_cache_can_read_why(told, model, monkeypatch):
+    assert told() is None
+    assert told(do_sample=True) is None
+    assert told(num_beams=2) == "beam_search cuts or reorders its cache"
+    assert told(cache_implementation="dynamic") == "cache_implementation='dynamic' was asked for"
+    assert told(use_cache=False) == "use_cache=False was asked for"
+    assert told(past_key_values=DynamicCache(config=model.config)) == "a cache was handed in"
+    model._can_compile_fullgraph = False
+    assert told() == "transformers says that LlamaForCausalLM cannot be compiled as one graph"
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cuda",))
+    assert told() == "steps on cpu are not recorded"
+
+
+def test_other_reasons_against_a_fixed_cache(model, monkeypatch):
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
+    plan = kvmix_fx.KVPlan.uniform(model, 4, group_size=16)
+    config, greedy = model.generation_config, GenerationMode.GREEDY_SEARCH
+    assert _why_not_fixed(model, plan.for_model(model), config, {}, greedy) == ""
+    assert "head sizes" in _why_not_fixed(model, kvmix_fx.KVPlan.uniform(2, 4), config, {}, greedy)
+    config.is_assistant = True
+    assert "assistant" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    assert "2 devices" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
