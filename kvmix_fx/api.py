@@ -96,7 +96,7 @@ def compile(
     from kvmix_fx.integrations import hooks_for
 
     if on_nothing not in ("raise", "ignore"):
-        raise ValueError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
+        raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
     plan = _fitted(plan, model)

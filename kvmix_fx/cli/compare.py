@@ -9,8 +9,9 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from kvmix_fx.cli.common import Answer, CommandError, answers, load_config, size
+from kvmix_fx.cli.common import Answer, answers, load_config, size
 from kvmix_fx.cli.plan import read_plan
+from kvmix_fx.errors import CommandError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, join_layers
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kvmix_fx.cli.common import Answer, CommandError, answers, load_config, size
-from kvmix_fx.errors import PlanError, PresetError
+from kvmix_fx.cli.common import Answer, answers, load_config, size
+from kvmix_fx.errors import CommandError, PlanError, PresetError
 from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, join_layers
 
 LENGTHS = (1024, 4096, 16384, 65536)
