@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import inspect
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvmix_fx import dynamo
 from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
 from kvmix_fx.passes.manager import BY_PLAN
@@ -107,7 +107,7 @@ def compile(
     by_argument = "recompile_limit" in inspect.signature(torch.compile).parameters
     if by_argument:
         torch_compile_options.setdefault("recompile_limit", RECOMPILE_LIMIT)
-    limit: dict[str, int] = {} if by_argument else {"recompile_limit": RECOMPILE_LIMIT}
+    limit = None if by_argument else RECOMPILE_LIMIT
 
     restore(model)
     original = model.forward
@@ -133,8 +133,8 @@ def compile(
             return result
         graphs = len(backend.report.graphs)
         noted.clear()  # an interrupted step may have left something
-        with torch._dynamo.config.patch(limit) if limit else contextlib.nullcontext():
-            result = _unwrapped(compiled, args, kwargs)
+        with dynamo.recompile_limit(limit):
+            result = dynamo.unwrapped(compiled, *args, **kwargs)
         if len(backend.report.graphs) != graphs:
             _check_rewritten(state, result)
             # tracing leaves reference cycles that would keep the cache's memory
@@ -210,21 +210,6 @@ def explain(
         restore(model)
         assert vars(model).keys() == was.keys()
     return report
-
-
-def _unwrapped(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call compiled code; errors of ours come out as themselves, not as a backend failure."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    from kvmix_fx.errors import KVMixError
-
-    try:
-        return function(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        cause = error.inner_exception
-        if isinstance(cause, KVMixError):
-            raise cause from None
-        raise
 
 
 def _check_rewritten(state: Compiled, result: Any) -> None:

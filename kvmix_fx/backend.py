@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.passes import dynamo, manager, replay
+from kvmix_fx.passes import manager, replay
 from kvmix_fx.passes.boundary import Boundary
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
@@ -72,7 +73,7 @@ class KVMixBackend:
             )
         if inner is not None and not isinstance(inner, str) and not callable(inner):
             raise BackendOptionError(f'"inner" must be a backend name or a callable, got {inner!r}')
-        if isinstance(inner, str) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+        if isinstance(inner, str) and not dynamo.is_backend(inner):
             raise BackendOptionError(f'"inner" names no Dynamo backend: {inner!r}')
         if (mode or inductor_options) and inner not in (None, "inductor"):
             raise BackendOptionError(
@@ -147,8 +148,7 @@ def _compile(
 
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
         return compiled
-    compiler: Any = torch._dynamo.lookup_backend(inner)
-    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+    return dynamo.find_backend(inner)(gm, example_inputs)
 
 
 def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

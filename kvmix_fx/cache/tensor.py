@@ -19,18 +19,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
 from kvmix_kernels.reference.storage import Buffers
-
-# dims that grow, or differ between caches: marked so that a compiler treats them as symbols from the
-# first trace on
-_GROWING_DIM = {2}
 
 
 class QuantizedKVTensor(torch.Tensor):
@@ -92,7 +88,7 @@ class QuantizedKVTensor(torch.Tensor):
         self.qdata, self.scale, self.zero_point, self.residual = buffers
         if is_fake(self.residual):
             return
-        _mark_lengths(self)
+        mark_tokens(self, *((self.residual,) if self.format.is_raw else buffers[:3]))
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 
@@ -312,16 +308,6 @@ class QuantizedKVTensor(torch.Tensor):
 
 def _rebuild(state: dict[str, Any]) -> QuantizedKVTensor:
     return QuantizedKVTensor.from_state(state)
-
-
-def _mark_lengths(t: QuantizedKVTensor) -> None:
-    # what torch._dynamo.maybe_mark_dynamic does, without its per-call cost
-    t._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
-    if t.format.is_raw:
-        t.residual._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
-        return
-    for buffer in (t.qdata, t.scale, t.zero_point):
-        buffer._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
 
 
 torch.serialization.add_safe_globals([QuantizedKVTensor, _rebuild])

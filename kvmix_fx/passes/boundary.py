@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.growth import prepare_append
-from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.replay import Record, Replayed
 from kvmix_fx.passes.rewrite import Adopted, Grown, Rewritten
 from kvmix_fx.passes.shortcut import Noted

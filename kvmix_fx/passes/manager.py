@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import fx
 
+from kvmix_fx import dynamo
+from kvmix_fx.dynamo import example
 from kvmix_fx.errors import HeadSizeError, PlanLayerError
-from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
-from kvmix_fx.passes.dynamo import example
 from kvmix_fx.passes.find.updates import find_updates, packed_inputs
 from kvmix_fx.passes.match import find_sites
 from kvmix_fx.passes.report import GraphReport, SiteReport

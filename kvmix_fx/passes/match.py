@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.dynamo import example, module_path
+from kvmix_fx.dynamo import example, module_path
 from kvmix_fx.passes.find.attention import find_attention
 from kvmix_fx.passes.find.updates import (
     cat_operands,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes import dynamo
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_kernels import ops

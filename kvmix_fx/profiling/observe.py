@@ -21,11 +21,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvmix_fx.errors import KVMixError, NoSiteError, ProfileError
-from kvmix_fx.passes import dynamo
+from kvmix_fx import dynamo
+from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.match import find_sites
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
@@ -186,11 +185,7 @@ class Observer:
         self._recording = True
         try:
             with torch.enable_grad():
-                output = self._forward(input_ids=ids, use_cache=True)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, KVMixError):
-                raise error.inner_exception from None
-            raise
+                output = dynamo.unwrapped(self._forward, input_ids=ids, use_cache=True)
         finally:
             self._recording = False
         logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 from kvmix_fx.passes.sites import Update
 
 _CAT = {torch.cat, torch.concat, torch.concatenate, torch.ops.aten.cat.default}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 
 _RESHAPES = {"reshape", "view", "flatten", "contiguous"}
 _FULL = slice(None)

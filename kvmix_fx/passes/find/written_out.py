@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 from kvmix_fx.passes.sites import AttentionCall
 
 _MATMUL = {torch.matmul, operator.matmul, "matmul"}
