@@ -107,6 +107,11 @@ class TensorFormat(NamedTuple):
         return self.bits == RAW_BITS
 
     @property
+    def label(self) -> str:
+        """The bits for people: "4"."""
+        return str(self.bits)
+
+    @property
     def ring(self) -> int:
         """Residual slots of the recent window: the window, and the tile that waits to be full."""
         return self.window + self.tile

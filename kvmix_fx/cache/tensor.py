@@ -250,7 +250,7 @@ class QuantizedKVTensor(torch.Tensor):
         kind = "fixed capacity" if self.is_fixed else "growing"
         axis = "channel" if f.axis == layout.AXIS_CHANNEL else "token"
         recipe = (
-            "raw" if f.is_raw else f"{f.bits} bits per {axis} in groups of {f.group_size or self.shape[3]}"
+            "raw" if f.is_raw else f"{f.label} bits per {axis} in groups of {f.group_size or self.shape[3]}"
         )
         size = (
             ""
@@ -291,7 +291,7 @@ class QuantizedKVTensor(torch.Tensor):
         fmt, version = TensorFormat(*numbers[:count]), (*numbers[count:], 1)[0]
         if not layout.reads(version, fmt.bits):
             raise CacheVersionError(
-                f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and "
+                f"this cache of {fmt.label} bits was saved in version {version} of the packed layout, and "
                 f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
         buffers = Buffers(*(state[prefix + name] for name in Buffers._fields))
