@@ -80,7 +80,7 @@ def test_a_layer_that_cannot_exist_is_refused_as_ever():
         LayerPlan.parse("k4v2 g40")
 
 
-@pytest.mark.parametrize(("key", "value"), itertools.product(layout.BITS, repeat=2))
+@pytest.mark.parametrize(("key", "value"), list(itertools.product(layout.BITS, repeat=2)))
 def test_labels_name_the_bits_and_can_be_read_again(key, value):
     layer = LayerPlan.parse(f"k{key}v{value}")
     assert layer.labels == (str(key), str(value))
