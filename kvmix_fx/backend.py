@@ -182,7 +182,7 @@ def _requires_grad(value: Any) -> bool:
 
 def _is_short(result: manager.PassResult) -> bool:
     """Whether a graph is a decode step: every site has a small fixed number of queries."""
-    lengths = {site.query_length for site in result.report.sites}
+    lengths = {site.query_length for site in result.report.sites if site.recognized}
     return bool(lengths) and all(length.isdigit() and int(length) <= SHORT_STEP for length in lengths)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "BackendOptionError",
     "BudgetError",
     "CacheMutationError",
+    "CacheReadError",
     "CacheShapeError",
     "CacheVersionError",
     "CalibrationError",
@@ -142,6 +143,10 @@ class BackendOptionError(KVMixError, ValueError):
 
 class CacheMutationError(KVMixError, TypeError):
     """An in-place operation that a packed cache does not support."""
+
+
+class CacheReadError(KVMixError, RuntimeError):
+    """A compiled graph reads a packed cache whose number of tokens it cannot know."""
 
 
 class CacheVersionError(KVMixError, ValueError):

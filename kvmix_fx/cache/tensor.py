@@ -186,6 +186,32 @@ class QuantizedKVTensor(torch.Tensor):
         self.live.fill_(start + n)
         return self
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write the tokens `value` as `x[:, :, positions] = value` or `x[:, :, start:stop] = value`.
+
+        PyTorch would take the slice first, which unpacks it, and write to that.
+
+        Raises:
+            CacheMutationError, CapacityError: as `write_`; also for an index of any other form.
+        """
+        place = index if isinstance(index, tuple) else (index,)
+        whole = [i is Ellipsis or (isinstance(i, slice) and i == slice(None)) for i in place]
+        last = place[-1]
+        if all(whole) or (whole == [True, True, False] and isinstance(last, Tensor)):
+            super().__setitem__(index, value)
+            return
+        slices = whole == [True, True, False] and isinstance(last, slice) and self.is_fixed
+        if not slices or last.step not in (None, 1) or last.stop is None:
+            raise CacheMutationError(
+                "a packed cache is written at [:, :, positions] or at [:, :, start:stop], if its capacity is "
+                "fixed, or extended with torch.cat"
+            )
+        start, stop = last.start or 0, last.stop
+        if start < 0 or value.dim() != 4 or stop - start != value.shape[2]:
+            raise CacheMutationError(f"tokens of shape {tuple(value.shape)} do not fit into [{start}:{stop}]")
+        if not is_fake(self.residual):
+            self.write_(torch.arange(start, stop, device=self.device), value)
+
     def rewind_(self, length: int, stored: int) -> None:
         """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
         shorter = rewind(self.buffers, stored, length, self.format)
