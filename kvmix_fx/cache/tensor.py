@@ -189,28 +189,29 @@ class QuantizedKVTensor(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         """Write the tokens `value` as `x[:, :, positions] = value` or `x[:, :, start:stop] = value`.
 
-        PyTorch would take the slice first, which unpacks it, and write to that.
+        PyTorch would write to a slice of an unpacked copy, and drop the first dimension of one row.
 
         Raises:
             CacheMutationError, CapacityError: as `write_`; also for an index of any other form.
         """
         place = index if isinstance(index, tuple) else (index,)
         whole = [i is Ellipsis or (isinstance(i, slice) and i == slice(None)) for i in place]
-        last = place[-1]
-        if all(whole) or (whole == [True, True, False] and isinstance(last, Tensor)):
+        if all(whole):
             super().__setitem__(index, value)
             return
-        slices = whole == [True, True, False] and isinstance(last, slice) and self.is_fixed
-        if not slices or last.step not in (None, 1) or last.stop is None:
+        where = place[-1]
+        span = _span(where) if whole == [True, True, False] and self.is_fixed else None
+        if span is None:
             raise CacheMutationError(
                 "a packed cache is written at [:, :, positions] or at [:, :, start:stop], if its capacity is "
                 "fixed, or extended with torch.cat"
             )
-        start, stop = last.start or 0, last.stop
+        start, stop = span
         if start < 0 or value.dim() != 4 or stop - start != value.shape[2]:
             raise CacheMutationError(f"tokens of shape {tuple(value.shape)} do not fit into [{start}:{stop}]")
         if not is_fake(self.residual):
-            self.write_(torch.arange(start, stop, device=self.device), value)
+            positions = torch.arange(start, stop) if isinstance(where, slice) else where
+            self.write_(positions, value)
 
     def rewind_(self, length: int, stored: int) -> None:
         """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
@@ -330,6 +331,15 @@ class QuantizedKVTensor(torch.Tensor):
         from kvmix_fx.cache.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def _span(where: Any) -> tuple[Any, Any] | None:
+    """Bounds of a slice, or of the places of a tensor of positions; None for any other part of an index."""
+    if isinstance(where, slice) and where.step in (None, 1) and where.stop is not None:
+        return where.start or 0, where.stop
+    if isinstance(where, Tensor) and where.dim() == 1 and where.dtype == torch.int64:
+        return 0, where.shape[0]
+    return None
 
 
 def _rebuild(state: dict[str, Any]) -> QuantizedKVTensor:

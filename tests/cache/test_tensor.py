@@ -328,6 +328,8 @@ def test_a_slice_is_written_like_positions():
         ((slice(None), slice(None), slice(-60, -50)), 10),
         ((slice(None), slice(None), slice(40, 44)), 3),
         ((slice(0, 1), slice(None), torch.arange(40, 44)), 4),
+        ((slice(None), torch.arange(2)), 100),
+        ((slice(None), slice(None), torch.arange(100) < 50), 50),
         ((slice(None), slice(None), slice(41, 44)), 3),
     ],
 )
