@@ -126,9 +126,10 @@ def match(graph: fx.Graph) -> Matched:
 def _check_reads(sites: list[Site], missed: list[Missed], updates: list[Update]) -> None:
     """The position of the first new token tells how many tokens a cache of fixed capacity holds."""
     attended = [u for site in sites for u in (site.key_update, site.value_update) if u is not None]
+    elsewhere = [u for one in missed for u in one.updates]
     writes = any(update.tensor.is_fixed for update in updates)
-    elsewhere = [] if writes else [u for one in missed for u in one.updates]
-    if any(update.idiom is READ and update.tensor.is_fixed for update in (*attended, *elsewhere)):
+    reads = attended if writes else attended + elsewhere
+    if any(update.idiom is READ and update.tensor.is_fixed for update in reads):
         raise CacheReadError(
             "a packed cache of fixed capacity is read by a graph that does not write it, which cannot know "
             "how many tokens it holds: hand in a growing cache, or write and read it in one graph"
