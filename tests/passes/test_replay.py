@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx import api
-from kvmix_fx.api import _unwrapped as unwrapped
+from kvmix_fx import dynamo
 from kvmix_fx.backend import KVMixBackend
+from kvmix_fx.dynamo import unwrapped
 from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.passes import replay
@@ -161,7 +161,7 @@ def generate(model, ids, **kwargs):
 
 def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     guarded = []
-    monkeypatch.setattr(api, "_unwrapped", lambda *call: guarded.append(1) or unwrapped(*call))
+    monkeypatch.setattr(dynamo, "unwrapped", lambda *a, **kw: guarded.append(1) or unwrapped(*a, **kw))
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))
