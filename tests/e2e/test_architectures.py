@@ -9,7 +9,7 @@ import transformers
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
-from kvmix_fx.passes.sites import LEAVE
+from kvmix_fx.passes.sites import LEAVE, NOT_RECOGNIZED
 from kvmix_fx.testing.models import LEFT_ALONE, PACKED, TINY, WRITTEN_OUT, tiny_architecture
 
 from .oracle import OracleCache, steps, worst
@@ -113,13 +113,27 @@ def unknown_attention(module, query, key, value, attention_mask, scaling, **_):
     return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value), None
 
 
-def test_attention_of_an_unknown_form_is_refused_with_a_way_out():
+@pytest.fixture
+def unknown():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**TINY)
     transformers.AttentionInterface.register("unknown", unknown_attention)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="unknown").eval()
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="unknown").eval()
+
+
+def test_attention_of_an_unknown_form_is_explained_layer_by_layer(unknown):
+    report = kvmix_fx.explain(unknown, tokens(), kvmix_fx.KVPlan.uniform(unknown, 2))
+    assert [site.layer for site in report.graphs[0].sites] == [0, 1]
+    assert {site.action for site in report.sites} == {NOT_RECOGNIZED}
+    assert all("multiplied by einsum" in site.reason for site in report.sites)
+    assert "graph 0: 0 attention sites, 2 not recognized" in str(report)
+    assert {site.query_length for site in report.graphs[1].sites} == {"1"}
+
+
+def test_attention_of_an_unknown_form_is_refused_with_a_way_out(unknown):
+    model = unknown
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2), inner="eager")
-    with pytest.raises(kvmix_fx.errors.NoSiteError, match='attn_implementation="sdpa"'):
+    with pytest.raises(kvmix_fx.errors.NoSiteError, match=r'einsum.*attn_implementation="sdpa"'):
         model.generate(tokens(), max_new_tokens=2)
 
 

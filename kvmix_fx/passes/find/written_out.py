@@ -60,21 +60,22 @@ class _Scores:
 def find_written_out(node: fx.Node) -> AttentionCall | Miss | None:
     """The attention whose last product is `node`, if it has this form and nothing else reads its inside.
 
-    A Miss where `node` multiplies what a softmax over a product gave, in any other form; else None.
+    A Miss at the softmax where `node` multiplies what a softmax over a product gave, in any other form; else
+    None.
     """
     if not _is(node, _PRODUCTS):
         return None
     found = _match(node)
     if isinstance(found, AttentionCall):
         return found
-    weighed = [x for x in node.all_input_nodes if _behind(x, _is_weights)]
-    if not weighed:
-        return None
-    softmax = _behind(weighed[0], _is_weights)
-    product = None if softmax is None else _behind(softmax.args[0], _is_product)
-    candidates = [x for x in (*_inputs(product), *node.all_input_nodes) if x is not weighed[0]]
-    reads = (heads_root(_turned(x) or x) for x in candidates)
-    return Miss(node, f"attention written out in another form: {found}", tuple(dict.fromkeys(reads)))
+    for weights in node.all_input_nodes:
+        softmax = _behind(weights, _is_weights)
+        product = None if softmax is None else _behind(softmax.args[0], _is_product)
+        if softmax is not None and product is not None:
+            others = (x for x in (*product.all_input_nodes, *node.all_input_nodes) if x is not weights)
+            reads = dict.fromkeys(heads_root(_turned(x) or x) for x in others)
+            return Miss(softmax, f"attention written out in another form: {found}", tuple(reads))
+    return None
 
 
 def _match(node: fx.Node) -> AttentionCall | str:
@@ -194,10 +195,6 @@ def _is_weights(node: Any) -> bool:
 
 def _is_product(node: Any) -> bool:
     return _is(node, _PRODUCTS)
-
-
-def _inputs(node: fx.Node | None) -> list[fx.Node]:
-    return [] if node is None else node.all_input_nodes
 
 
 def _factor(node: Any) -> tuple[float, Any]:
