@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmix_fx.plan import KVPlan, LayerPlan, QuantSpec, WindowRule
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
 
 if TYPE_CHECKING:
     from kvmix_fx import errors
     from kvmix_fx.api import compile, compiled, explain, restore
     from kvmix_fx.cache import QuantizedKVTensor
+    from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
     from kvmix_fx.profiling import profile
 
 __all__ = [
+    "KVMixCache",
+    "KVMixStaticCache",
     "KVPlan",
     "LayerPlan",
+    "ModelGeometry",
     "QuantSpec",
     "QuantizedKVTensor",
     "WindowRule",
@@ -27,6 +31,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "KVMixCache": "kvmix_fx.integrations.transformers",
+    "KVMixStaticCache": "kvmix_fx.integrations.transformers",
     "QuantizedKVTensor": "kvmix_fx.cache",
     "compile": "kvmix_fx.api",
     "compiled": "kvmix_fx.api",
@@ -44,6 +50,13 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("kvmix_fx.errors")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        from kvmix_fx.errors import MissingPackageError
+
+        raise MissingPackageError.for_extra("transformers", "hf", name) from error
     globals()[name] = value
     return value

@@ -94,7 +94,7 @@ def compile(
     from kvmix_fx.integrations import hooks_for
 
     if on_nothing not in ("raise", "ignore"):
-        raise ValueError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
+        raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
     plan = _fitted(plan, model)
@@ -177,21 +177,24 @@ def explain(
 def _check_rewritten(report: CompileReport, result: Any) -> None:
     if any(g.changed for g in report.graphs):
         return
-    reasons = sorted({site.reason for site in report.sites if site.reason})
+    sites = [site for site in report.sites if site.recognized]
+    reasons = sorted({site.reason for site in sites if site.reason})
+    missed = list(dict.fromkeys(site.reason for site in report.sites if not site.recognized))
     if reasons == [BY_PLAN]:
         return
-    if not report.sites:
+    if not sites:
+        nearly = f" ({'; '.join(missed)})" if missed else ""
         raise NoSiteError(
             "no attention was found, neither a call of scaled_dot_product_attention nor one written out as "
-            "matmul, softmax, matmul: load the model with "
+            f"matmul, softmax, matmul{nearly}: load the model with "
             'attn_implementation="sdpa", or pass on_nothing="ignore" to run it unquantized'
         )
-    if any(site.idiom == "in place" for site in report.sites):
+    if any(site.idiom == "in place" for site in sites):
         return  # plain buffers are packed after this step; should they not be, the report says so
     if getattr(result, "past_key_values", True) is None:
         return  # use_cache=False: nothing to pack in this call
     raise NoSiteError(
-        f"{len(report.sites)} attention sites were found and none could be packed: {'; '.join(reasons)}. "
+        f"{len(sites)} attention sites were found and none could be packed: {'; '.join(reasons + missed)}. "
         'Pass on_nothing="ignore" to run the model unquantized.'
     )
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.passes import dynamo, manager
+from kvmix_fx.passes import manager
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
@@ -76,7 +77,7 @@ class KVMixBackend:
             )
         if inner is not None and not isinstance(inner, str) and not callable(inner):
             raise BackendOptionError(f'"inner" must be a backend name or a callable, got {inner!r}')
-        if isinstance(inner, str) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+        if isinstance(inner, str) and not dynamo.is_backend(inner):
             raise BackendOptionError(f'"inner" names no Dynamo backend: {inner!r}')
         if (mode or inductor_options) and inner not in (None, "inductor"):
             raise BackendOptionError(
@@ -157,8 +158,7 @@ def _compile(
 
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
         return compiled
-    compiler: Any = torch._dynamo.lookup_backend(inner)
-    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+    return dynamo.find_backend(inner)(gm, example_inputs)
 
 
 def _inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _requires_grad(value: Any) -> bool:
 
 def _is_short(result: manager.PassResult) -> bool:
     """Whether a graph is a decode step: every site has a small fixed number of queries."""
-    lengths = {site.query_length for site in result.report.sites}
+    lengths = {site.query_length for site in result.report.sites if site.recognized}
     return bool(lengths) and all(length.isdigit() and int(length) <= SHORT_STEP for length in lengths)
 
 

@@ -6,21 +6,31 @@ are defined beside it, in `kvmix_kernels.errors`, and offered here too.
 
 from __future__ import annotations
 
-from kvmix_kernels.errors import CacheShapeError, CapacityError, FormatError, HeadSizeError, KVMixError
+from kvmix_kernels.errors import (
+    CacheShapeError,
+    CapacityError,
+    FormatError,
+    HeadSizeError,
+    KernelMemoryError,
+    KVMixError,
+)
 
 __all__ = [
     "AllocatorError",
     "BackendOptionError",
     "BudgetError",
     "CacheMutationError",
+    "CacheReadError",
     "CacheShapeError",
     "CacheVersionError",
     "CalibrationError",
     "CapacityError",
+    "CommandError",
     "DequantizeWarning",
     "FormatError",
     "HeadSizeError",
     "KVMixError",
+    "KernelMemoryError",
     "MissingPackageError",
     "ModelInputError",
     "NoSiteError",
@@ -35,7 +45,9 @@ __all__ = [
     "ProfileError",
     "ProfileFileError",
     "ProfileMismatchError",
+    "RewriteInvariantError",
     "SignalError",
+    "SignalUnavailable",
     "TrainingError",
 ]
 
@@ -97,6 +109,10 @@ class SignalError(KVMixError, ValueError):
     """A profiling signal that does not exist, or that a profile does not hold."""
 
 
+class SignalUnavailable(SignalError):  # noqa: N818 - says what it is, like StopIteration
+    """This model does not tell what the signal needs; the others still work."""
+
+
 class ProfileError(KVMixError, RuntimeError):
     """A model whose cache can be packed but not profiled: its outputs or layers have no known form."""
 
@@ -113,16 +129,24 @@ class NoSiteError(KVMixError, RuntimeError):
     """Nothing in the model was rewritten, so its cache would stay at 16 bits."""
 
 
+class RewriteInvariantError(KVMixError, AssertionError):
+    """The rewrite produced a graph that cannot be right: a defect of this project, so please report it."""
+
+
 class TrainingError(KVMixError, RuntimeError):
     """Gradients, training mode or attention dropout where only inference is supported."""
 
 
 class BackendOptionError(KVMixError, ValueError):
-    """An option of the compile backend that is unknown, missing or of a wrong type."""
+    """An option of `compile` or of its backend that is unknown, missing or of a wrong type."""
 
 
 class CacheMutationError(KVMixError, TypeError):
     """An in-place operation that a packed cache does not support."""
+
+
+class CacheReadError(KVMixError, RuntimeError):
+    """A compiled graph reads a packed cache whose number of tokens it cannot know."""
 
 
 class CacheVersionError(KVMixError, ValueError):
@@ -131,6 +155,10 @@ class CacheVersionError(KVMixError, ValueError):
 
 class ModelInputError(KVMixError, ValueError):
     """Inputs that hold no tokens: an empty batch or a prompt of length zero."""
+
+
+class CommandError(KVMixError, ValueError):
+    """Something named on the command line that cannot be used: a model, a device, a place to write to."""
 
 
 class MissingPackageError(KVMixError, ImportError):

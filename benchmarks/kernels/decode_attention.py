@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.rows import Rows, copy_bandwidth
+from kvmix_fx.plan import LayerPlan
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.triton import attention, configs
@@ -56,19 +57,15 @@ LIMIT = 2e-2
 SOFTCAP = 50.0
 """Gemma 2's."""
 MASKS = ("padded", "added")
-"""Words of a provider's name; "capped" is another."""
+"""Words of a provider's name that say how attention is masked."""
+CAPPED = "capped"
+"""Another: its scores are."""
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
     """Formats of "k2v2 g64 w128": bits, group of keys and values, recent window (default 0)."""
-    bits, group, *rest = provider.split()
-    size = int(group[1:])
-    window = next((int(word[1:]) for word in rest if word[0] == "w"), 0)
-    v_group = layout.WHOLE_HEAD if size >= head_dim else size
-    return (
-        make_format(int(bits[1]), "channel", size, 128, 0, window),
-        make_format(int(bits[3]), "token", v_group, 128, 0, window),
-    )
+    text = " ".join(word for word in provider.split() if word not in (*MASKS, CAPPED))
+    return LayerPlan.parse(text, head_dim, window=0, tile=128).formats(head_dim)
 
 
 def inputs(case: Case, provider: str) -> list[object]:
@@ -86,7 +83,7 @@ def inputs(case: Case, provider: str) -> list[object]:
         if kind == "added":
             lowest = torch.finfo(torch.bfloat16).min
             args[5] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
-    return [*args, SOFTCAP] if "capped" in provider.split() else args
+    return [*args, SOFTCAP] if CAPPED in provider.split() else args
 
 
 def poisoned_attend(args: list[object]) -> torch.Tensor:

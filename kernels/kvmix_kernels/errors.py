@@ -30,5 +30,9 @@ class CapacityError(KVMixError, RuntimeError):
         )
 
 
+class KernelMemoryError(KVMixError, MemoryError):
+    """The CPU kernel found no memory for its partial results. Nothing was written."""
+
+
 class CacheShapeError(KVMixError, ValueError):
     """Tensors handed to a cache disagree with it in batch, heads, head size, dtype or device."""

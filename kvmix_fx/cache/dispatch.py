@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_map
 
 from kvmix_fx.cache.tensor import QuantizedKVTensor
+from kvmix_fx.dynamo import is_fake
 from kvmix_fx.errors import CacheMutationError, DequantizeWarning
 
 aten = torch.ops.aten

@@ -19,18 +19,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.layout import BUFFER_NAMES, PLAIN_NUMBERS, TensorFormat
 from kvmix_kernels.reference import storage
-
-# dims that grow, or differ between caches: marked so that a compiler treats them as symbols from the
-# first trace on
-_GROWING_DIM = {2}
 
 
 class QuantizedKVTensor(torch.Tensor):
@@ -93,7 +89,7 @@ class QuantizedKVTensor(torch.Tensor):
             setattr(self, name, buffer)
         if is_fake(self.residual):
             return
-        _mark_lengths(self)
+        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.tensors[:3]))
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 
@@ -186,6 +182,33 @@ class QuantizedKVTensor(torch.Tensor):
         self.live.fill_(start + n)
         return self
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Write the tokens `value` as `x[:, :, positions] = value` or `x[:, :, start:stop] = value`.
+
+        PyTorch would write to a slice of an unpacked copy, and drop the first dimension of one row.
+
+        Raises:
+            CacheMutationError, CapacityError: as `write_`; also for an index of any other form.
+        """
+        place = index if isinstance(index, tuple) else (index,)
+        whole = [i is Ellipsis or (isinstance(i, slice) and i == slice(None)) for i in place]
+        if all(whole):
+            super().__setitem__(index, value)
+            return
+        where = place[-1]
+        span = _span(where) if whole == [True, True, False] and self.is_fixed else None
+        if span is None:
+            raise CacheMutationError(
+                "a packed cache is written at [:, :, positions] or at [:, :, start:stop], if its capacity is "
+                "fixed, or extended with torch.cat"
+            )
+        start, stop = span
+        if start < 0 or value.dim() != 4 or stop - start != value.shape[2]:
+            raise CacheMutationError(f"tokens of shape {tuple(value.shape)} do not fit into [{start}:{stop}]")
+        if not is_fake(self.residual):
+            positions = torch.arange(start, stop) if isinstance(where, slice) else where
+            self.write_(positions, value)
+
     def rewind_(self, length: int, stored: int) -> None:
         """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
         shorter = rewind(self.cached, stored, length)
@@ -248,7 +271,7 @@ class QuantizedKVTensor(torch.Tensor):
         kind = "fixed capacity" if self.is_fixed else "growing"
         axis = "channel" if f.axis == layout.AXIS_CHANNEL else "token"
         recipe = (
-            "raw" if f.is_raw else f"{f.bits} bits per {axis} in groups of {f.group_size or self.shape[3]}"
+            "raw" if f.is_raw else f"{f.label} bits per {axis} in groups of {f.group_size or self.shape[3]}"
         )
         size = (
             ""
@@ -291,7 +314,7 @@ class QuantizedKVTensor(torch.Tensor):
         fmt = TensorFormat.decode(numbers)
         if not layout.reads(version, fmt.bits):
             raise CacheVersionError(
-                f"this cache of {fmt.bits} bits was saved in version {version} of the packed layout, and "
+                f"this cache of {fmt.label} bits was saved in version {version} of the packed layout, and "
                 f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
         cached = Cached(fmt, tuple(state[prefix + name] for name in fmt.buffer_names))
@@ -306,18 +329,17 @@ class QuantizedKVTensor(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
+def _span(where: Any) -> tuple[Any, Any] | None:
+    """Bounds of a slice, or of the places of a tensor of positions; None for any other part of an index."""
+    if isinstance(where, slice) and where.step in (None, 1) and where.stop is not None:
+        return where.start or 0, where.stop
+    if isinstance(where, Tensor) and where.dim() == 1 and where.dtype == torch.int64:
+        return 0, where.shape[0]
+    return None
+
+
 def _rebuild(state: dict[str, Any]) -> QuantizedKVTensor:
     return QuantizedKVTensor.from_state(state)
-
-
-def _mark_lengths(t: QuantizedKVTensor) -> None:
-    # what torch._dynamo.maybe_mark_dynamic does, without its per-call cost
-    t._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
-    if t.format.is_raw:
-        t.residual._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
-        return
-    for buffer in (t.qdata, t.scale, t.zero_point):
-        buffer._dynamo_weak_dynamic_indices = _GROWING_DIM  # type: ignore[attr-defined]
 
 
 torch.serialization.add_safe_globals([QuantizedKVTensor, _rebuild])

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvmix_fx.errors import KVMixError, MissingPackageError, ModelInputError
+from kvmix_fx.errors import CommandError, KVMixError, MissingPackageError, ModelInputError
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +31,6 @@ ModelName = Annotated[
     str,
     typer.Argument(metavar="MODEL", help=f"Hugging Face id or folder, or {SMOLLM2!r}.", show_default=False),
 ]
-
-
-class CommandError(KVMixError, ValueError):
-    """Something named on the command line that cannot be used: a model, a device, a place to write to."""
 
 
 @dataclass(frozen=True)

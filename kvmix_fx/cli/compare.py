@@ -9,8 +9,9 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from kvmix_fx.cli.common import Answer, CommandError, answers, load_config, size
+from kvmix_fx.cli.common import Answer, answers, load_config, size
 from kvmix_fx.cli.plan import read_plan
+from kvmix_fx.errors import CommandError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, join_layers
 
 
@@ -89,15 +90,16 @@ def _differences(plans: list[KVPlan]) -> dict[str, tuple[str, ...]]:
 
 
 def _formats(layer: LayerPlan) -> str:
-    return f"K{_spec(layer.key)} V{_spec(layer.value)}"
+    key, value = layer.labels
+    return f"K{_spec(layer.key, key)} V{_spec(layer.value, value)}"
 
 
-def _spec(spec: QuantSpec) -> str:
+def _spec(spec: QuantSpec, label: str) -> str:
     if spec.is_raw:
-        return "16"
+        return label
     group = "head" if spec.group_size == "head" else f"g{spec.group_size}"
     usual = QuantSpec(spec.bits, spec.axis, spec.group_size)
-    return f"{spec.bits} {spec.axis} {group}" + ("" if spec == usual else f" {spec.scale_dtype}")
+    return f"{label} {spec.axis} {group}" + ("" if spec == usual else f" {spec.scale_dtype}")
 
 
 def _kept(layer: LayerPlan) -> str:

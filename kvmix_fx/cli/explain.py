@@ -62,10 +62,10 @@ def _table(report: CompileReport) -> Table:
             table.add_row(
                 str(number),
                 "?" if site.layer is None else str(site.layer),
-                "decode" if site.query_length == "1" else "prefill",
+                {"1": "decode", "?": "?"}.get(site.query_length, "prefill"),
                 site.idiom,
                 site.action,
-                f"K{site.key_bits}V{site.value_bits}",
+                site.label,
                 "" if site.bytes_per_token is None else f"{site.bytes_per_token:.0f}",
             )
     return table

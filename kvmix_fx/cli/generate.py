@@ -11,7 +11,6 @@ import typer
 
 from kvmix_fx.cli.common import (
     Answer,
-    CommandError,
     ModelName,
     Placement,
     answers,
@@ -24,6 +23,7 @@ from kvmix_fx.cli.common import (
     size,
 )
 from kvmix_fx.cli.plan import PlanChoice, summary
+from kvmix_fx.errors import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

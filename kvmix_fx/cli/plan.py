@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,17 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kvmix_fx.cli.common import Answer, CommandError, answers, load_config, size
-from kvmix_fx.errors import PlanError, PresetError
+from kvmix_fx.cli.common import Answer, answers, load_config, size
+from kvmix_fx.errors import CommandError, PlanError, PlanFieldError, PresetError
 from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, join_layers
+from kvmix_fx.plan.text import parse_bits
 
 LENGTHS = (1024, 4096, 16384, 65536)
 """Contexts that `estimate` shows unless told."""
 
-_BITS = re.compile(r"(?:k(?P<key>\d+))?(?:v(?P<value>\d+))?", re.IGNORECASE | re.ASCII)
-
 _PANEL = "Plan"
-_BITS = re.compile(r"(?:k(?P<key>\d+))?(?:v(?P<value>\d+))?", re.IGNORECASE | re.ASCII)
 
 
 def _option(help: str, *names: str, metavar: str | None = None) -> Any:
@@ -81,12 +78,12 @@ class PresetChoice:
         """The plan with the bits given by --set."""
         for change in self.change or ():
             layers, _, bits = change.rpartition(":")
-            match = _BITS.fullmatch(bits)
-            if not layers or not bits or match is None:
+            try:
+                key, value = parse_bits(bits if layers else "")
+            except PlanFieldError as error:
                 raise CommandError(
                     f'--set takes LAYERS:BITS such as "0-3,-1:k4v4" or "last:2:v4", got {change!r}'
-                )
-            key, value = (None if number is None else int(number) for number in match.group("key", "value"))
+                ) from error
             plan = plan.with_layers(layers, key=key, value=value)
         if not self.change:
             return plan
@@ -133,7 +130,7 @@ def summary(plan: KVPlan) -> dict[str, Any]:
     """What a result should say about the plan it was made with; bits by layers."""
     layers: dict[str, list[int]] = {}
     for index, layer in enumerate(plan.layers):
-        layers.setdefault(f"K{layer.key.bits}V{layer.value.bits}", []).append(index)
+        layers.setdefault(layer.label, []).append(index)
     return {
         "name": plan.name,
         "digest": plan.digest,

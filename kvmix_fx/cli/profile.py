@@ -10,7 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, CommandError, ModelName, Placement, answers, load_model
+from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, load_model
+from kvmix_fx.errors import CommandError
 
 SHOWN_SIGNALS = 4
 """Columns of the table; --json has all."""

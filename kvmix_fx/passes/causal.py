@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvmix_fx.passes import dynamo
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx import dynamo
+from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.attention import find_attention
 from kvmix_fx.passes.find.views import heads_root
 from kvmix_fx.passes.sites import AttentionCall

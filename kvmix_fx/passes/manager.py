@@ -11,24 +11,26 @@ from typing import Any
 
 from torch import fx
 
+from kvmix_fx import dynamo
+from kvmix_fx.dynamo import example
 from kvmix_fx.errors import HeadSizeError, PlanLayerError
-from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
-from kvmix_fx.passes.dynamo import example
-from kvmix_fx.passes.find.updates import find_updates, packed_inputs
-from kvmix_fx.passes.match import find_sites
+from kvmix_fx.passes.find.updates import packed_inputs
+from kvmix_fx.passes.match import Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan.text import pair_label
 from kvmix_kernels import layout
 from kvmix_kernels.layout import TensorFormat
 
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
+_RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,22 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
-    sites = find_sites(copied.graph)
-    assign_layers(sites)
+    matched = match(copied.graph)
+    sites = matched.sites
+    assign_layers(sites, matched.missed)
     for site in sites:
         _apply_plan(site, plan)
         if not own_buffers or site.reason == BY_PLAN:
             site.buffers = None
-    report = GraphReport([_report(site, plan) for site in sites])
-    attended = {
-        update.node for site in sites for update in (site.key_update, site.value_update) if update is not None
-    }
-    leftover = [u for u in find_updates(copied.graph) if u.node not in attended]
+    report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
-    result = rewrite(copied, sites, leftover, lambda site: _formats(site, plan))
+    result = rewrite(copied, sites, matched.leftover, lambda site: _formats(site, plan))
     verify(result, sites)
     for site in report.sites:
         log.debug("%s", site)
-    log.info(
-        "kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(report.sites)
-    )
+    log.info("kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(sites))
     return PassResult(result, report)
 
 
@@ -124,4 +121,23 @@ def _report(site: Site, plan: KVPlan) -> SiteReport:
         value_bits=formats[1].bits if formats else layout.RAW_BITS,
         bytes_per_token=bytes_per_token,
         query_length=str(example(site.call.query).shape[2]),
+        label=pair_label(*(f.label for f in formats)) if formats else _RAW,
+    )
+
+
+def _missed(one: Missed) -> SiteReport:
+    """Its cache is packed where it came in packed: then it is unpacked for whoever reads it."""
+    formats = [update.tensor.format for update in one.updates][:2]
+    keys, values = (formats[0], formats[-1]) if formats else (None, None)
+    return SiteReport(
+        layer=one.layer,
+        module=one.module,
+        idiom=one.updates[0].idiom.name if one.updates else "none",
+        action=NOT_RECOGNIZED,
+        reason=one.miss.reason,
+        key_bits=keys.bits if keys else layout.RAW_BITS,
+        value_bits=values.bits if values else layout.RAW_BITS,
+        bytes_per_token=None,
+        query_length=one.query_length,
+        label=pair_label(keys.label, values.label) if keys and values else _RAW,
     )

@@ -1,23 +1,26 @@
 """Form sites out of attention calls and cache updates, and decide what happens to each.
 
 Nothing is changed here. Every attention call becomes a site with an action, and with a reason
-whenever it is not fully rewritten.
+whenever it is not fully rewritten. What nearly is one, and caches that no site serves, are told as misses.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.dynamo import example, module_path
-from kvmix_fx.passes.find.attention import find_attention
+from kvmix_fx.dynamo import example, module_path
+from kvmix_fx.errors import CacheMutationError, CacheReadError
+from kvmix_fx.passes.find.attention import look_for_attention
 from kvmix_fx.passes.find.updates import (
-    cat_operands,
+    READ,
     find_plain_writes,
     find_updates,
+    is_append,
     packed_inputs,
 )
 from kvmix_fx.passes.find.views import heads_root
@@ -28,30 +31,146 @@ from kvmix_fx.passes.sites import (
     LEAVE,
     STORAGE,
     AttentionCall,
+    Miss,
     PlainBuffers,
     Site,
     Update,
 )
 
 
-def find_sites(graph: fx.Graph) -> list[Site]:
-    """A site per attention call, in graph order."""
+@dataclass
+class Missed:
+    """A miss, and the writes that it leaves without a reader that is known.
+
+    query_length: tokens of the step, "?" where it does not tell. layer: of the plan, if paths tell.
+    """
+
+    miss: Miss
+    updates: tuple[Update, ...]
+    query_length: str = "?"
+    layer: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module, '' if unknown."""
+        return module_path(self.miss.node)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What a graph was found to do with caches.
+
+    sites: one per attention call, in graph order. leftover: writes that no site serves, two by two, which can
+    share an append. missed: what is not rewritten besides sites; every write of `leftover` is in one of them.
+    """
+
+    sites: list[Site]
+    leftover: list[tuple[Update, Update]]
+    missed: list[Missed]
+
+
+def match(graph: fx.Graph) -> Matched:
+    """Find everything that concerns a cache, and decide what happens to it.
+
+    Raises:
+        CacheMutationError: a cache of fixed capacity is written in a way that cannot be carried out.
+        CacheReadError: one is read and none is written.
+    """
     packed = packed_inputs(graph)
-    updates = find_updates(graph)
+    writes = find_updates(graph)
+    updates = [update for update in writes if isinstance(update, Update)]
+    misses = [miss for miss in writes if isinstance(miss, Miss)]
     by_result: dict[fx.Node, Update] = {}
     by_new: dict[fx.Node, Update] = {}
     for update in updates:
         by_result[update.node] = update
-        if update.idiom != "cat":
-            # written in place: later readers use the placeholder itself
+        if update.idiom.written_in_place:
+            # later readers use the placeholder itself
             by_result[update.past] = update
         if update.new is not None:
             by_new[update.new] = update
     for node, tensor in packed.items():
-        by_result.setdefault(node, Update("read", node, node, None, None, tensor))
+        by_result.setdefault(node, Update(READ, node, node, None, tensor))
     outputs = _output_nodes(graph)
     plain = find_plain_writes(graph)
-    return [_site(call, by_result, by_new, outputs, plain) for call in find_attention(graph)]
+    calls = look_for_attention(graph)
+    sites = [
+        _site(call, by_result, by_new, outputs, plain) for call in calls if isinstance(call, AttentionCall)
+    ]
+    served = {update for site in sites for update in (site.key_update, site.value_update) if update}
+    left = [update for update in updates if update not in served]
+    pairs, single = _pairs(left)
+    missed = []
+    # what got furthest comes first
+    for miss in (*(call for call in calls if isinstance(call, Miss)), *misses):
+        read = dict.fromkeys(by_result[node] for node in miss.reads if node in by_result)
+        length = "?" if miss in misses else str(example(miss.node).shape[-2])
+        missed.append(Missed(miss, tuple(update for update in read if update not in served), length))
+    told = {update for one in missed for update in one.updates}
+    for pair in pairs:
+        if not told & {*pair}:
+            reason = "no attention that reads what is written here was recognized"
+            miss = Miss(pair[0].node, reason, tuple(update.past for update in pair))
+            missed.append(Missed(miss, pair, str(example(pair[0].new).shape[2])))
+    missed += [Missed(_alone(update), (update,), str(example(update.new).shape[2])) for update in single]
+    touched = {update.past for update in (*updates, *served)} | {n for m in missed for n in m.miss.reads}
+    for node, tensor in packed.items():
+        readers = [user for user in node.users if user.target != "size"]
+        if node not in touched and readers:
+            miss = Miss(readers[0], "a cache is read in a way that has no known spelling", (node,))
+            missed.append(Missed(miss, (Update(READ, node, node, None, tensor),)))
+    _check_reads(sites, missed, updates)
+    return Matched(sites, pairs, missed)
+
+
+def _check_reads(sites: list[Site], missed: list[Missed], updates: list[Update]) -> None:
+    """The position of the first new token tells how many tokens a cache of fixed capacity holds."""
+    attended = [u for site in sites for u in (site.key_update, site.value_update) if u is not None]
+    elsewhere = [u for one in missed for u in one.updates]
+    writes = any(update.tensor.is_fixed for update in updates)
+    reads = attended if writes else attended + elsewhere
+    if any(update.idiom is READ and update.tensor.is_fixed for update in reads):
+        raise CacheReadError(
+            "a packed cache of fixed capacity is read by a graph that does not write it, which cannot know "
+            "how many tokens it holds: hand in a growing cache, or write and read it in one graph"
+        )
+
+
+def _pairs(updates: list[Update]) -> tuple[list[tuple[Update, Update]], list[Update]]:
+    """Writes two by two that one append can serve, and those that remain."""
+    waiting: list[Update] = []
+    pairs = []
+    for update in updates:
+        partner = next((other for other in waiting if _share(other, update)), None)
+        if partner is None:
+            waiting.append(update)
+        else:
+            waiting.remove(partner)
+            pairs.append((partner, update))
+    return pairs, waiting
+
+
+def _share(a: Update, b: Update) -> bool:
+    """Whether one append can serve both: as many tokens for the same place of caches of one length."""
+
+    def sizes(update: Update) -> tuple[Any, ...]:
+        return (update.tensor.shape[2], *example(update.new).shape[:3], update.tensor.is_fixed)
+
+    if a.past is b.past:
+        return False
+    where = [update.positions for update in (a, b)]
+    if all(isinstance(place, tuple) for place in where):  # numbers, each computed for every write
+        where = [tuple(example(number) for number in place) for place in where]  # type: ignore[union-attr]
+    # sizes that Dynamo knows as different symbols are compared as they are now, under a guard
+    return where[0] == where[1] and all(x == y for x, y in zip(sizes(a), sizes(b), strict=True))
+
+
+def _alone(update: Update) -> Miss:
+    """Of a write without a partner: a growing cache becomes a plain one, for a graph can return one."""
+    reason = "a cache is written without a second one that is written alike, as keys and values are"
+    if update.idiom.written_in_place:
+        raise CacheMutationError(f"{reason}; keep a cache that stands alone in a plain tensor")
+    return Miss(update.node, f"{reason}: it is unpacked here and stays at 16 bits", (update.past,))
 
 
 def _output_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -64,7 +183,7 @@ def _site(
     by_result: dict[fx.Node, Update],
     by_new: dict[fx.Node, Update],
     outputs: set[fx.Node],
-    plain: dict[fx.Node, fx.Node],
+    plain: dict[fx.Node, Update],
 ) -> Site:
     module = module_path(call.node)
     key, value = heads_root(call.key), heads_root(call.value)
@@ -72,11 +191,11 @@ def _site(
     if k is not None and v is not None:
         reason = _why_not_attend(call, k, v)
         action = STORAGE if reason else ATTEND
-        return Site(call, module, k.idiom, action, reason, key_update=k, value_update=v)
+        return Site(call, module, k.idiom.name, action, reason, key_update=k, value_update=v)
     k, v = by_new.get(key), by_new.get(value)
     if k is not None and v is not None:
         # a first step that attends to its own tokens while the cache takes them
-        return Site(call, module, k.idiom, APPEND, key_update=k, value_update=v)
+        return Site(call, module, k.idiom.name, APPEND, key_update=k, value_update=v)
     idiom = _plain_idiom(key)
     reason = _why_not_adopt(key, value, outputs)
     if reason:
@@ -103,7 +222,7 @@ def _why_not_attend(call: AttentionCall, k: Update, v: Update) -> str:
 
 
 def _plain_idiom(key: fx.Node) -> str:
-    if cat_operands(key) is not None:
+    if is_append(key):
         return "cat"
     return "in place" if key.op == "placeholder" else "none"
 

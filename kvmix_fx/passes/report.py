@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE
+from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
 
 REWRITTEN = (ATTEND, ADOPT, APPEND)
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One attention site of one traced graph.
+    """One attention site of one traced graph, or what nearly is one.
 
+    label: the bits of keys and values for people, "K4V2".
     bytes_per_token: of keys and values of this layer for one batch row, scales and offsets
     included, windows not; None where the shape is unknown.
     """
@@ -28,6 +29,12 @@ class SiteReport:
     value_bits: int
     bytes_per_token: float | None
     query_length: str
+    label: str
+
+    @property
+    def recognized(self) -> bool:
+        """Whether this is an attention site, whatever was done to it."""
+        return self.action != NOT_RECOGNIZED
 
     @property
     def rewritten(self) -> bool:
@@ -37,7 +44,7 @@ class SiteReport:
 
 @dataclass
 class GraphReport:
-    """The sites of one traced graph.
+    """The sites of one traced graph, then what was not recognized, the nearest first.
 
     replay: why its steps are not replayed as CUDA graphs; empty if they are.
     """
@@ -48,7 +55,7 @@ class GraphReport:
     @property
     def changed(self) -> bool:
         """Whether anything was rewritten."""
-        return any(site.action != LEAVE for site in self.sites)
+        return any(site.action not in (LEAVE, NOT_RECOGNIZED) for site in self.sites)
 
 
 @dataclass
@@ -63,7 +70,7 @@ class CompileReport:
         return [site for graph in self.graphs for site in graph.sites]
 
     def rewritten_layers(self) -> list[int]:
-        """Layers that are packed in at least one graph and left unpacked in none."""
+        """Layers that are packed in at least one graph."""
         packed = {site.layer for site in self.sites if site.rewritten}
         return sorted(layer for layer in packed if layer is not None)
 
@@ -72,7 +79,7 @@ class CompileReport:
         return sorted({site.layer for site in self.sites if site.layer is not None})
 
     def skipped(self) -> list[SiteReport]:
-        """Sites that were not fully rewritten, each with its reason."""
+        """Sites that were not fully rewritten and what was not recognized, each with its reason."""
         return [site for site in self.sites if site.reason]
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,19 +93,21 @@ class CompileReport:
         lines = []
         for number, graph in enumerate(self.graphs):
             launched = f"no CUDA graph ({graph.replay})" if graph.replay else "replayed as a CUDA graph"
-            lines.append(f"graph {number}: {len(graph.sites)} attention sites, {launched}")
+            sites = sum(site.recognized for site in graph.sites)
+            missed = len(graph.sites) - sites
+            counted = f"{sites} attention sites" + (f", {missed} not recognized" if missed else "")
+            lines.append(f"graph {number}: {counted}, {launched}")
             lines.extend(_lines(graph.sites))
         return "\n".join(lines) or "nothing has been traced yet"
 
 
-def _lines(sites: Iterable[SiteReport]) -> list[str]:
-    return [
-        f"  layer {site.layer}: {site.idiom}, query length {site.query_length}, {site.action}, "
-        f"K{site.key_bits}V{site.value_bits}"
-        + (f", {site.bytes_per_token:.0f} bytes/token" if site.bytes_per_token is not None else "")
-        + (f" ({site.reason})" if site.reason else "")
-        for site in sites
-    ]
+def _lines(sites: Iterable[SiteReport]) -> Iterator[str]:
+    for site in sites:
+        layer = "?" if site.layer is None else site.layer
+        size = "" if site.bytes_per_token is None else f", {site.bytes_per_token:.0f} bytes/token"
+        reason = f" ({site.reason})" if site.reason else ""
+        step = f"{site.idiom}, query length {site.query_length}"
+        yield f"  layer {layer}: {step}, {site.action}, {site.label}{size}{reason}"
 
 
-__all__ = ["LEAVE", "STORAGE", "CompileReport", "GraphReport", "SiteReport"]
+__all__ = ["LEAVE", "NOT_RECOGNIZED", "STORAGE", "CompileReport", "GraphReport", "SiteReport"]

@@ -11,16 +11,15 @@ functional, so a general dead-code elimination would delete live in-place operat
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
+from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes import dynamo
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_fx.passes.sizes import size_evaluator
@@ -45,14 +44,14 @@ FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
 
 
 def rewrite(
-    gm: fx.GraphModule, sites: Iterable[Site], leftover: list[Update], formats: FormatOf
+    gm: fx.GraphModule, sites: Iterable[Site], leftover: list[tuple[Update, Update]], formats: FormatOf
 ) -> Rewritten:
     """Apply every site's action to `gm`, which is edited.
 
     Args:
         gm: a copy of Dynamo's module.
         sites: matched on `gm`'s own nodes.
-        leftover: updates that belong to no attention call.
+        leftover: updates that belong to no attention call, two by two, which share an append.
         formats: key and value format for adopted sites.
     """
     return _Rewriter(gm, list(sites), leftover, formats).run()
@@ -60,7 +59,7 @@ def rewrite(
 
 class _Rewriter:
     def __init__(
-        self, gm: fx.GraphModule, sites: list[Site], leftover: list[Update], formats: FormatOf
+        self, gm: fx.GraphModule, sites: list[Site], leftover: list[tuple[Update, Update]], formats: FormatOf
     ) -> None:
         self.gm, self.graph = gm, gm.graph
         self.sites, self.leftover, self.formats = sites, leftover, formats
@@ -78,7 +77,7 @@ class _Rewriter:
         self.extra: dict[fx.Node, Any] = {}
         self.grown: dict[fx.Node, fx.Node] = {}
         self.adopted: dict[fx.Node, tuple[list[fx.Node], TensorFormat]] = {}
-        self.starts: dict[fx.Node, fx.Node] = {}
+        self.starts: dict[Hashable, fx.Node] = {}
         self.end: fx.Node | None = None
         self.dead: list[fx.Node] = []
 
@@ -99,8 +98,8 @@ class _Rewriter:
                 self._materialize(k)
                 self._materialize(v)
             self._append(k, v, sites[0].call.mask, [site.call.node for site in sites])
-        # updates without a known attention call still store their tokens; any two share one append
-        for first, second in zip(self.leftover[::2], self.leftover[1::2], strict=True):
+        # updates without a known attention call still store their tokens
+        for first, second in self.leftover:
             self._materialize(first)
             self._materialize(second)
             self._append(first, second, None, [])
@@ -146,25 +145,23 @@ class _Rewriter:
 
     def _count_plain(self, buffers: PlainBuffers, site: Site) -> PlainCache:
         """Have the graph tell how many tokens the buffers hold."""
-        self._first_position(buffers.positions)
+        self._start(buffers.write)
         index = {node: i for i, node in enumerate(self.inputs)}
         return PlainCache(index[buffers.key], index[buffers.value], self.formats(site))
 
     def _start(self, update: Update) -> fx.Node | None:
         """Device-side token count before this step, for fixed caches: the first position written."""
-        return None if update.positions is None else self._first_position(update.positions)
-
-    def _first_position(self, positions: fx.Node) -> fx.Node:
-        if positions not in self.starts:
-            with self.graph.inserting_after(positions):
-                first = self.graph.call_function(operator.getitem, (positions, 0))
-            self.starts[positions] = first
+        if update.positions not in self.starts:
+            found = update.idiom.first_and_last(self.graph, update)
+            if found is None:
+                return None
+            self.starts[update.positions], last = found
             if self.end is None:
-                with self.graph.inserting_after(first):
-                    last = self.graph.call_function(operator.getitem, (positions, -1))
                 with self.graph.inserting_after(last):
                     self.end = self.graph.call_function(operator.add, (last, 1))
-        return self.starts[positions]
+            else:
+                self.dead.append(last)
+        return self.starts[update.positions]
 
     def _attend(self, site: Site, k: Update, v: Update) -> None:
         call = site.call
@@ -218,12 +215,9 @@ class _Rewriter:
                 ops.dequantize,
                 (self.buffers[base], start, self._length(update.tensor), update.tensor.format.encode()),
             )
-            if update.positions is None:
-                full = self.graph.call_function(torch.cat, ([history, update.new], 2))
-            else:
-                full = self.graph.call_function(torch.index_copy, (history, 2, update.positions, update.new))
+            full = update.idiom.plain(self.graph, update, history)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not self.output)
-        if update.positions is not None:
+        if update.idiom.written_in_place:
             later = self.order[node]
             base.replace_all_uses_with(full, delete_user_cb=lambda user: self.order.get(user, -1) > later)
 

@@ -1,32 +1,73 @@
-"""What a match binds: cache updates, attention calls, and the sites they form."""
+"""What a match binds: cache updates, attention calls, and the sites they form; and what nearly was one."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import fx
 
-from kvmix_fx.cache import QuantizedKVTensor
 
+class Miss(NamedTuple):
+    """Something that is nearly of a known form.
 
-@dataclass(frozen=True)
-class Update:
-    """Tokens written to one packed input.
-
-    idiom: how it is written ("cat", "index_copy_", "setitem", or "read" for none).
-    node: the writing node (the placeholder itself for "read").
-    past: the packed placeholder. new: the new tokens [B, Hkv, n, D], None for "read".
-    positions: for fixed caches, the int64 tensor of consecutive positions. from_zero: whether the graph alone
-    tells that the first of them is 0.
+    node: where it was looked for. reason: what kept it from being found. reads: nodes that stand for cached
+    tensors there, as far as they are known: keys and values of attention, the packed input of a write.
     """
 
-    idiom: str
+    node: fx.Node
+    reason: str
+    reads: tuple[fx.Node, ...] = ()
+
+
+class Idiom(Protocol):
+    """A way of writing a cache. Those that the pass knows are listed in `find.updates.IDIOMS`.
+
+    name: in reports. written_in_place: whether later readers use the cache itself, not what the writing node
+    returns.
+    """
+
+    name: str
+    written_in_place: bool
+
+    def find(self, node: fx.Node, caches: Mapping[fx.Node, Any]) -> Update | Miss | None:
+        """The write that `node` is to one of `caches` (inputs and their fake values).
+
+        None: it is no write of this kind. A Miss: it is one, in a form that cannot be carried out on packed
+        tokens.
+        """
+        ...
+
+    def first_and_last(self, graph: fx.Graph, update: Update) -> tuple[fx.Node, fx.Node] | None:
+        """The positions of the first and the last token written, int64 [] on the cache's device.
+
+        Made in the graph where they are known. None: behind all tokens that are there, as growing caches do.
+        """
+        ...
+
+    def plain(self, graph: fx.Graph, update: Update, history: fx.Node) -> fx.Node:
+        """What readers of the cache see after the write, computed from the unpacked `history` before it."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Tokens written to one input that is a cache.
+
+    idiom: how it is written. node: the writing node (the input itself if it is only read).
+    past: the input. new: the new tokens [B, Hkv, n, D], None if it is only read.
+    tensor: the fake value of `past`, a QuantizedKVTensor unless the cache is the model's own plain buffer.
+    positions: what the idiom goes by in a cache of fixed capacity, alike for writes to the same positions.
+    from_zero: whether the graph alone tells that the first position is 0.
+    """
+
+    idiom: Idiom
     node: fx.Node
     past: fx.Node
     new: fx.Node | None
-    positions: fx.Node | None
-    tensor: QuantizedKVTensor
+    tensor: Any
+    positions: Hashable = None
     from_zero: bool = False
 
 
@@ -56,15 +97,17 @@ ADOPT = "packed on exit"
 APPEND = "packed append"
 STORAGE = "packed storage only"
 LEAVE = "left at 16 bits"
+# what happens to what is no site
+NOT_RECOGNIZED = "not recognized"
 
 
 @dataclass(frozen=True)
 class PlainBuffers:
-    """Fixed buffers in the model's dtype, written by position: placeholders and positions."""
+    """Fixed buffers in the model's dtype, written by position: placeholders, and the write of the keys."""
 
     key: fx.Node
     value: fx.Node
-    positions: fx.Node
+    write: Update
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvmix_fx.passes import dynamo
+from kvmix_fx import dynamo
 from kvmix_fx.runtime.boundary import Size
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
+from kvmix_fx.errors import RewriteInvariantError
 from kvmix_fx.passes.rewrite import Rewritten
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, STORAGE, Site
 from kvmix_kernels import ops
-
-
-class RewriteInvariantError(AssertionError):
-    """The rewrite produced a graph that cannot be right: a defect of this project."""
 
 
 def verify(result: Rewritten, sites: Iterable[Site]) -> None:

@@ -32,11 +32,10 @@ def _summary(plan: KVPlan) -> str:
 
 
 def _cells(layer: LayerPlan) -> tuple[str, ...]:
-    bits = f"K{layer.key.bits}V{layer.value.bits}"
     if layer.is_raw:
-        return (bits, "raw", "raw", "", "", "")
+        return (layer.label, "raw", "raw", "", "", "")
     kept = (layer.window.length, layer.sink_length, layer.tile_length)
-    return (bits, _spec(layer.key), _spec(layer.value), *map(str, kept))
+    return (layer.label, _spec(layer.key), _spec(layer.value), *map(str, kept))
 
 
 def _spec(spec: QuantSpec) -> str:

@@ -71,7 +71,7 @@ def uniform(
         sink_length,
         tile,
     )
-    return _repeat(layer, target, name or f"uniform K{key_bits}V{value_bits} g{group_size}", "uniform")
+    return _repeat(layer, target, name or f"uniform {layer.label} g{group_size}", "uniform")
 
 
 def kivi(
@@ -119,7 +119,7 @@ def kv_adaquant(
         as_window(window),
         sink_length,
     )
-    return _repeat(layer, target, f"kv-adaquant K{key_bits}V{value_bits}", "kv-adaquant", "arXiv 2502.15075")
+    return _repeat(layer, target, f"kv-adaquant {layer.label}", "kv-adaquant", "arXiv 2502.15075")
 
 
 def kvmix(

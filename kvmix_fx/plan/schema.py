@@ -21,6 +21,7 @@ from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.selection import LayerSelection, select_layers
 from kvmix_fx.plan.sizes import CACHE_KINDS, CacheKind, allocated_bytes, mean_bits
+from kvmix_fx.plan.text import pair_label, parse_layer
 from kvmix_kernels import layout
 from kvmix_kernels.layout import TensorFormat
 
@@ -134,6 +135,46 @@ class LayerPlan:
         if self.tile is not None:
             check_integer("tile", self.tile, 1)
         self._formats()
+
+    @classmethod
+    def parse(
+        cls, text: str, head_dim: int | None = None, *, window: int = 32, tile: int | None = None
+    ) -> LayerPlan:
+        """The layer that a text such as "k4v2 g64 w128 s4" describes.
+
+        Keys are grouped per channel, values per token, in groups of 32 unless the text says otherwise.
+
+        Args:
+            text: bits of keys and values, then group size, recent window and sink where they are not usual.
+            head_dim: channels of a head; values are grouped per head where groups are no smaller than it.
+            window: recent tokens kept raw if the text names no number.
+            tile: tokens packed together.
+
+        Raises:
+            PlanFieldError: the text cannot be read, or a value is outside its choices.
+            FormatError: its parts do not fit together.
+        """
+        said = parse_layer(text)
+        group = 32 if said.group_size is None else said.group_size
+        whole = head_dim is not None and group >= head_dim
+        return cls(
+            QuantSpec(said.key_bits, "channel", group),
+            QuantSpec(said.value_bits, "token", "head" if whole else group),
+            WindowRule(length=window if said.window is None else said.window),
+            said.sink_length or 0,
+            tile,
+        )
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """The bits of keys and of values for people: ("4", "2")."""
+        key, value = self._formats()
+        return key.label, value.label
+
+    @property
+    def label(self) -> str:
+        """The bits for people: "K4V2"."""
+        return pair_label(*self.labels)
 
     @property
     def is_raw(self) -> bool:

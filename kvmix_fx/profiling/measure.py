@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kvmix_fx.errors import CalibrationError, SignalError
+from kvmix_fx.errors import CalibrationError, SignalError, SignalUnavailable
 from kvmix_fx.plan.prices import Menu, Prices, Scores
 from kvmix_fx.profiling.calibration import Calibration
 from kvmix_fx.profiling.kl import measure_kl, scale_prices
 from kvmix_fx.profiling.observe import Listeners, Observer
-from kvmix_fx.profiling.signals import SIGNALS, Fisher, Labels, Observation, Signal, SignalUnavailable
+from kvmix_fx.profiling.signals import SIGNALS, Fisher, Labels, Observation, Signal
 
 KL = "kl"
 """Name of the direct signal, which reads the prompts once for every tensor and format."""

@@ -21,13 +21,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvmix_fx.errors import KVMixError, NoSiteError, ProfileError
-from kvmix_fx.passes import dynamo
+from kvmix_fx import dynamo
+from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.passes.assign import assign_layers
-from kvmix_fx.passes.match import find_sites
+from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.profiling.projections import Projection, find_projection
@@ -186,11 +185,7 @@ class Observer:
         self._recording = True
         try:
             with torch.enable_grad():
-                output = self._forward(input_ids=ids, use_cache=True)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, KVMixError):
-                raise error.inner_exception from None
-            raise
+                output = dynamo.unwrapped(self._forward, input_ids=ids, use_cache=True)
         finally:
             self._recording = False
         logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
@@ -200,14 +195,16 @@ class Observer:
 
     def _backend(self, gm: fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
         copied, _ = dynamo.copy_module(gm)
-        sites = find_sites(copied.graph)
+        matched = match(copied.graph)
+        sites = matched.sites
         assign_layers(sites)
         usable = [site for site in sites if site.action == ADOPT and site.layer is not None]
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None
         }
         if not usable:
-            reasons = "; ".join(sorted(set(self.skipped.values()))) or (
+            missed = {one.miss.reason for one in matched.missed}
+            reasons = "; ".join(sorted({*self.skipped.values(), *missed})) or (
                 'no attention was found; load the model with attn_implementation="sdpa"'
             )
             raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")

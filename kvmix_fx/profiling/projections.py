@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear
 
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 
 _MATMULS: set[Any] = {torch.matmul, torch.mm, operator.matmul}
 _WEIGHT_VIEWS = {"t", "transpose", "permute", "to", "getattr", "contiguous", "T", "float", "detach"}

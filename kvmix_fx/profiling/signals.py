@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from kvmix_fx.errors import SignalError
+from kvmix_fx.errors import SignalUnavailable
 from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu, Prices, Scores
 from kvmix_fx.profiling.observe import ROLES, Observer
@@ -67,10 +67,6 @@ class Observation:
                 error[:, :, self.length :] = 0
             self._errors[formats] = found
         return self._errors[formats]
-
-
-class SignalUnavailable(SignalError):  # noqa: N818 - says what it is, like StopIteration
-    """This model does not tell what the signal needs; the others still work."""
 
 
 class Signal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import inspect
@@ -13,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from kvmix_fx.errors import KVMixError, TrainingError
+from kvmix_fx import dynamo
+from kvmix_fx.errors import TrainingError
 from kvmix_fx.runtime.shortcut import Shortcut
 
 RECOMPILE_LIMIT = 64
@@ -93,7 +93,7 @@ class CompiledStep:
         self._backend, self._options = backend, options
         self._prepare, self._shortcut, self._check = prepare, shortcut, check
         self._compiled: Callable[..., Any] | None = None
-        self._limit: dict[str, int] = {}
+        self._limit: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self._model, self._original, self._backend, self._options, self._prepare, self._shortcut)
@@ -106,7 +106,7 @@ class CompiledStep:
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options.setdefault("recompile_limit", RECOMPILE_LIMIT)
         else:
-            self._limit = {"recompile_limit": RECOMPILE_LIMIT}
+            self._limit = RECOMPILE_LIMIT
         self._compiled = torch.compile(self._original, backend=self._backend, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,8 +131,8 @@ class CompiledStep:
             self.compile()
         traced = self._backend.traced
         self._shortcut.listen()
-        with torch._dynamo.config.patch(self._limit) if self._limit else contextlib.nullcontext():
-            result = _unwrapped(self._compiled, call.args, call.kwargs)
+        with dynamo.recompile_limit(self._limit):
+            result = dynamo.unwrapped(self._compiled, *call.args, **call.kwargs)
         if self._backend.traced != traced:
             self._check(result)
             # tracing leaves reference cycles that would keep the cache's memory
@@ -157,16 +157,3 @@ class CompiledStep:
         except TypeError:
             kwargs.pop("use_cache")
             return self._original(*args, **kwargs)
-
-
-def _unwrapped(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call compiled code; errors of ours come out as themselves, not as a backend failure."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    try:
-        return function(*args, **kwargs)
-    except BackendCompilerFailed as error:
-        cause = error.inner_exception
-        if isinstance(cause, KVMixError):
-            raise cause from None
-        raise

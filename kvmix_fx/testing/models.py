@@ -1,4 +1,4 @@
-"""Tiny models for tests: one per way of writing a cache, no downloads."""
+"""Tiny models for tests: true architectures, and one per way of writing a cache; no downloads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,85 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# what a configuration would store without the model ever reading it
+NOT_TAKEN = {
+    "FalconConfig": ("head_dim", "num_key_value_heads"),
+    "GPT2Config": ("num_key_value_heads",),
+    "GPTNeoXConfig": ("num_key_value_heads",),
+    "OPTConfig": ("num_key_value_heads",),
+}
+MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+
+Architecture = tuple[str, dict[str, Any]]
+"""A configuration class of transformers, and what it is given besides TINY."""
+
+PACKED: dict[str, Architecture] = {
+    "llama": ("LlamaConfig", {}),
+    "llama, all heads": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "phi3": ("Phi3Config", {}),
+    "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
+    "falcon, one kv head": ("FalconConfig", {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon, new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "cohere": ("CohereConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "mixtral": ("MixtralConfig", {"sliding_window": None} | MOE),
+    "qwen3-moe": ("Qwen3MoeConfig", MOE),
+}
+
+# attention written out, as it has to be where scores are capped
+WRITTEN_OUT: dict[str, Architecture] = {
+    "llama": ("LlamaConfig", {}),
+    "gpt2": PACKED["gpt2"],
+    "gpt-neox": PACKED["gpt-neox"],
+    "gemma2": (
+        "Gemma2Config",
+        {
+            "layer_types": ["full_attention"] * 2,
+            "attn_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 32,
+        },
+    ),
+}
+
+# with the reason
+LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "sliding window"),
+    "deepseek-v3, latent cache": (
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "q_lora_rank": 32,
+            "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
+            "num_experts_per_tok": 2, "head_dim": 16,
+        },
+        "do not leave the graph",
+    ),
+}  # fmt: skip
 
 
 def sharpen(model: nn.Module, factor: float = 4.0) -> nn.Module:
@@ -36,6 +115,23 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> Any:
     }
     torch.manual_seed(seed)
     return sharpen(LlamaForCausalLM(LlamaConfig(**(settings | overrides))))
+
+
+def tiny_architecture(config_name: str, overrides: dict[str, Any], attention: str = "sdpa") -> Any:
+    """A causal language model of a transformers configuration class: two layers, random weights.
+
+    Args:
+        config_name: of the class, such as "LlamaConfig".
+        overrides: of TINY.
+        attention: attn_implementation.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {k: v for k, v in TINY.items() if k not in NOT_TAKEN.get(config_name, ())}
+    config = getattr(transformers, config_name)(**(settings | overrides))
+    config._attn_implementation = attention
+    return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention))
 
 
 class TupleCacheAttention(nn.Module):

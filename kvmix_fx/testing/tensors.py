@@ -112,7 +112,7 @@ def error_budget(low: Tensor, exact: Tensor, factor: float = 3.0) -> float:
 
 
 def split_sums_lose(query: Tensor, keys: Cached, stored: Cached, scale: float, exact: Tensor) -> float:
-    """What float32 loses in attention that sums codes times scales, and offsets that may cancel them, apart."""
+    """What float32 loses in attention that sums offsets apart from what they may cancel."""
 
     def largest(cached: Cached) -> float:
         step = load_scale(cached.scale, cached.format, torch.float64)

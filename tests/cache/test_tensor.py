@@ -303,3 +303,56 @@ class Forks(RuleBasedStateMachine):
 
 Forks.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
 TestForks = Forks.TestCase
+
+
+def test_a_slice_is_written_like_positions():
+    new = torch.randn(1, 2, 5, 64)
+    by_slice, by_position = fixed_pair()
+    by_slice[:, :, 40:45] = new
+    by_position.index_copy_(2, torch.arange(40, 45), new)
+    assert by_slice.stored_tokens() == by_position.stored_tokens() == 45
+    assert torch.equal(by_slice.dequantize(), by_position.dequantize())
+    by_slice[:, :, :3], by_position[:, :, torch.arange(3)] = new[:, :, :3], new[:, :, :3]
+    assert by_slice.stored_tokens() == 3
+    assert torch.equal(by_slice.dequantize(), by_position.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("index", "count"),
+    [
+        (0, 100),
+        ((slice(None), 1), 100),
+        ((slice(None), slice(None), 40), 1),
+        ((slice(None), slice(None), slice(40, None)), 60),
+        ((slice(None), slice(None), slice(40, 50, 2)), 5),
+        ((slice(None), slice(None), slice(-60, -50)), 10),
+        ((slice(None), slice(None), slice(40, 44)), 3),
+        ((slice(0, 1), slice(None), torch.arange(40, 44)), 4),
+        ((slice(None), torch.arange(2)), 100),
+        ((slice(None), slice(None), torch.arange(100) < 50), 50),
+        ((slice(None), slice(None), slice(41, 44)), 3),
+    ],
+)
+def test_an_assignment_that_would_be_lost_or_leave_a_gap_is_refused(index, count):
+    """PyTorch would write to an unpacked copy."""
+    x, same = fixed_pair()
+    with pytest.raises(CacheMutationError):
+        x[index] = torch.randn(1, 2, count, 64)
+    assert x.stored_tokens() == 40
+    assert torch.equal(x.dequantize(), same.dequantize())
+
+
+def test_a_growing_tensor_is_not_assigned_to():
+    x = QuantizedKVTensor.from_hp(torch.randn(1, 2, 50, 64), layout.make_format(4))
+    with pytest.raises(CacheMutationError, match=r"torch\.cat"):
+        x[:, :, 48:50] = torch.randn(1, 2, 2, 64)
+
+
+def fixed_pair():
+    """Two fixed tensors of the same 40 tokens, with room for 100."""
+    x = torch.randn(1, 2, 40, 64)
+    pair = []
+    for _ in range(2):
+        t = QuantizedKVTensor.empty_fixed(1, 2, 100, 64, layout.make_format(4), torch.float32, "cpu")
+        pair.append(t.write_(torch.arange(40), x))
+    return pair

@@ -9,76 +9,10 @@ import transformers
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
-from kvmix_fx.passes.sites import LEAVE
-from kvmix_fx.testing.models import sharpen
+from kvmix_fx.passes.sites import LEAVE, NOT_RECOGNIZED
+from kvmix_fx.testing.models import LEFT_ALONE, PACKED, TINY, WRITTEN_OUT, tiny_architecture
 
 from .oracle import OracleCache, steps, worst
-
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 128,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-# what a configuration would store without the model ever reading it
-NOT_TAKEN = {
-    "FalconConfig": ("head_dim", "num_key_value_heads"),
-    "GPT2Config": ("num_key_value_heads",),
-    "GPTNeoXConfig": ("num_key_value_heads",),
-    "OPTConfig": ("num_key_value_heads",),
-}
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-# name -> (config class, overrides)
-PACKED = {
-    "llama": ("LlamaConfig", {}),
-    "llama, all heads": ("LlamaConfig", {"num_key_value_heads": 4}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "phi3": ("Phi3Config", {}),
-    "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    "gpt-neox": ("GPTNeoXConfig", {}),
-    "opt": ("OPTConfig", {"ffn_dim": 128, "word_embed_proj_dim": 128}),
-    "falcon, one kv head": ("FalconConfig", {"multi_query": True, "new_decoder_architecture": False}),
-    "falcon, new": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "starcoder2": ("Starcoder2Config", {"sliding_window": None}),
-    "cohere": ("CohereConfig", {}),
-    "olmo2": ("Olmo2Config", {}),
-    "mixtral": ("MixtralConfig", {"sliding_window": None} | MOE),
-    "qwen3-moe": ("Qwen3MoeConfig", MOE),
-}
-
-
-# attention written out, as it has to be where scores are capped
-WRITTEN_OUT = {
-    "llama": ("LlamaConfig", {}),
-    "gpt2": PACKED["gpt2"],
-    "gpt-neox": PACKED["gpt-neox"],
-    "gemma2": (
-        "Gemma2Config",
-        {
-            "layer_types": ["full_attention"] * 2,
-            "attn_logit_softcapping": 1.5,
-            "query_pre_attn_scalar": 32,
-        },
-    ),
-}
-
-
-def build(config_name, overrides, attention="sdpa"):
-    torch.manual_seed(0)
-    settings = {k: v for k, v in TINY.items() if k not in NOT_TAKEN.get(config_name, ())}
-    config = getattr(transformers, config_name)(**(settings | overrides))
-    config._attn_implementation = attention
-    return sharpen(transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention))
 
 
 def tokens(rows=2, length=90):
@@ -91,7 +25,7 @@ def tokens(rows=2, length=90):
 )
 def test_packed_logits_equal_the_oracle(name, attention, fixed):
     """Left padded, so that absolute positions and masks are part of the check."""
-    model = build(*(PACKED if attention == "sdpa" else WRITTEN_OUT)[name], attention)
+    model = tiny_architecture(*(PACKED if attention == "sdpa" else WRITTEN_OUT)[name], attention)
     plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
     ids, mask = tokens(), torch.ones(2, 90, dtype=torch.long)
     ids[0, :11], mask[0, :11] = 0, 0
@@ -125,25 +59,10 @@ def decode(model, ids, mask, positions, past=None, prompt=40):
     return logits[1:], past
 
 
-LEFT_ALONE = {
-    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "sliding window"),
-    "deepseek-v3, latent cache": (
-        "DeepseekV3Config",
-        {
-            "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "q_lora_rank": 32,
-            "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-            "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
-            "num_experts_per_tok": 2, "head_dim": 16,
-        },
-        "do not leave the graph",
-    ),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_cannot_be_packed_is_exact_and_says_why(name):
     config, overrides, reason = LEFT_ALONE[name]
-    model = build(config, overrides)
+    model = tiny_architecture(config, overrides)
     ids = tokens()
     want, _ = steps(model, ids, 40)
     plan = kvmix_fx.KVPlan.uniform(2, 2, 2, window=8)
@@ -157,7 +76,7 @@ def test_what_cannot_be_packed_is_exact_and_says_why(name):
 
 def test_hybrid_models_pack_their_full_attention_layers():
     """Gemma 3: sliding layers stay, full ones are packed."""
-    model = build(
+    model = tiny_architecture(
         "Gemma3TextConfig",
         {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32},
     )
@@ -180,7 +99,7 @@ def test_caps_change_what_a_model_says():
     logits = []
     for cap in (1.5, 50.0):
         name, overrides = WRITTEN_OUT["gemma2"]
-        model = build(name, overrides | {"attn_logit_softcapping": cap}, "eager")
+        model = tiny_architecture(name, overrides | {"attn_logit_softcapping": cap}, "eager")
         kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, window=8), inner="eager")
         logits.append(steps(model, ids, 40)[0])
     assert worst(*logits) > 5e-3
@@ -194,20 +113,34 @@ def unknown_attention(module, query, key, value, attention_mask, scaling, **_):
     return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value), None
 
 
-def test_attention_of_an_unknown_form_is_refused_with_a_way_out():
+@pytest.fixture
+def unknown():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**TINY)
     transformers.AttentionInterface.register("unknown", unknown_attention)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="unknown").eval()
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="unknown").eval()
+
+
+def test_attention_of_an_unknown_form_is_explained_layer_by_layer(unknown):
+    report = kvmix_fx.explain(unknown, tokens(), kvmix_fx.KVPlan.uniform(unknown, 2))
+    assert [site.layer for site in report.graphs[0].sites] == [0, 1]
+    assert {site.action for site in report.sites} == {NOT_RECOGNIZED}
+    assert all("multiplied by einsum" in site.reason for site in report.sites)
+    assert "graph 0: 0 attention sites, 2 not recognized" in str(report)
+    assert {site.query_length for site in report.graphs[1].sites} == {"1"}
+
+
+def test_attention_of_an_unknown_form_is_refused_with_a_way_out(unknown):
+    model = unknown
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2), inner="eager")
-    with pytest.raises(kvmix_fx.errors.NoSiteError, match='attn_implementation="sdpa"'):
+    with pytest.raises(kvmix_fx.errors.NoSiteError, match=r'einsum.*attn_implementation="sdpa"'):
         model.generate(tokens(), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_head_sizes_and_half_precision(head_dim, dtype):
-    model = build("LlamaConfig", {"head_dim": head_dim, "num_hidden_layers": 1}).to(dtype)
+    model = tiny_architecture("LlamaConfig", {"head_dim": head_dim, "num_hidden_layers": 1}).to(dtype)
     plan = kvmix_fx.KVPlan.uniform(model, 3, 3, group_size=16, window=8)
     ids = tokens(1)
     want, _ = steps(model, ids, 40, OracleCache(plan))

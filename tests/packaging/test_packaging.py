@@ -42,6 +42,19 @@ print("same")
     assert fresh(code) == "same\n"
 
 
+def test_caches_of_a_missing_transformers_say_what_to_install():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import kvmix_fx
+try:
+    kvmix_fx.KVMixCache
+except kvmix_fx.errors.MissingPackageError as error:
+    print(error)
+"""
+    assert 'pip install "kvmix-fx[hf]"' in fresh(code)
+
+
 def test_the_kernels_folder_is_no_package():
     """It would shadow Hugging Face's `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,13 +1,18 @@
-"""One canary per private fact of Dynamo that kvmix_fx.passes.dynamo relies on."""
+"""One canary per private fact of Dynamo that kvmix_fx.dynamo relies on."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.source import AttrSource
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kvmix_fx
+from kvmix_fx import dynamo, errors
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes import dynamo
 from kvmix_kernels import layout
 
 FMT = layout.make_format(2, window=8)
@@ -102,7 +107,6 @@ def test_the_module_carries_what_makes_inputs_static(graph):
 def test_buffers_and_weights_are_static_inputs_of_the_inner_graph():
     from torch._functorch.aot_autograd import aot_module_simplified
 
-    import kvmix_fx
     from kvmix_fx.testing.models import tiny_llama
 
     static = {}
@@ -127,3 +131,85 @@ def test_buffers_and_weights_are_static_inputs_of_the_inner_graph():
     assert len(buffers) == 2 * 2 * 4
     parameters = len(list(model.parameters()))
     assert count >= len(buffers) + parameters
+
+
+def graphs_of(function, *calls):
+    """How many graphs several calls are traced into."""
+    graphs = []
+
+    def backend(gm, _inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(function, backend=backend)
+    for call in calls:
+        compiled(*call)
+    return len(graphs)
+
+
+@pytest.mark.parametrize("mark", [dynamo.mark_tokens, lambda x: dynamo.mark_dimension(x, -2)])
+def test_a_marked_dimension_is_a_symbol_from_the_first_trace_on(mark):
+    plain, marked = ([torch.randn(1, 2, n, 4) for n in (5, 6, 7)] for _ in range(2))
+    for x in marked:
+        mark(x)
+    assert graphs_of(lambda x: x + 1, *([x] for x in marked)) == 1
+    torch._dynamo.reset()
+    assert graphs_of(lambda x: x + 1, *([x] for x in plain)) == 2  # so the mark makes the difference
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_packed_tensors_are_marked_when_they_are_made(marked, monkeypatch):
+    if not marked:
+        monkeypatch.setattr("kvmix_fx.cache.tensor.mark_tokens", lambda *_: None)
+    caches = [QuantizedKVTensor.from_hp(torch.randn(1, 2, n, 32), FMT) for n in (70, 71, 300)]
+    graphs = graphs_of(lambda x: torch.ones(1) * x.shape[2], *([c] for c in caches))
+    assert (graphs == 1) == marked
+
+
+def test_a_mark_that_the_code_contradicts_is_dropped():
+    x = torch.randn(1, 2, 5, 4)
+    dynamo.mark_dimension(x, 2)
+    assert graphs_of(lambda x: x + 1 if x.shape[2] == 5 else x, [x]) == 1
+
+
+def test_fake_tensors_are_told_from_real_ones_also_inside_a_subclass():
+    real = torch.randn(2)
+    with FakeTensorMode() as mode:
+        assert dynamo.is_fake(mode.from_tensor(real))
+        assert dynamo.is_fake(torch.empty(3))
+    assert not dynamo.is_fake(real)
+
+
+def test_the_limit_of_recompilations_can_be_set_for_a_while():
+    was = torch._dynamo.config.recompile_limit
+    with dynamo.recompile_limit(was + 3):
+        assert torch._dynamo.config.recompile_limit == was + 3
+    with dynamo.recompile_limit(None):
+        assert torch._dynamo.config.recompile_limit == was
+    assert torch._dynamo.config.recompile_limit == was
+
+
+@pytest.mark.parametrize("raised", [errors.PlanLayerError, ZeroDivisionError])
+def test_errors_of_ours_come_out_of_a_backend_as_themselves(raised):
+    def backend(gm, _inputs):
+        raise raised("no")
+
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    wanted = raised if issubclass(raised, errors.KVMixError) else torch._dynamo.exc.BackendCompilerFailed
+    with pytest.raises(wanted) as caught:
+        dynamo.unwrapped(function, torch.ones(1))
+    assert type(caught.value) is wanted
+
+
+def test_backends_are_found_by_name():
+    assert dynamo.is_backend("eager")
+    assert dynamo.is_backend("inductor")
+    assert not dynamo.is_backend("no-such-backend")
+    assert callable(dynamo.find_backend("eager"))
+
+
+def test_nothing_else_in_the_package_touches_the_private_surface():
+    package = Path(kvmix_fx.__file__).parent
+    private = re.compile(r"torch\._dynamo|torch\._guards|torch\._subclasses|(?<!\w)_dynamo_\w+")
+    found = [file for file in package.rglob("*.py") if private.search(file.read_text())]
+    assert found == [package / "dynamo.py"]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.exc import BackendCompilerFailed
 
 import kvmix_fx
+from kvmix_fx import passes
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.errors import NoSiteError
-from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, STORAGE
+from kvmix_fx.errors import CacheMutationError, CacheReadError, NoSiteError
+from kvmix_fx.passes.find.updates import IDIOMS
+from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
 from kvmix_fx.testing.graphs import RecordingBackend, arguments, count_ops
 from kvmix_fx.testing.models import PositionCacheModel, TupleCacheModel, sharpen
 from kvmix_kernels import ops
@@ -95,13 +100,16 @@ def test_concatenation_and_every_spelling_of_grouped_heads(spelling, dim, n):
     assert torch.equal(new_v.dequantize(), torch.cat([past_v, step(n)[2]], 2).dequantize())
 
 
-@pytest.mark.parametrize("idiom", ["index_copy_", "setitem"])
+@pytest.mark.parametrize("idiom", ["index_copy_", "setitem", "slice"])
 @pytest.mark.parametrize("n", [1, 5])
 def test_writes_by_position(idiom, n):
     def decode(q, k, v, past_k, past_v, positions, mask):
         if idiom == "index_copy_":
             past_k.index_copy_(2, positions, k)
             past_v.index_copy_(2, positions, v)
+        elif idiom == "slice":
+            past_k[:, :, 100 : 100 + n] = k
+            past_v[:, :, 100 : 100 + n] = v
         else:
             past_k[:, :, positions] = k
             past_v[:, :, positions] = v
@@ -121,6 +129,66 @@ def test_writes_by_position(idiom, n):
     fresh, _ = caches(fixed=True)
     fresh.index_copy_(2, torch.arange(100, 100 + n), step(n)[1])
     assert torch.equal(past_k.dequantize(), fresh.dequantize())
+
+
+def test_slices_that_move_from_step_to_step():
+    def decode(q, k, v, past_k, past_v, start, mask):
+        past_k[:, :, start : start + k.shape[2]] = k
+        past_v[:, :, start : start + v.shape[2]] = v
+        return attention(q, past_k, past_v, mask)
+
+    recorder = RecordingBackend()
+    backend = KVMixBackend(PLAN, recorder)
+    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    past_k, past_v = caches(fixed=True)
+    for start in range(100, 150):
+        mask = (torch.arange(160) <= start)[None, None, None]
+        want = oracle(*step(seed=start), past_k, past_v, start, mask=mask[..., : start + 1])
+        shifted = oracle(*step(seed=start), past_k, past_v, start - 1, mask=mask[..., :start])
+        with torch.no_grad():
+            out = compiled(*step(seed=start), past_k, past_v, start, mask)
+        torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+        assert (out - shifted).abs().max() > 1e-3
+        assert past_k.stored_tokens() == past_v.stored_tokens() == start + 1
+    assert len(recorder.graphs) <= 2  # Dynamo takes the first start for a constant
+    assert {(s.action, s.idiom) for s in backend.report.sites} == {(ATTEND, "slice")}
+
+
+@pytest.mark.parametrize("idiom", ["index_copy_", "setitem", "slice"])
+def test_a_first_step_that_writes_in_place_packs_what_it_wrote(idiom):
+    """Attention of another form reads the cache after the write, as the model wrote it."""
+
+    def decode(q, k, v, past_k, past_v, positions):
+        for past, new in ((past_k, k), (past_v, v)):
+            if idiom == "index_copy_":
+                past.index_copy_(2, positions, new)
+            elif idiom == "setitem":
+                past[:, :, positions] = new
+            else:
+                past[:, :, 100:103] = new
+        weights = torch.softmax(q @ past_k.mT.repeat_interleave(2, 1), -1)
+        return weights @ past_v.repeat_interleave(2, 1) + weights.amax()
+
+    past_k, past_v = caches(fixed=True)
+    q, k, v = step(3)
+    whole = [
+        torch.cat([past.dequantize()[:, :, :100], new, torch.zeros(2, 2, 57, 32)], 2).repeat_interleave(2, 1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    weights = torch.softmax(q @ whole[0].mT, -1)
+    out, graphs, report = run(decode, q, k, v, past_k, past_v, torch.arange(100, 103))
+    torch.testing.assert_close(out, weights @ whole[1] + weights.amax(), atol=2e-6, rtol=1e-5)
+    assert count_ops(graphs[0], ops.dequantize) == 2
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert past_k.stored_tokens() == past_v.stored_tokens() == 103
+    assert [(s.action, s.idiom) for s in report.sites] == [(NOT_RECOGNIZED, idiom)]
+
+
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom.name)
+def test_every_idiom_is_drawn_and_in_the_table(idiom):
+    table = (Path(passes.__file__).parent / "README.md").read_text()
+    assert f"`{idiom.name}`" in table
+    assert re.search(r"\n    before   .*\n    after    ", type(idiom).__doc__)
 
 
 def test_first_step_of_a_fixed_cache_attends_to_its_own_tokens():
@@ -175,7 +243,7 @@ def test_positions_that_are_moved_between_two_writes_are_not_taken_for_the_first
         positions = torch.arange(k.shape[2])
         past_k.index_copy_(2, positions, k)
         positions[:] += 5
-        past_k.index_copy_(2, positions, k)
+        past_v.index_copy_(2, positions, v)
         return attention(q, k, v, is_causal=True)
 
     past_k, past_v = caches(50, fixed=True)
@@ -390,21 +458,48 @@ def two_are_added(q, k, v):
     return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5 + q.amax() + q[..., :1], -1) @ v
 
 
-@pytest.mark.parametrize(
-    "written",
-    [
-        weights_are_read,
-        scores_are_read,
-        product_is_read,
-        some_weights_are_dropped,
-        weights_go_to_a_sink,
-        softmax_over_queries,
-        scaled_by_a_tensor,
-        added_to_the_mask,
-        two_are_added,
-    ],
-)
-def test_attention_of_another_form_keeps_packed_storage(written):
+def with_einsum(q, k, v):
+    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v)
+
+
+def with_batched_matrices(q, k, v):
+    product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return torch.bmm(torch.softmax(product, -1), v.flatten(0, 1)).view(q.shape)
+
+
+def masked_by_filling(q, k, v):
+    hidden = torch.arange(k.shape[2]) % 3 == 0
+    return torch.softmax((q @ k.mT).masked_fill(hidden, -1e9), -1) @ v
+
+
+def masked_for_all_keys_at_once(q, k, v):
+    return torch.softmax(q @ k.mT + torch.ones(1, 1, 1, 1), -1) @ v
+
+
+def keys_are_turned_and_flipped(q, k, v):
+    return torch.softmax(q @ k.flip(2).mT.flip(3).permute(0, 1, 2, 3), -1) @ v
+
+
+ANOTHER_FORM = {
+    weights_are_read: "something else reads the weights",
+    scores_are_read: "something else reads the scores",
+    product_is_read: "something else reads the scores",
+    some_weights_are_dropped: "weights are dropped at random",
+    weights_go_to_a_sink: "getitem lies between softmax and values",
+    softmax_over_queries: "softmax runs along dimension 2",
+    scaled_by_a_tensor: "mul lies between the product of queries and keys and softmax",
+    added_to_the_mask: "added to something else in place",
+    two_are_added: "add lies between the product of queries and keys and softmax",
+    with_einsum: "multiplied by einsum, not by matmul",
+    with_batched_matrices: "multiplied by bmm, not by matmul",
+    masked_by_filling: "masked_fill lies between",
+    masked_for_all_keys_at_once: "one column for all keys",
+    keys_are_turned_and_flipped: "keys are turned by permute",
+}
+
+
+@pytest.mark.parametrize("written", ANOTHER_FORM)
+def test_attention_of_another_form_keeps_packed_storage_and_says_why(written):
     def decode(q, k, v, past_k, past_v):
         full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return written(q, *(t.repeat_interleave(2, dim=1) for t in (full_k, full_v))), full_k, full_v
@@ -416,13 +511,181 @@ def test_attention_of_another_form_keeps_packed_storage(written):
         for past, new in ((past_k, k), (past_v, v))
     ]
     want = written(q, *whole)
-    (out, new_k, new_v), graphs, _ = run(decode, q, k, v, past_k, past_v)
+    (out, new_k, new_v), graphs, report = run(decode, q, k, v, past_k, past_v)
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert ANOTHER_FORM[written] in report.sites[0].reason
+    assert {(s.action, s.query_length) for s in report.sites} == {(NOT_RECOGNIZED, "1")}
+    assert "K2V2" in {s.label for s in report.sites}
+    assert str(report).count("not recognized") == 1 + len(report.sites)
+    assert report.skipped() == report.sites
     assert count_ops(graphs[0], ops.attend) == 0
     assert count_ops(graphs[0], ops.append_) == 1
     assert count_ops(graphs[0], ops.dequantize) == 2
     assert new_k.shape[2] == new_v.shape[2] == 101
     assert torch.equal(new_k.dequantize(), torch.cat([past_k, k], 2).dequantize())
+
+
+def other_dimension(k, v, past_k, past_v):
+    return torch.cat([past_k, past_k], 1), torch.cat([past_v, past_v], dim=1)
+
+
+def three_operands(k, v, past_k, past_v):
+    return torch.cat([past_k, k, k], 2), torch.cat([past_v, v, v], 2)
+
+
+def new_tokens_first(k, v, past_k, past_v):
+    return torch.cat([k, past_k], 2), torch.cat([v, past_v], 2)
+
+
+def two_caches(k, v, past_k, past_v):
+    return torch.cat([past_k, past_v], 2), torch.cat([past_v, past_k], 2)
+
+
+ANOTHER_WRITE = {
+    other_dimension: "along dimension 1; along tokens, 2, it would be an append",
+    three_operands: "3 tensors are concatenated",
+    new_tokens_first: "behind other tokens",
+    two_caches: "two caches are concatenated",
+}
+
+
+@pytest.mark.parametrize("write", ANOTHER_WRITE)
+def test_writes_of_nearly_a_known_form_say_why_and_stay_right(write):
+    def decode(k, v, past_k, past_v):
+        return write(k, v, past_k, past_v)
+
+    past_k, past_v = caches()
+    _, k, v = step()
+    want = write(k, v, past_k.dequantize(), past_v.dequantize())
+    got, graphs, report = run(decode, k, v, past_k, past_v)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert [(s.action, s.label) for s in report.sites] == [(NOT_RECOGNIZED, "K2V2")] * 2
+    assert all(ANOTHER_WRITE[write] in s.reason for s in report.sites)
+    assert count_ops(graphs[0], ops.append_) == 0
+
+
+def reads_it(q, k, past):
+    return q @ past.repeat_interleave(2, 1).mT
+
+
+def concatenates_it(q, k, past):
+    return torch.cat([past, k], 2)
+
+
+def attends_to_it(q, k, past):
+    return attention(q, past, past)
+
+
+@pytest.mark.parametrize("function", [reads_it, concatenates_it, attends_to_it])
+def test_a_fixed_cache_that_a_graph_reads_without_writing_it_is_refused(function):
+    """How many tokens it holds is told by where the graph writes."""
+    past_k, _ = caches(fixed=True)
+    q, k, _ = step()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        run(function, q, k, past_k)
+    assert isinstance(caught.value.inner_exception, CacheReadError)
+
+
+def test_writes_that_no_attention_reads_are_listed_and_stored():
+    def decode(k, v, past_k, past_v):
+        return torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+
+    past_k, past_v = caches()
+    _, k, v = step(5)
+    (new_k, new_v), graphs, report = run(decode, k, v, past_k, past_v)
+    (site,) = report.sites
+    assert (site.action, site.idiom, site.query_length, site.label) == (NOT_RECOGNIZED, "cat", "5", "K2V2")
+    assert "no attention that reads what is written here" in site.reason
+    assert count_ops(graphs[0], ops.append_) == 1
+    assert torch.equal(new_k.dequantize(), torch.cat([past_k, k], 2).dequantize())
+    assert torch.equal(new_v.dequantize(), torch.cat([past_v, v], 2).dequantize())
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_writes_are_paired_by_what_they_store_not_by_their_order(swapped):
+    """Two layers of different lengths, whose writes come in any order."""
+
+    def decode(k, v, a, b, past_k, past_v, other_k, other_v):
+        first = torch.cat([past_k, k], 2), torch.cat([other_k, a], 2)
+        last = torch.cat([past_v, v], 2), torch.cat([other_v, b], 2)
+        return (*last, *first) if swapped else (*first, *last)
+
+    past, other = caches(), caches(60)
+    (_, k, v), (_, a, b) = step(3), step(2, seed=5)
+    _, graphs, report = run(decode, k, v, a, b, *past, *other)
+    assert count_ops(graphs[0], ops.append_) == 2
+    assert [s.query_length for s in report.sites] == ["3", "2"]
+
+
+def test_a_growing_cache_that_is_written_alone_becomes_plain_and_says_so():
+    def decode(q, k, past_k):
+        full = torch.cat([past_k, k], 2)
+        return q @ full.repeat_interleave(2, 1).mT, full
+
+    past_k, _ = caches()
+    q, k, _ = step()
+    whole = torch.cat([past_k.dequantize(), k], 2)
+    (out, full), _, report = run(decode, q, k, past_k)
+    torch.testing.assert_close(out, q @ whole.repeat_interleave(2, 1).mT, atol=1e-5, rtol=1e-5)
+    assert type(full) is torch.Tensor
+    assert torch.equal(full, whole)
+    assert [s.action for s in report.sites] == [NOT_RECOGNIZED]
+    assert "stays at 16 bits" in report.sites[0].reason
+
+
+def test_a_fixed_cache_that_is_written_alone_is_refused():
+    def decode(k, past_k):
+        past_k[:, :, 100:101] = k
+        return past_k * 1
+
+    past_k, _ = caches(fixed=True)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        run(decode, step()[1], past_k)
+    assert isinstance(caught.value.inner_exception, CacheMutationError)
+    assert past_k.stored_tokens() == 100
+
+
+def test_a_cache_that_is_read_in_another_way_is_listed():
+    def score(q, past_k, past_v):
+        return q @ past_k.repeat_interleave(2, 1).mT, past_v.sum()
+
+    past_k, past_v = caches()
+    q = step()[0]
+    want = score(q, past_k.dequantize(), past_v.dequantize())
+    got, _, report = run(score, q, past_k, past_v)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-5)
+    assert [(s.action, s.idiom) for s in report.sites] == [(NOT_RECOGNIZED, "read")] * 2
+
+
+def test_what_is_no_attention_is_not_nearly_one():
+    """A softmax over no product, a product of no softmax, and what comes after attention."""
+
+    def layer(q, k, v, past_k, past_v):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        out = attention(q, full_k, full_v)
+        experts = torch.softmax(F.linear(out, torch.ones(4, 32)), -1) @ torch.ones(4, 32)
+        return (
+            experts + torch.softmax(out, -1).mT.mT @ torch.ones(32, 32) + out @ out.mT @ out,
+            full_k,
+            full_v,
+        )
+
+    _, _, report = run(layer, *step(3), *caches())
+    assert [s.action for s in report.sites] == [ATTEND]
+
+
+def test_models_of_another_form_are_refused_with_the_reason():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            k, v = k * 2, v * 2
+            return weights_are_read(q, k, v), k, v
+
+    model = Attention().eval()
+    kvmix_fx.compile(model, PLAN, inner="eager")
+    with torch.no_grad(), pytest.raises(NoSiteError, match="something else reads the weights"):
+        model(*(torch.randn(1, 2, 5, 32) for _ in range(3)))
 
 
 def test_sites_that_cannot_attend_packed_say_why_and_stay_right():

@@ -15,11 +15,10 @@ from kvmix_fx.plan import KVPlan, LayerPlan, QuantSpec
 from kvmix_fx.profiling.kl import read_in_formats
 from kvmix_fx.profiling.observe import Listeners, Observer, observing
 from kvmix_fx.profiling.rounding import round_trip
-from kvmix_fx.testing.models import tiny_llama
+from kvmix_fx.testing.models import LEFT_ALONE, PACKED, WRITTEN_OUT, tiny_architecture, tiny_llama
 from kvmix_fx.testing.simulate import teacher_forced
 from kvmix_fx.testing.strategies import quant_specs
 from kvmix_kernels import layout
-from tests.e2e.test_architectures import LEFT_ALONE, PACKED, WRITTEN_OUT, build
 
 
 def tokens(length: int = 128) -> torch.Tensor:
@@ -53,7 +52,7 @@ def test_padding_does_not_widen_a_group() -> None:
 @pytest.mark.parametrize("name", ["sdpa", "llama", "gemma2"])
 def test_a_far_copy_is_read_as_decoding_reads_a_packed_cache(name: str) -> None:
     """One forward with rounded far copies gives the logits of real decoding, token by token."""
-    model = tiny_llama() if name == "sdpa" else build(*WRITTEN_OUT[name], "eager")
+    model = tiny_llama() if name == "sdpa" else tiny_architecture(*WRITTEN_OUT[name], "eager")
     ids = tokens(100)
     layer = LayerPlan(QuantSpec(2, "channel", 32), QuantSpec(3, "token", 16))
     with observing(model):
@@ -128,7 +127,7 @@ def test_gradients_are_those_of_the_far_copy() -> None:
 )
 def test_projections_are_found_whatever_the_model_calls_them(name: str, checkpointing: bool) -> None:
     """G^T H of keys and values against the slices of autograd's weight gradients."""
-    model, ids = build(*PACKED[name]), tokens(70)
+    model, ids = tiny_architecture(*PACKED[name]), tokens(70)
     found: dict[tuple[int, str], torch.Tensor] = {}
     with observing(model):
         observer = Observer(model, checkpointing=checkpointing)
@@ -181,12 +180,14 @@ def expected(
 def test_models_that_cannot_be_packed_cannot_be_observed(name: str) -> None:
     config, overrides, reason = LEFT_ALONE[name]
     with pytest.raises(NoSiteError, match=reason):
-        kvmix_fx.profile(build(config, overrides), tokens(160))
+        kvmix_fx.profile(tiny_architecture(config, overrides), tokens(160))
 
 
 def test_layers_that_stay_at_16_bits_are_skipped_and_cost_nothing() -> None:
     layers = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 32}
-    profile = kvmix_fx.profile(build("Gemma3TextConfig", layers), tokens(160), signals="cache_norm_frobenius")
+    profile = kvmix_fx.profile(
+        tiny_architecture("Gemma3TextConfig", layers), tokens(160), signals="cache_norm_frobenius"
+    )
     assert list(profile.skipped) == [0]
     assert "sliding window" in profile.skipped[0]
     assert profile.scores["cache_norm_frobenius"].keys[0] == 0

@@ -27,8 +27,7 @@ from kvmix_fx.profiling.calibration import load_calibration
 from kvmix_fx.profiling.measure import known_signals
 from kvmix_fx.profiling.segments import SegmentedGraph
 from kvmix_fx.profiling.signals import fit_distortion
-from kvmix_fx.testing.models import tiny_llama
-from tests.e2e.test_architectures import PACKED, build
+from kvmix_fx.testing.models import PACKED, tiny_architecture, tiny_llama
 
 MENU = Menu(
     tuple(QuantSpec(bits, "channel", 32) for bits in (2, 3, 4, 8)),
@@ -105,7 +104,9 @@ def test_padding_and_batches_change_nothing() -> None:
 
 def test_weight_norms_are_refused_under_qk_norm() -> None:
     profile = kvmix_fx.profile(
-        build(*PACKED["qwen3"]), tokens(1), signals=["weight_norm_frobenius", "cache_norm_frobenius"]
+        tiny_architecture(*PACKED["qwen3"]),
+        tokens(1),
+        signals=["weight_norm_frobenius", "cache_norm_frobenius"],
     )
     assert profile.signals == ("cache_norm_frobenius",)
     with pytest.raises(SignalError, match=r"normalized after their projection.*cache_norm_frobenius"):

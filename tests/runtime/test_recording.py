@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import kvmix_fx
+from kvmix_fx import dynamo
 from kvmix_fx.backend import KVMixBackend
+from kvmix_fx.dynamo import unwrapped
 from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
 from kvmix_fx.integrations.transformers.pool import GenerationCaches
 from kvmix_fx.runtime import recording
-from kvmix_fx.runtime import step as steps
 from kvmix_fx.runtime.recording import Replayed
-from kvmix_fx.runtime.step import _unwrapped
 from kvmix_fx.testing.models import tiny_llama
 
 
@@ -126,7 +126,7 @@ def generate(model, ids, **kwargs):
 
 def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     guarded = []
-    monkeypatch.setattr(steps, "_unwrapped", lambda *call: guarded.append(1) or _unwrapped(*call))
+    monkeypatch.setattr(dynamo, "unwrapped", lambda *a, **kw: guarded.append(1) or unwrapped(*a, **kw))
     model = tiny_llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
+from kvmix_kernels.errors import KernelMemoryError
 from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
@@ -100,7 +101,7 @@ def attend(
     sizes = B, Hkv, group, Lq, length + new, origin, threads
     call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
     if function(call + k + v):
-        raise MemoryError("no memory for partial results of attention")
+        raise KernelMemoryError("no memory for partial results of attention: use a smaller batch")
     return out.to(query.dtype)
 
 

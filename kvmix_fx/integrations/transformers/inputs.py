@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticCache
 
+from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
 from kvmix_fx.integrations.transformers.caches import KVMixStaticCache, pack_static_layers
@@ -282,7 +283,7 @@ def _own(x: Any) -> Any:
 
 def _mark_length(x: Any, dim: int = 1) -> None:
     if isinstance(x, Tensor) and x.dim() > abs(dim) and x.shape[dim] > 1:
-        torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
+        dynamo.mark_dimension(x, dim)
 
 
 def _is_empty(cache: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvmix_fx.passes.find.written_out import find_written_out
-from kvmix_fx.passes.sites import AttentionCall
+from kvmix_fx.passes.sites import AttentionCall, Miss
 
 _TARGETS = {scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -17,7 +17,12 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def find_attention(graph: fx.Graph) -> list[AttentionCall]:
     """All of it in graph order, arguments by name."""
-    calls = []
+    return [found for found in look_for_attention(graph) if isinstance(found, AttentionCall)]
+
+
+def look_for_attention(graph: fx.Graph) -> list[AttentionCall | Miss]:
+    """As `find_attention`, and what nearly is attention."""
+    calls: list[AttentionCall | Miss] = []
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _TARGETS:
             written_out = find_written_out(node)

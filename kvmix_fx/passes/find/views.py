@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from kvmix_fx.passes.dynamo import example
+from kvmix_fx.dynamo import example
 
 _RESHAPES = {"reshape", "view", "flatten", "contiguous"}
 _FULL = slice(None)
@@ -26,7 +26,8 @@ def heads_root(node: fx.Node) -> fx.Node:
         node = inner
 
 
-def _name(node: Any) -> str:
+def called(node: Any) -> str:
+    """Name of the function or method that makes a node, '' for what nothing does."""
     if not isinstance(node, fx.Node):
         return ""
     if node.op == "call_method":
@@ -35,11 +36,11 @@ def _name(node: Any) -> str:
 
 
 def _contiguous(node: fx.Node) -> fx.Node | None:
-    return node.args[0] if _name(node) == "contiguous" and isinstance(node.args[0], fx.Node) else None
+    return node.args[0] if called(node) == "contiguous" and isinstance(node.args[0], fx.Node) else None
 
 
 def _repeat_interleave(node: fx.Node) -> fx.Node | None:
-    if _name(node) != "repeat_interleave":
+    if called(node) != "repeat_interleave":
         return None
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
     repeats = node.kwargs.get("repeats", node.args[1] if len(node.args) > 1 else None)
@@ -50,14 +51,14 @@ def _repeat_interleave(node: fx.Node) -> fx.Node | None:
 
 
 def _expand_reshape(node: fx.Node) -> fx.Node | None:
-    if _name(node) not in _RESHAPES:
+    if called(node) not in _RESHAPES:
         return None
     expanded: Any = node.args[0]
-    if _name(expanded) != "expand":
+    if called(expanded) != "expand":
         return None
     unsqueezed: Any = expanded.args[0]
     source: Any = None
-    if _name(unsqueezed) == "unsqueeze" and unsqueezed.args[1] in (2, -3):
+    if called(unsqueezed) == "unsqueeze" and unsqueezed.args[1] in (2, -3):
         source = unsqueezed.args[0]
     elif unsqueezed.op == "call_function" and unsqueezed.target is operator.getitem:
         index = unsqueezed.args[1]

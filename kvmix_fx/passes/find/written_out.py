@@ -2,6 +2,12 @@
 
 Models loaded with `attn_implementation="eager"` do, and models that cap their scores (Gemma 2) have to: SDPA
 knows no cap. Everything between the two products must serve this attention alone.
+
+before   s = q @ k.transpose(2, 3) * c; w = softmax(s + mask, -1); o = w @ v
+found    AttentionCall(node=o, query=q, key=k, value=v, mask=mask, scale=c, inside=(w, s + mask, s, q @ ...))
+
+Where a softmax over a product weighs something in another form, the answer is a `Miss` that says what is in
+the way.
 """
 
 from __future__ import annotations
@@ -16,8 +22,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from kvmix_fx.passes.dynamo import example
-from kvmix_fx.passes.sites import AttentionCall
+from kvmix_fx.dynamo import example
+from kvmix_fx.passes.find.views import called, heads_root
+from kvmix_fx.passes.sites import AttentionCall, Miss
 
 _MATMUL = {torch.matmul, operator.matmul, "matmul"}
 _SOFTMAX = {torch.softmax, F.softmax, "softmax"}
@@ -28,6 +35,16 @@ _MUL = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _DIV = {operator.truediv, operator.itruediv, torch.div, "div", "div_"}
 _DROPOUT = {F.dropout, torch.dropout}
 _CASTS = {"to", "float", "type_as", "type"}
+_PRODUCTS = _MATMUL | {torch.bmm, torch.baddbmm, torch.einsum, "bmm", "baddbmm"}
+# what may lie between a product and what becomes of its numbers, for a search that only tells what was missed
+_PASSED = {
+    "mul", "div", "add", "sub", "imul", "iadd", "truediv", "itruediv", "neg", "tanh", "clamp", "where",
+    "masked_fill", "to", "float", "type_as", "type", "dropout", "getitem", "slice", "narrow", "cat",
+    "contiguous", "view", "reshape", "flatten", "transpose", "permute", "expand", "unsqueeze", "squeeze",
+    "nan_to_num",
+}  # fmt: skip
+_SEARCHED = 32
+"""Nodes that this search looks at, at most."""
 
 
 @dataclass
@@ -40,51 +57,103 @@ class _Scores:
     inside: list[fx.Node] = field(default_factory=list)
 
 
-def find_written_out(node: fx.Node) -> AttentionCall | None:
-    """The attention whose last product is `node`, if it has this form and nothing else reads its inside."""
+def find_written_out(node: fx.Node) -> AttentionCall | Miss | None:
+    """The attention whose last product is `node`, if it has this form and nothing else reads its inside.
+
+    A Miss at the softmax where `node` multiplies what a softmax over a product gave, in any other form; else
+    None.
+    """
+    if not _is(node, _PRODUCTS):
+        return None
+    found = _match(node)
+    if isinstance(found, AttentionCall):
+        return found
+    for weights in node.all_input_nodes:
+        softmax = _behind(weights, _is_weights)
+        product = None if softmax is None else _behind(softmax.args[0], _is_product)
+        if softmax is not None and product is not None:
+            others = (x for x in (*product.all_input_nodes, *node.all_input_nodes) if x is not weights)
+            reads = dict.fromkeys(heads_root(_turned(x) or x) for x in others)
+            return Miss(softmax, f"attention written out in another form: {found}", tuple(reads))
+    return None
+
+
+def _match(node: fx.Node) -> AttentionCall | str:
+    """The attention, or what is in the way."""
     operands = _operands(node, _MATMUL)
     if operands is None:
-        return None
+        return f"weights and values are multiplied by {called(node)}, not by matmul"
     weights, value = operands
     found = _Scores()
     weights = _skip(weights, found, _is_cast, _is_idle_dropout)
-    if not _is_softmax(weights):
-        return None
+    reason = _why_no_softmax(weights)
+    if reason:
+        return reason
     scores = _skip(_take(weights, found), found, _is_cast)
     product, found = _unmasked(scores, found)
+    if isinstance(product, str):
+        return product
     operands = _operands(product, _MATMUL)
-    if operands is None or not _alone(product):
-        return None
+    assert operands is not None
     query, turned = operands
     key = _turned(turned)
-    if key is None or any(_rank(x) != 4 for x in (query, key, value)):
-        return None
+    if key is None:
+        return f"keys are turned by {called(turned)}, which does not just exchange their last two dimensions"
+    if any(_rank(x) != 4 for x in (query, key, value)):
+        return "queries, keys and values are not all [B, heads, L, D]"
     if found.mask is not None and _columns(found.mask, -1) == 1 and _columns(key, 2) != 1:
-        return None
+        return "the mask has one column for all keys"
     return AttentionCall(
         node, query, key, value, found.mask, 0.0, False, found.scale, found.softcap, (*found.inside, product)
     )
 
 
-def _unmasked(scores: Any, found: _Scores) -> tuple[Any, _Scores]:
-    """The product behind scores that may be masked, capped, then scaled (backwards), and what was found."""
+def _why_no_softmax(weights: Any) -> str:
+    """Why these are not the weights that a softmax over keys gave to one reader; empty if they are."""
+    if _is(weights, _DROPOUT) and not _is_idle_dropout(weights):
+        return "weights are dropped at random (model.eval() ends that)"
+    if (_is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)) and not _alone(weights):
+        return "something else reads the weights"
+    if not _is(weights, _SOFTMAX):
+        return f"{called(weights)} lies between softmax and values"
+    if _rank(weights) != 4:
+        return "weights are not [B, heads, Lq, L]"
+    dim = weights.kwargs.get("dim", weights.args[1] if len(weights.args) > 1 else None)
+    return "" if dim in (-1, 3) else f"softmax runs along dimension {dim}, not over the keys"
+
+
+def _unmasked(scores: Any, found: _Scores) -> tuple[fx.Node | str, _Scores]:
+    """The product behind scores that may be masked, capped, then scaled (backwards), and what was found.
+
+    In place of the product, what is in the way of one.
+    """
     operands = _operands(scores, _ADD)
-    if operands is not None:
-        # the mask may stand on either side, unless it would be written to; the scores lead back to a product
-        for first, mask in (operands,) if scores.target in _IN_PLACE else (operands, operands[::-1]):
-            below = _Scores(mask=mask, inside=[*found.inside, scores])
-            product = _uncapped(first, below)
-            if _is_mask(mask) and _alone(scores) and _operands(product, _MATMUL) is not None:
+    if operands is None:
+        return _uncapped(scores, found), found
+    if not _alone(scores):
+        return "something else reads the scores", found
+    if scores.target in _IN_PLACE and not _behind(operands[0], _is_product):
+        return "the scores are added to something else in place", found
+    reasons = []
+    # the mask may stand on either side, unless it would be written to; the scores lead back to a product
+    for first, mask in (operands,) if scores.target in _IN_PLACE else (operands, operands[::-1]):
+        below = _Scores(mask=mask, inside=[*found.inside, scores])
+        product = _uncapped(first, below)
+        if isinstance(product, fx.Node):
+            if _is_mask(mask):
                 return product, below
-        return None, found
-    return _uncapped(scores, found), found
+            product = "what is added to the scores is no mask of 1 to 4 dimensions"
+        # of the side where scores are
+        reasons.insert(0 if _behind(first, _is_product) else len(reasons), product)
+    return reasons[0], found
 
 
-def _uncapped(scores: Any, found: _Scores) -> Any:
+def _uncapped(scores: Any, found: _Scores) -> fx.Node | str:
+    """The product behind scores that may be scaled, then capped (backwards), or what is in the way."""
     softcap, capped = _factor(scores)
     if _is(capped, _TANH) and softcap > 0 and scores is not capped:
         if not (_alone(scores) and _alone(capped)):
-            return None
+            return "something else reads the scores"
         # cap * tanh(c x) is x times cap * c, capped
         found.softcap = found.scale = softcap
         found.inside += [scores, capped]
@@ -92,12 +161,40 @@ def _uncapped(scores: Any, found: _Scores) -> Any:
     while True:
         factor, inner = _factor(scores)
         if inner is scores:
-            return _skip(scores, found, _is_cast)
+            break
         if not _alone(scores):
-            return None
+            return "something else reads the scores"
         found.scale *= factor
         found.inside.append(scores)
         scores = inner
+    product = _skip(scores, found, _is_cast)
+    if _operands(product, _MATMUL) is None:
+        return f"{called(product)} lies between the product of queries and keys and softmax"
+    return product if _alone(product) else "something else reads the scores"
+
+
+def _behind(node: Any, wanted: Callable[[Any], bool]) -> fx.Node | None:
+    """The nearest such node that this one is made of, by way of what changes numbers one by one."""
+    pending, seen = [node], set()
+    while pending and len(seen) < _SEARCHED:
+        node = pending.pop(0)
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        if wanted(node):
+            return node
+        seen.add(node)
+        if called(node).rstrip("_") in _PASSED:
+            pending += node.all_input_nodes
+    return None
+
+
+def _is_weights(node: Any) -> bool:
+    """Whether this is a softmax over a product."""
+    return _is(node, _SOFTMAX) and _behind(node.args[0] if node.args else None, _is_product) is not None
+
+
+def _is_product(node: Any) -> bool:
+    return _is(node, _PRODUCTS)
 
 
 def _factor(node: Any) -> tuple[float, Any]:
@@ -136,9 +233,9 @@ def _take(node: fx.Node, found: _Scores) -> Any:
 
 
 def _is(node: Any, targets: set[Any]) -> bool:
-    return (
-        isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
-    )
+    called_so = isinstance(node, fx.Node) and node.op in ("call_function", "call_method")
+    # all arguments by keyword is no spelling that is known here
+    return called_so and node.target in targets and bool(node.args)
 
 
 def _operands(node: Any, targets: set[Any]) -> tuple[fx.Node, fx.Node] | None:
@@ -168,13 +265,6 @@ def _is_idle_dropout(node: Any) -> bool:
     p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     return training is False or p == 0
-
-
-def _is_softmax(node: Any) -> bool:
-    if not _is(node, _SOFTMAX) or not _alone(node):
-        return False
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return dim in (-1, 3) and _rank(node) == 4
 
 
 def _is_mask(node: Any) -> bool:

@@ -12,6 +12,7 @@ from kvmix_fx.errors import AllocatorError, BudgetError
 from kvmix_fx.plan.allocators.problem import Choice, Offer, Problem, Upgrade, alike, climb, hull, hull_steps
 from kvmix_fx.plan.prices import distortion
 from kvmix_fx.plan.schema import QuantSpec
+from kvmix_fx.plan.text import pair_label
 
 
 def greedy(problem: Problem) -> Choice:
@@ -130,9 +131,9 @@ def rank_quota(
     fitting = [choice for choice in choices if problem.fits(choice)]
     if not fitting:
         raise BudgetError(
-            f"a budget of {problem.budget} allows no plan with {counts[0]} layers at K{high_key_bits}"
-            f"V{high_value_bits} and the others at {low_bits} bits: raise the budget, lower the share, "
-            "or offer larger groups"
+            f"a budget of {problem.budget} allows no plan with {counts[0]} layers at "
+            f"{pair_label(str(high_key_bits), str(high_value_bits))} and the others at {low_bits} bits: "
+            "raise the budget, lower the share, or offer larger groups"
         )
     return min(fitting, key=lambda choice: (problem.total_loss(choice), problem.total_cost(choice)))
 

@@ -3,18 +3,74 @@
 Facts relied on: nodes carry `example_value`; placeholders carry `_dynamo_source`; the module
 carries `meta["dynamo_compile_id"]` and `_param_name_to_source`, without which AOTAutograd treats
 no input as static; `nn_module_stack` names the module of a node; the example value of a packed
-input is a fake QuantizedKVTensor whose buffers are fakes with symbols of their own.
+input is a fake QuantizedKVTensor whose buffers are fakes with symbols of their own; a dimension in
+a tensor's `_dynamo_weak_dynamic_indices` is a symbol from the first trace on; an error in a backend
+comes out as `BackendCompilerFailed` with `inner_exception`.
+
+It lies below caches and passes, which both need it. Dynamo itself is imported where it is used first, so
+that a packed cache without a compiler does not wait for it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
-from torch._dynamo.source import AttrSource
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import is_fake as is_fake
+
+from kvmix_fx.errors import KVMixError
 
 _STATIC = "_dynamo_static_input_type"
+_TOKENS = {2}
+"""The dimension of tokens, [B, Hkv, L, D]; one set for all tensors that `mark_tokens` is given."""
+
+
+def mark_tokens(*tensors: Tensor) -> None:
+    """Have the number of tokens of caches, dimension 2, traced as a symbol, for it grows or differs.
+
+    What `torch._dynamo.maybe_mark_dynamic` does, without its cost: decode steps call this.
+    """
+    for x in tensors:
+        x._dynamo_weak_dynamic_indices = _TOKENS  # type: ignore[attr-defined]
+
+
+def mark_dimension(x: Tensor, dim: int) -> None:
+    """Have one dimension of any tensor traced as a symbol, unless the code itself needs its number."""
+    torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
+
+
+def recompile_limit(limit: int | None) -> contextlib.AbstractContextManager[Any]:
+    """For the time of a block, how many graphs one function may be traced into; None changes nothing."""
+    if limit is None:
+        return contextlib.nullcontext()
+    patched: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=limit)
+    return patched
+
+
+def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call compiled code; errors of ours come out as themselves, not as a backend failure."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        return function(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, KVMixError):
+            raise error.inner_exception from None
+        raise
+
+
+def is_backend(name: str) -> bool:
+    """Whether Dynamo knows a backend of this name."""
+    return name in torch._dynamo.list_backends(exclude_tags=())
+
+
+def find_backend(name: Any) -> Callable[..., Any]:
+    """The backend of this name; a callable is returned as it is."""
+    backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return backend
 
 
 def example(node: Any) -> Any:
@@ -66,6 +122,8 @@ def add_buffer_placeholder(graph: fx.Graph, base: fx.Node, attribute: str, value
     node.meta["example_value"] = value
     # the buffers stay where they are from step to step, so CUDA graphs need not copy them
     node.meta["tensor_dict"] = {_STATIC: "unguarded"}
+    from torch._dynamo.source import AttrSource
+
     source = getattr(base, "_dynamo_source", None)
     node._dynamo_source = AttrSource(source, attribute) if source is not None else None  # type: ignore[attr-defined]
     return node
