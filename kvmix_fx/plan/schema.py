@@ -27,7 +27,7 @@ from kvmix_kernels.layout import TensorFormat
 
 Axis: TypeAlias = Literal["channel", "token"]
 GroupSize: TypeAlias = int | Literal["head"]
-ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
+ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32", "byte"]
 
 WINDOW_KINDS = ("fixed",)
 SMALLEST_DEFAULT_TILE = 32

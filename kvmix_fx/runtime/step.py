@@ -99,7 +99,7 @@ class CompiledStep:
         parts = (self._model, self._original, self._backend, self._options, self._prepare, self._shortcut)
         return CompiledStep, (*parts, self._check)
 
-    def compile(self) -> None:
+    def compile(self) -> Callable[..., Any]:
         """Hand the original forward to torch, which traces it when it is called."""
         options: dict[str, Any] = {"fullgraph": True, **self._options}
         # an argument in newer releases, else a setting that holds during our own calls only
@@ -108,6 +108,7 @@ class CompiledStep:
         else:
             self._limit = RECOMPILE_LIMIT
         self._compiled = torch.compile(self._original, backend=self._backend, **options)
+        return self._compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One call of the model.
@@ -127,12 +128,11 @@ class CompiledStep:
 
     def _traced(self, call: Call) -> Any:
         """A step through compiled code, which is traced first if it has to be."""
-        if self._compiled is None:
-            self.compile()
+        compiled = self._compiled or self.compile()
         traced = self._backend.traced
         self._shortcut.listen()
         with dynamo.recompile_limit(self._limit):
-            result = dynamo.unwrapped(self._compiled, *call.args, **call.kwargs)
+            result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
         if self._backend.traced != traced:
             self._check(result)
             # tracing leaves reference cycles that would keep the cache's memory

@@ -7,7 +7,7 @@ import math
 from hypothesis import strategies as st
 
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
-from kvmix_fx.plan.schema import Axis, GroupSize
+from kvmix_fx.plan.schema import Axis, GroupSize, ScaleDtype
 from kvmix_kernels import layout
 
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128, 256)
@@ -33,14 +33,13 @@ def quant_specs(draw: st.DrawFn, head_dim: int = 128, bits: tuple[int, ...] = la
         bits: widths to choose from.
     """
     along_tokens = st.sampled_from((16, 32, 64, 128)) | st.integers(1, 64)
+    scale_dtype: ScaleDtype = draw(st.sampled_from(layout.FLOAT_SCALES))
     along_head = [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
     axis: Axis = draw(st.sampled_from(("channel", "token")))
     group_size: GroupSize = draw(
         along_tokens if axis == "channel" else st.sampled_from((*along_head, "head"))
     )
-    return QuantSpec(
-        draw(st.sampled_from(bits)), axis, group_size, draw(st.sampled_from(layout.FLOAT_SCALES))
-    )
+    return QuantSpec(draw(st.sampled_from(bits)), axis, group_size, scale_dtype)
 
 
 @st.composite

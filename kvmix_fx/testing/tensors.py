@@ -81,7 +81,7 @@ def formats(
 
 def _tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
     """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped channels."""
-    found = []
+    found: list[tuple[tuple[int, int], ...]] = []
     for high in {8, head_dim // 4 // 8 * 8, head_dim // 2 // 8 * 8} - {0}:
         found.append(((4, high), (2, head_dim - high)))
         if head_dim - high > 8:
