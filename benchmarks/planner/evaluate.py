@@ -12,6 +12,7 @@ at a time: a step attends to the cache it found and, exactly, to its own tokens.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache.orders import key_order
 from kvmix_fx.plan import KVPlan
 from kvmix_kernels import ops
 
@@ -69,8 +73,11 @@ class Evaluator:
         self.continuation = ids[:, prompt:].split(step, 1)
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
-            model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
+            with _attention(model, _LISTENING):
+                model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
             self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
+            self.queries = list(_heard)
+            _heard.clear()
             logits = [model(input_ids=part, past_key_values=cache).logits for part in self.continuation]
             self.exact = [part.log_softmax(-1) for part in logits]
         # one token less in the last step, which has none after its last one
@@ -89,19 +96,38 @@ class Evaluator:
     def steps(self, plan: KVPlan) -> Iterator[Tensor]:
         """Logits of each step, [B, step, vocabulary]."""
         layers = []
-        for layer, states in zip(plan.layers, self.prompt, strict=True):
-            formats = layer.formats(states[0].shape[-1])
-            packed = (QuantizedKVTensor.from_hp(x, fmt) for x, fmt in zip(states, formats, strict=True))
-            layers.append(_PackedLayer(*packed))
+        for layer, (keys, values), queries in zip(plan.layers, self.prompt, self.queries, strict=True):
+            key_format, value_format = layer.formats(keys.shape[-1])
+            order = key_order(layer, keys.shape[1], keys.shape[-1], keys.device)
+            packed_keys = QuantizedKVTensor.from_hp(
+                keys, key_format, hint=queries if order is None else order
+            )
+            layers.append(_PackedLayer(packed_keys, QuantizedKVTensor.from_hp(values, value_format)))
         cache = Cache(layers=layers)
-        usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_ATTENTION)
-        try:
+        with _attention(self.model, _ATTENTION):
             for part in self.continuation:
                 with torch.inference_mode():
                     yield self.model(input_ids=part, past_key_values=cache, packed=layers).logits
-        finally:
-            self.model.set_attn_implementation(usual)
+
+
+@contextlib.contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Another attention for the time of a block."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+_heard: list[Tensor] = []
+"""Queries of the layers of a call, first to last, [B, Hq, L, D]."""
+
+
+def _listen(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    _heard.append(query)
+    return sdpa_attention_forward(module, query, *args, **kwargs)
 
 
 class _PackedLayer(DynamicLayer):
@@ -151,4 +177,7 @@ def _attend(
 
 
 _ATTENTION = "kvmix_benchmark"
+_LISTENING = "kvmix_listening"
 AttentionInterface.register(_ATTENTION, _attend)
+AttentionInterface.register(_LISTENING, _listen)
+AttentionMaskInterface.register(_LISTENING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -601,10 +601,15 @@ def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, item
 def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
     """Bits of one packed element: its code and its share of scale and offset.
 
-    What a sequence has once, the order of its channels, is not in it.
+    What a sequence has once, the order of its channels, is not in it. `head_dim` is asked for groups that
+    span the head alone.
     """
     if fmt.is_raw:
         return float(RAW_BITS)
-    (rows, columns), (_, offsets) = scale_grid(fmt, head_dim, 1), zero_grid(fmt, head_dim, 1)
-    numbers = rows * (columns + offsets) * 8 * SCALE_ITEMSIZE[fmt.scale_dtype]
-    return WORD_BITS * row_words(fmt, head_dim) / head_dim + numbers / (fmt.tile * head_dim)
+    codes = float(fmt.bits)
+    if len(fmt.tiers) > 1:
+        channels = sum(tier.channels for tier in fmt.tiers)
+        codes = sum(tier.bits * tier.channels for tier in fmt.tiers) / channels
+    group = fmt.group_size if fmt.axis == AXIS_CHANNEL else channel_group(fmt, head_dim)
+    numbers = 1 if fmt.symmetric else 2
+    return codes + numbers * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group

@@ -112,13 +112,16 @@ class QuantizedKVTensor(torch.Tensor):
         return 8 * self.packed_nbytes / max(1, self.numel())
 
     @classmethod
-    def from_hp(cls, x: Tensor, format: TensorFormat, mask: Tensor | None = None) -> QuantizedKVTensor:
+    def from_hp(
+        cls, x: Tensor, format: TensorFormat, mask: Tensor | None = None, hint: Tensor | None = None
+    ) -> QuantizedKVTensor:
         """Quantize and pack the tokens x [B, Hkv, L, D] into a growing tensor.
 
-        `mask`: the attention mask of the step that made them; hidden tokens widen no group.
+        `mask`: the attention mask of the step that made them; hidden tokens widen no group. `hint`: what an
+        order of channels comes from, see `kvmix_kernels.ops`.
         """
         layout.check_head_size(format, x.shape[3])
-        return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode()))), x.shape[2])
+        return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 
     @classmethod
     def empty_fixed(
@@ -131,12 +134,18 @@ class QuantizedKVTensor(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device | str,
         live: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> QuantizedKVTensor:
-        """A fixed tensor without tokens. `live` may be shared by all tensors of a cache."""
+        """A fixed tensor without tokens.
+
+        `live` may be shared by all tensors of a cache. `order`: of channels, [Hkv, D], if the plan has one.
+        """
         tiles, slots = layout.fixed_tiles(format, capacity), layout.fixed_slots(format, capacity)
         cached = allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=device)
+        if order is not None and cached.order is not None:
+            cached.order.copy_(order)
         return cls(cached, capacity, live)
 
     def dequantize(self) -> Tensor:

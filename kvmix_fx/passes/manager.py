@@ -9,9 +9,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvmix_fx import dynamo
+from kvmix_fx.cache.orders import key_order
 from kvmix_fx.dynamo import example
 from kvmix_fx.errors import HeadSizeError, PlanLayerError
 from kvmix_fx.passes.assign import assign_layers
@@ -59,7 +60,13 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
-    result = rewrite(copied, sites, matched.leftover, lambda site: _formats(site, plan))
+    result = rewrite(
+        copied,
+        sites,
+        matched.leftover,
+        lambda site: _formats(site, plan),
+        lambda site: _order(site, plan),
+    )
     verify(result, sites)
     for site in report.sites:
         log.debug("%s", site)
@@ -71,6 +78,12 @@ def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
     assert site.layer is not None
     key = site.buffers.key if site.buffers is not None else site.key_root
     return plan.layers[site.layer].formats(int(example(key).shape[3]))
+
+
+def _order(site: Site, plan: KVPlan) -> Tensor | None:
+    assert site.layer is not None
+    key = example(site.buffers.key if site.buffers is not None else site.key_root)
+    return key_order(plan.layers[site.layer], int(key.shape[1]), int(key.shape[3]), key.device)
 
 
 def _apply_plan(site: Site, plan: KVPlan) -> None:

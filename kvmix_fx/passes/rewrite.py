@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
@@ -24,7 +24,7 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, PlainBuffers, Site, Update
 from kvmix_fx.passes.sizes import size_evaluator
 from kvmix_fx.runtime.boundary import Adopted, Grown, Plain, PlainCache, Recipe
-from kvmix_kernels import ops
+from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
 
 
@@ -41,10 +41,15 @@ class Rewritten:
 
 
 FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
+OrderOf = Callable[[Site], Tensor | None]
 
 
 def rewrite(
-    gm: fx.GraphModule, sites: Iterable[Site], leftover: list[tuple[Update, Update]], formats: FormatOf
+    gm: fx.GraphModule,
+    sites: Iterable[Site],
+    leftover: list[tuple[Update, Update]],
+    formats: FormatOf,
+    orders: OrderOf,
 ) -> Rewritten:
     """Apply every site's action to `gm`, which is edited.
 
@@ -53,16 +58,22 @@ def rewrite(
         sites: matched on `gm`'s own nodes.
         leftover: updates that belong to no attention call, two by two, which share an append.
         formats: key and value format for adopted sites.
+        orders: the plan's order of channels of their keys, int32 [Hkv, D], where it has one.
     """
-    return _Rewriter(gm, list(sites), leftover, formats).run()
+    return _Rewriter(gm, list(sites), leftover, formats, orders).run()
 
 
 class _Rewriter:
     def __init__(
-        self, gm: fx.GraphModule, sites: list[Site], leftover: list[tuple[Update, Update]], formats: FormatOf
+        self,
+        gm: fx.GraphModule,
+        sites: list[Site],
+        leftover: list[tuple[Update, Update]],
+        formats: FormatOf,
+        orders: OrderOf,
     ) -> None:
         self.gm, self.graph = gm, gm.graph
-        self.sites, self.leftover, self.formats = sites, leftover, formats
+        self.sites, self.leftover, self.formats, self.orders = sites, leftover, formats, orders
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.inputs = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.values = [example(n) for n in self.inputs]
@@ -97,7 +108,8 @@ class _Rewriter:
             if any(site.action == STORAGE for site in sites):
                 self._materialize(k)
                 self._materialize(v)
-            self._append(k, v, sites[0].call.mask, [site.call.node for site in sites])
+            call = sites[0].call
+            self._append(k, v, call.mask, [site.call.node for site in sites], call.query)
         # updates without a known attention call still store their tokens
         for first, second in self.leftover:
             self._materialize(first)
@@ -147,7 +159,7 @@ class _Rewriter:
         """Have the graph tell how many tokens the buffers hold."""
         self._start(buffers.write)
         index = {node: i for i, node in enumerate(self.inputs)}
-        return PlainCache(index[buffers.key], index[buffers.value], self.formats(site))
+        return PlainCache(index[buffers.key], index[buffers.value], self.formats(site), self.orders(site))
 
     def _start(self, update: Update) -> fx.Node | None:
         """Device-side token count before this step, for fixed caches: the first position written."""
@@ -181,8 +193,13 @@ class _Rewriter:
         # what is written in place in there has no effect elsewhere
         self.dead += [call.node, *call.inside]
 
-    def _append(self, k: Update, v: Update, mask: fx.Node | None, readers: list[fx.Node]) -> None:
-        """Store the new tokens after everything that reads the cache as it was before the step."""
+    def _append(
+        self, k: Update, v: Update, mask: fx.Node | None, readers: list[fx.Node], query: fx.Node | None = None
+    ) -> None:
+        """Store the new tokens after everything that reads the cache as it was before the step.
+
+        `query`: the step's queries, of which an order of channels may be chosen.
+        """
         if k.new is None or v.new is None:
             return
         start, length = self._start(k), self._length(k.tensor)
@@ -196,6 +213,7 @@ class _Rewriter:
                 (
                     *(self.buffers[k.past], self.buffers[v.past], k.new, v.new, mask, start),
                     *(length, k.tensor.format.encode(), v.tensor.format.encode()),
+                    *((query,) if k.tensor.format.order == layout.ORDER_PROMPT else ()),
                 ),
             )
         for update in (k, v):
@@ -227,8 +245,11 @@ class _Rewriter:
             assert root is not None
             if root in self.adopted:
                 continue
+            hint = self._hint(site, fmt)
             with self.graph.inserting_after(site.call.node):
-                packed = self.graph.call_function(ops.quantize_pack, (root, site.call.mask, fmt.encode()))
+                packed = self.graph.call_function(
+                    ops.quantize_pack, (root, site.call.mask, fmt.encode(), *hint)
+                )
             items = []
             after = packed
             for i in range(len(fmt.buffer_names)):
@@ -236,6 +257,18 @@ class _Rewriter:
                     after = self.graph.call_function(operator.getitem, (packed, i))
                 items.append(after)
             self.adopted[root] = (items, fmt)
+
+    def _hint(self, site: Site, fmt: TensorFormat) -> tuple[fx.Node, ...]:
+        """What the order of channels of a tensor in this format comes from; nothing where it has none."""
+        if fmt.order == layout.ORDER_PROMPT:
+            return (site.call.query,)
+        order = self.orders(site) if fmt.order == layout.ORDER_PLAN else None
+        if order is None:
+            return ()
+        name = f"kvmix_order_{len(self.adopted)}"
+        self.gm.register_buffer(name, order, persistent=False)
+        with self.graph.inserting_before(site.call.node):
+            return (self.graph.get_attr(name),)
 
     def _outputs(self) -> tuple[list[Grown | Adopted | Plain], int | None]:
         flat: list[Any] = []

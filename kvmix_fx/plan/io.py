@@ -23,7 +23,8 @@ groups of 32. A file may also give "num_layers" and "defaults", an entry like th
 then changes to the defaults, each with a "match" (an integer, a list of them, or a text such as "0-3,28-",
 see `selection`), and later changes win.
 
-A tensor's entry has room for "tiers", which version 1 requires to be absent or null.
+A tensor's entry may further have "tiers", "order", "channel_order", "rotation", "symmetric" and
+"range_factor", see `QuantSpec`; a plan that uses them is of version 2.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -45,12 +46,13 @@ from kvmix_fx.errors import (
     PlanVersionError,
 )
 from kvmix_fx.plan.geometry import ModelGeometry
-from kvmix_fx.plan.schema import KVPlan, LayerPlan, QuantSpec, WindowRule
+from kvmix_fx.plan.schema import PLAIN_FIELDS, KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import select_layers
 
 FILE_NAME = "kvmix_plan.json"
 FORMAT = "kvmix_plan"
-VERSION = 1
+VERSION = 2
+"""2 has tiers, orders, rotation, symmetric codes and ranges; a plan without them is written as 1."""
 LIBRARY_NAME = "kvmix_fx"
 
 _TOP_KEYS = (
@@ -67,7 +69,7 @@ _TOP_KEYS = (
     "layers",
 )
 _GEOMETRY_KEYS = ("num_layers", "num_kv_heads", "head_dim")
-_SPEC_KEYS = ("bits", "axis", "group_size", "scale_dtype", "tiers")
+_SPEC_KEYS = tuple(field.name for field in fields(QuantSpec))
 _WINDOW_KEYS = ("kind", "length")
 _LAYER_KEYS = ("key", "value", "window", "sink_length", "tile")
 
@@ -79,7 +81,7 @@ def to_dict(plan: KVPlan) -> dict[str, Any]:
     """The file's content as plain JSON values."""
     content: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any(_is_new(layer) for layer in plan.layers) else 1,
         "library_name": LIBRARY_NAME,
         "name": plan.name,
     }
@@ -90,8 +92,14 @@ def to_dict(plan: KVPlan) -> dict[str, Any]:
         content["geometry"] = asdict(plan.geometry)
     if plan.provenance:
         content["provenance"] = dict(plan.provenance)
-    content["layers"] = [asdict(layer) for layer in plan.layers]
+    content["layers"] = [layer.to_dict() for layer in plan.layers]
     return content
+
+
+def _is_new(layer: LayerPlan) -> bool:
+    """Whether a layer needs more than the first version of the file has."""
+    specs = (layer.key, layer.value)
+    return any(set(spec.to_dict()) > set(PLAIN_FIELDS) or spec.scale_dtype == "byte" for spec in specs)
 
 
 def from_dict(content: Mapping[str, Any], source: str = "plan") -> KVPlan:
@@ -366,15 +374,15 @@ def _matched_layers(match: _Entry | None, change: _Entry, num_layers: int) -> tu
 
 def _read_fields(entry: _Entry, *extra_keys: str) -> _Fields:
     members = entry.members((*extra_keys, *_LAYER_KEYS))
-    fields = {
+    found = {
         part: members.pop(part).members(keys) if part in members else {}
         for part, keys in (("key", _SPEC_KEYS), ("value", _SPEC_KEYS), ("window", _WINDOW_KEYS))
     }
     for part in ("key", "value"):
-        tiers = fields[part].pop("tiers", None)
-        if tiers is not None and tiers.value is not None:
-            raise tiers.error("this version of kvmix_fx has no tiers: leave the entry out, or upgrade")
-    return {**fields, "layer": members}
+        # the first version had room for tiers, and none in it
+        if "tiers" in found[part] and found[part]["tiers"].value is None:
+            del found[part]["tiers"]
+    return {**found, "layer": members}
 
 
 def _build_layer(fields: _Fields, entry: _Entry) -> LayerPlan:

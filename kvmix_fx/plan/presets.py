@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any
 
@@ -172,8 +172,70 @@ def kvmix(
     return plan
 
 
+TIER_STEPS = ((2.5, 4, 2), (3.0, 2, 2), (float("inf"), 2, 3))
+"""Of `tiers`: below so many bits, one of how many channels of keys is at 4 bits, and bits of values."""
+
+
+def tiers(
+    target: object,
+    bits: float = 2.4,
+    *,
+    channel_orders: Sequence[str] | None = None,
+    group_size: int = 128,
+    window: WindowRule | int = 32,
+    sink_length: int = 4,
+) -> KVPlan:
+    """Channel tiers of keys, rotated values, scales of a byte and four sinks: the plan for who names none.
+
+    Keys keep a part of their channels at 4 bits and the others at 2, values are rounded in a rotated basis.
+    By `bits`: up to 2.5 a quarter of the channels at 4 bits and symmetric values of 2 (about 2.35 bits in
+    all at head size 128), up to 3.0 half of them (2.6), above that half of them and values of 3 bits (3.1).
+    Counts are rounded to multiples of 8 channels. The idea of tiers is MixKVQ's (arXiv 2512.19206) and
+    Kitty's (arXiv 2511.18643); rotation is QuaRot's (arXiv 2404.00456).
+
+    Args:
+        target: model, configuration or ModelGeometry.
+        bits: effective bits that are wished for; the largest of the three that is no larger, or the smallest.
+        channel_orders: the order of channels of each layer, from `kvmix_fx.profiling.channel_orders`; None
+            lets every prompt choose its own, which needs no calibration.
+        group_size: tokens of keys that share a scale.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+
+    Raises:
+        PlanLayerError: not as many orders as layers.
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
+    """
+    geometry = ModelGeometry.of(target)
+    share, value_bits = next((share, width) for below, share, width in TIER_STEPS if bits < below)
+    head_dim = geometry.head_dim
+    high = max(8, head_dim // share // 8 * 8)
+    if channel_orders is not None and len(channel_orders) != geometry.num_layers:
+        raise PlanLayerError(
+            f"{len(channel_orders)} orders of channels for {geometry.num_layers} layers: take them from a "
+            "profile of this model"
+        )
+    value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
+
+    def layer(index: int) -> LayerPlan:
+        order = {} if channel_orders is None else {"channel_order": channel_orders[index]}
+        key = QuantSpec(
+            4,
+            "channel",
+            group_size,
+            "byte",
+            tiers=((4, high), (2, head_dim - high)),
+            order="prompt" if channel_orders is None else "plan",
+            **order,
+        )
+        return LayerPlan(key, value, as_window(window), sink_length)
+
+    layers = tuple(layer(index) for index in range(geometry.num_layers))
+    return KVPlan(layers, geometry, {"preset": "tiers"}, f"tiers {layers[0].label}")
+
+
 PRESETS: Mapping[str, Callable[..., KVPlan]] = MappingProxyType(
-    {"uniform": uniform, "kivi": kivi, "kv-adaquant": kv_adaquant, "kvmix": kvmix}
+    {"uniform": uniform, "kivi": kivi, "kv-adaquant": kv_adaquant, "kvmix": kvmix, "tiers": tiers}
 )
 """The presets by the names that `preset` and the command line take."""
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
 from kvmix_fx.plan.checks import check_choice, check_integer, check_type
 from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.orders import checked_tiers, decode_order
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.selection import LayerSelection, select_layers
 from kvmix_fx.plan.sizes import CACHE_KINDS, CacheKind, allocated_bytes, mean_bits
@@ -29,7 +30,13 @@ Axis: TypeAlias = Literal["channel", "token"]
 GroupSize: TypeAlias = int | Literal["head"]
 ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32", "byte"]
 
+Order: TypeAlias = Literal["none", "plan", "prompt"]
+Rotation: TypeAlias = Literal["none", "hadamard"]
+
 WINDOW_KINDS = ("fixed",)
+ROTATIONS: tuple[Rotation, ...] = ("none", "hadamard")
+PLAIN_FIELDS = ("bits", "axis", "group_size", "scale_dtype")
+"""Of a spec, in plan files of version 1."""
 SMALLEST_DEFAULT_TILE = 32
 
 
@@ -43,31 +50,91 @@ class QuantSpec:
             "token" gives every token one per `group_size` consecutive channels.
         group_size: elements that share a scale and an offset; "head", with axis "token" only, means all
             channels of the head.
-        scale_dtype: dtype in which scales and offsets are stored.
+        scale_dtype: dtype in which scales and offsets are stored; "byte" takes 8 bits for each.
+        tiers: channels of keys with bits of their own, as (bits, channels): 4 bits first, then 2 and 0
+            (dropped: the group's mean is kept). They add up to the head, and `bits` is then 4.
+        order: with tiers, who says which channels come first: "plan" (`channel_order`) or "prompt", chosen
+            from queries and keys when a cache is first packed.
+        channel_order: for "plan", the channels of every KV head in their order, as `encode_order` writes.
+        rotation: "hadamard" rounds values in a rotated basis, or "none".
+        symmetric: of rotated values, codes without an offset.
+        range_factor: how much of a group's range the codes cover (of tiers, those of 2 bits); None is .8 for
+            tiers and symmetric codes of 2 bits, else 1.
 
     Raises:
         PlanFieldError: a field has a wrong type or a value outside its choices.
-        FormatError: the group size cannot be packed along this axis.
+        FormatError: the parts cannot be packed together.
     """
 
     bits: int
     axis: Axis = "channel"
     group_size: GroupSize = 32
     scale_dtype: ScaleDtype = "float16"
+    tiers: tuple[tuple[int, int], ...] = ()
+    order: Order = "none"
+    channel_order: str = ""
+    rotation: Rotation = "none"
+    symmetric: bool = False
+    range_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, layout.BITS)
         check_choice("axis", self.axis, tuple(layout.AXES))
         check_choice("scale_dtype", self.scale_dtype, layout.SCALE_DTYPES)
+        check_choice("order", self.order, layout.ORDERS)
+        check_choice("rotation", self.rotation, ROTATIONS)
+        check_type("symmetric", self.symmetric, bool)
+        check_type("channel_order", self.channel_order, str)
+        if self.range_factor is not None:
+            check_type("range_factor", self.range_factor, (int, float))
+        object.__setattr__(self, "tiers", checked_tiers(self.tiers))
+        if bool(self.channel_order) != (self.order == "plan"):
+            raise PlanFieldError(
+                'order="plan" and channel_order belong together: take both from a profile of the model, or '
+                'let the prompt choose with order="prompt"',
+                "channel_order",
+            )
+        if self.channel_order:
+            decode_order(self.channel_order, sum(channels for _, channels in self.tiers))
         if self.group_size != "head":
             check_integer("group_size", self.group_size, 1)
-            layout.make_format(self.bits, self.axis, self.group_size, tile=self.group_size)
+            self.format(self.group_size if self.axis == "channel" else 1)
         elif self.axis == "channel":
             raise PlanFieldError(
                 'group_size "head" needs axis="token": with axis="channel" a group runs along tokens, '
                 "so give their number",
                 "group_size",
             )
+
+    def format(self, tile: int, sink: int = 0, window: int = 0) -> TensorFormat:
+        """The storage format under a tile, a sink and a window, all in tokens.
+
+        Raises:
+            FormatError: the parts cannot be packed together.
+        """
+        return layout.make_format(
+            self.bits,
+            self.axis,
+            layout.WHOLE_HEAD if self.group_size == "head" else self.group_size,
+            tile,
+            sink,
+            window,
+            self.scale_dtype,
+            tiers=self.tiers,
+            order=self.order,
+            symmetric=self.symmetric,
+            rotation=self.rotation != "none",
+            span=None if self.range_factor is None else round(self.range_factor * 100),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plan file has it, without unused fields that its first version did not have."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        unused = {field.name for field in fields(self) if content[field.name] == field.default}
+        content = {
+            name: value for name, value in content.items() if name in PLAIN_FIELDS or name not in unused
+        }
+        return content | ({"tiers": [list(tier) for tier in self.tiers]} if self.tiers else {})
 
     @property
     def is_raw(self) -> bool:
@@ -134,6 +201,13 @@ class LayerPlan:
         check_integer("sink_length", self.sink_length, 0)
         if self.tile is not None:
             check_integer("tile", self.tile, 1)
+        if self.value.tiers:
+            raise PlanFieldError("tiers are of keys: values have no order of channels", "value")
+        if self.key.rotation != "none":
+            raise PlanFieldError(
+                "keys are not rotated: it takes away the channels that tell them apart; rotate values",
+                "key",
+            )
         self._formats()
 
     @classmethod
@@ -164,6 +238,10 @@ class LayerPlan:
             said.sink_length or 0,
             tile,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plan file has it."""
+        return asdict(self) | {"key": self.key.to_dict(), "value": self.value.to_dict()}
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -208,15 +286,7 @@ class LayerPlan:
 
     def _format(self, role: str, spec: QuantSpec) -> TensorFormat:
         try:
-            return layout.make_format(
-                spec.bits,
-                spec.axis,
-                layout.WHOLE_HEAD if spec.group_size == "head" else spec.group_size,
-                self.tile_length,
-                self.sink_length,
-                self.window.length,
-                spec.scale_dtype,
-            )
+            return spec.format(self.tile_length, self.sink_length, self.window.length)
         except FormatError as error:
             raise FormatError(f"{role}: {error}") from None
 
@@ -271,6 +341,13 @@ class KVPlan:
                 layer.formats(geometry.head_dim)
             except HeadSizeError as error:
                 raise HeadSizeError(f"layer {index}, {error}") from None
+            if layer.key.channel_order:
+                heads = len(decode_order(layer.key.channel_order, geometry.head_dim))
+                if heads != geometry.num_kv_heads:
+                    raise PlanLayerError(
+                        f"layer {index} has orders of channels for {heads} KV heads, the model has "
+                        f"{geometry.num_kv_heads}: take the order from a profile of this model"
+                    )
 
     @classmethod
     def uniform(
@@ -349,7 +426,7 @@ class KVPlan:
 
         Geometry, provenance and names do not enter, so `for_model` leaves the digest alone.
         """
-        layers = [asdict(replace(layer, tile=layer.tile_length)) for layer in self.layers]
+        layers = [replace(layer, tile=layer.tile_length).to_dict() for layer in self.layers]
         canonical = json.dumps(layers, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

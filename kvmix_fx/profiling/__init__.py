@@ -1,6 +1,7 @@
 """Profiling: how much each layer's keys and values suffer from quantization, measured on the model."""
 
+from kvmix_fx.profiling.orders import channel_orders
 from kvmix_fx.profiling.report import Profile
 from kvmix_fx.profiling.run import DEFAULT_SIGNALS, profile
 
-__all__ = ["DEFAULT_SIGNALS", "Profile", "profile"]
+__all__ = ["DEFAULT_SIGNALS", "Profile", "channel_orders", "profile"]

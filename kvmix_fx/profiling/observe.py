@@ -58,12 +58,14 @@ class ProjectionInfo:
 class Listeners:
     """What is called while a prompt is read; None where nobody listens.
 
+    asked(layer, q, k): queries [B, Hq, L, D] and the keys that they are asked of, in the forward.
     cached(layer, role, x): keys or values as cached [B, Hkv, L, D], in the forward.
     gradient(layer, role, x, g): x as above, and the gradient of its far copy, in the backward.
     projected(layer, role, h, g): the projection's input [B, L, in] and the gradient of the outputs that make
     this tensor [B, L, n], in the backward.
     """
 
+    asked: Callable[[int, Tensor, Tensor], None] | None = None
     cached: Callable[[int, str, Tensor], None] | None = None
     gradient: Callable[[int, str, Tensor, Tensor], None] | None = None
     projected: Callable[[int, str, Tensor, Tensor], None] | None = None
@@ -295,6 +297,8 @@ class _TappedAttention(nn.Module):
         observer = self._observer[0]
         listeners = observer.listeners
         L = q.shape[2]
+        if listeners.asked is not None and observer._recording:
+            listeners.asked(self._layer, q.detach(), k.detach())
         k, v = (_leaf(x) if listeners.differentiate else x for x in (k, v))
         far = [self._far(role, x) for role, x in zip(ROLES, (k, v), strict=True)]
         if far[0] is None and far[1] is None:

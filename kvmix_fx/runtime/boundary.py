@@ -50,11 +50,12 @@ class Plain:
 
 @dataclass(frozen=True)
 class PlainCache:
-    """Input indices of plain fixed buffers, and the formats they are to be packed in."""
+    """Input indices of plain fixed buffers, their formats once packed, and the keys' order of channels."""
 
     key: int
     value: int
     formats: tuple[TensorFormat, TensorFormat]
+    order: torch.Tensor | None = None
 
 
 @dataclass
@@ -183,7 +184,9 @@ class Boundary:
             for i, fmt in zip((cache.key, cache.value), cache.formats, strict=True):
                 x = args[i]
                 B, H, capacity, D = x.shape
-                packed = QuantizedKVTensor.empty_fixed(B, H, capacity, D, fmt, x.dtype, x.device)
+                packed = QuantizedKVTensor.empty_fixed(
+                    B, H, capacity, D, fmt, x.dtype, x.device, order=cache.order if i == cache.key else None
+                )
                 packed.write_(torch.arange(stored, device=x.device), x[:, :, :stored])
                 module, name = holders[id(x)]
                 module._buffers[name] = packed

@@ -164,7 +164,7 @@ def test_compact_form_without_defaults():
         ),
         (
             edited(["layers", 0, "value", "tiers"], {}),
-            "plan: layers[0].value.tiers: this version of kvmix_fx has no",
+            "plan: layers[0].value.tiers: tiers must be pairs of bits and channels",
         ),
         (
             edited(["layers", 0, "key", "bit"], 4),
@@ -228,9 +228,9 @@ def test_wrong_content_is_named_with_its_place(content, message):
 
 
 def test_a_newer_file_asks_for_an_upgrade():
-    content = explicit() | {"version": 2, "something new": [1]}
+    content = explicit() | {"version": 3, "something new": [1]}
     with pytest.raises(
-        PlanVersionError, match="format version 2 and this package reads up to 1: pip install --upgrade"
+        PlanVersionError, match="format version 3 and this package reads up to 2: pip install --upgrade"
     ):
         KVPlan.from_dict(content)
 

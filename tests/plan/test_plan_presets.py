@@ -138,7 +138,7 @@ def test_presets_check_target_and_parts():
     with pytest.raises(HeadSizeError, match="layer 0, value: group_size 32 does not divide the head size 80"):
         uniform(ModelGeometry(2, 2, 80), 4)
     with pytest.raises(PlanFieldError, match="bits must be one of"):
-        uniform(4, 6)
+        uniform(4, 5)
     with pytest.raises(FormatError, match="group_size 32 does not divide the tile of 48"):
         uniform(4, 4, tile=48)
     with pytest.raises(PlanLayerError, match="there is no layer 9"):

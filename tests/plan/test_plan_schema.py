@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
+from kvmix_fx.plan.orders import encode_order
 from kvmix_fx.testing.strategies import layer_plans, plans
 from kvmix_kernels import layout
 
@@ -30,7 +31,7 @@ LAYER = LayerPlan(QuantSpec(4), QuantSpec(2, "token"))
         (
             {"bits": 4, "scale_dtype": "int8"},
             "scale_dtype",
-            "one of 'float16', 'bfloat16', 'float32'; got 'int8'",
+            "one of 'float16', 'bfloat16', 'float32', 'byte'; got 'int8'",
         ),
         ({"bits": 4, "group_size": 0}, "group_size", "group_size must be at least 1, got 0"),
         ({"bits": 4, "group_size": None}, "group_size", "group_size must be an integer, got None"),
@@ -180,11 +181,20 @@ def test_provenance_is_a_mapping_that_compares_by_content():
         one["c"]
 
 
+TIERED = QuantSpec(4, tiers=((4, 16), (2, 48)), order="prompt")
+ORDER, OTHER_ORDER = (encode_order([order]) for order in (range(64), range(63, -1, -1)))
+
 CHANGES = {
     "key.bits": {"key": QuantSpec(8)},
     "key.axis": {"key": QuantSpec(4, "token")},
     "key.group_size": {"key": QuantSpec(4, group_size=16)},
     "key.scale_dtype": {"key": QuantSpec(4, scale_dtype="bfloat16")},
+    "key.tiers": {"key": TIERED},
+    "key.order": {"key": dataclasses.replace(TIERED, order="plan", channel_order=ORDER)},
+    "key.channel_order": {"key": dataclasses.replace(TIERED, order="plan", channel_order=OTHER_ORDER)},
+    "key.range_factor": {"key": QuantSpec(4, range_factor=0.9)},
+    "value.rotation": {"value": QuantSpec(2, "token", rotation="hadamard")},
+    "value.symmetric": {"value": QuantSpec(2, "token", rotation="hadamard", symmetric=True)},
     "value.bits": {"value": QuantSpec(3, "token")},
     "value.axis": {"value": QuantSpec(2, "channel")},
     "value.group_size": {"value": QuantSpec(2, "token", "head")},
@@ -209,7 +219,7 @@ def test_no_field_is_missing_from_the_changes():
     specs = {field.name for field in dataclasses.fields(QuantSpec)}
     tested = {name.split(".")[0] for name in CHANGES}
     assert tested == names
-    assert {name.split(".")[1] for name in CHANGES if name.startswith("key.")} == specs
+    assert {name.split(".")[1] for name in CHANGES if name.startswith(("key.", "value."))} == specs
 
 
 def test_digest_changes_with_the_number_and_order_of_layers():

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache.orders import key_order
 from kvmix_fx.plan import LayerPlan
 
 
@@ -28,7 +29,8 @@ class KVMixDynamicLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         self.lazy_initialization(key_states, value_states)
         key_format, value_format = self.layer_plan.formats(key_states.shape[-1])
-        self.keys = QuantizedKVTensor.from_hp(key_states, key_format)
+        order = key_order(self.layer_plan, key_states.shape[1], key_states.shape[-1], key_states.device)
+        self.keys = QuantizedKVTensor.from_hp(key_states, key_format, hint=order)
         self.values = QuantizedKVTensor.from_hp(value_states, value_format)
         return key_states, value_states
 
@@ -126,8 +128,9 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=self.device)
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        order = key_order(self.layer_plan, self.num_heads, self.k_head_dim, self.device)
         self.keys = QuantizedKVTensor.empty_fixed(
-            *shape, self.k_head_dim, key_format, self.dtype, self.device, live
+            *shape, self.k_head_dim, key_format, self.dtype, self.device, live, order
         )
         self.values = QuantizedKVTensor.empty_fixed(
             *shape, self.v_head_dim, value_format, self.dtype, self.device, live
