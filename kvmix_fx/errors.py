@@ -20,10 +20,12 @@ __all__ = [
     "DequantizeWarning",
     "FormatError",
     "HeadSizeError",
+    "HeadSplitError",
     "KVMixError",
     "MissingPackageError",
     "ModelInputError",
     "NoSiteError",
+    "PlacementError",
     "PlanError",
     "PlanFieldError",
     "PlanFileError",
@@ -111,6 +113,14 @@ class ProfileMismatchError(KVMixError, ValueError):
 
 class NoSiteError(KVMixError, RuntimeError):
     """Nothing in the model was rewritten, so its cache would stay at 16 bits."""
+
+
+class HeadSplitError(KVMixError, ValueError):
+    """Key/value heads that tensor parallelism cannot share out evenly among its ranks."""
+
+
+class PlacementError(KVMixError, ValueError):
+    """A model spread over devices in a way that one compiled step cannot follow."""
 
 
 class TrainingError(KVMixError, RuntimeError):
