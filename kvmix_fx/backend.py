@@ -3,7 +3,7 @@
 `torch.compile(f, backend="kvmix", options={"plan": plan})` finds it by entry point. Options besides
 the plan: "inner" (the compiler that gets the rewritten graph: a Dynamo backend name or callable),
 "mode" and any Inductor setting (both for inner="inductor"), "cuda_graphs" (False: launch every kernel
-of every step), "report" (a CompileReport to fill).
+of every step; True: record steps also under a process group), "report" (a CompileReport to fill).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from kvmix_fx.errors import BackendOptionError, TrainingError
+from kvmix_fx.parallel import process_group_size
 from kvmix_fx.passes import dynamo, manager, replay
 from kvmix_fx.passes.boundary import Boundary
 from kvmix_fx.passes.defer import defer_appends
@@ -46,7 +47,7 @@ class KVMixBackend:
         mode: str | None = None,
         report: CompileReport | None = None,
         model: torch.nn.Module | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -59,8 +60,9 @@ class KVMixBackend:
             mode: a torch.compile mode, for Inductor.
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
-            cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. The
-                report says which graphs are.
+            cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. None
+                does so unless several processes work together, whose communication would be recorded too.
+                The report says which graphs are.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -78,10 +80,10 @@ class KVMixBackend:
             raise BackendOptionError(
                 f'mode and {sorted(inductor_options)} are settings of Inductor, but "inner" is {inner!r}'
             )
-        if not isinstance(cuda_graphs, bool):
-            raise BackendOptionError(f'"cuda_graphs" must be True or False, got {cuda_graphs!r}')
+        if not isinstance(cuda_graphs, bool | None):
+            raise BackendOptionError(f'"cuda_graphs" must be True, False or None, got {cuda_graphs!r}')
         self.patches = _inductor_patches(mode, inductor_options)
-        self.cuda_graphs = cuda_graphs and mode != "max-autotune-no-cudagraphs"
+        self.cuda_graphs = False if mode == "max-autotune-no-cudagraphs" else cuda_graphs
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -116,10 +118,15 @@ class KVMixBackend:
         assert rewritten is not None
         # a CPU tensor would be read once, while recording
         devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
-        if not self.cuda_graphs:
+        if self.cuda_graphs is False:
             return "switched off"
         if len(devices) != 1 or devices.pop().type not in replay.REPLAY_DEVICES:
             return "not on one CUDA device"
+        if self.cuda_graphs is None and (processes := process_group_size()) > 1:
+            return (
+                f"one of {processes} processes, whose communication has not been seen to work when recorded: "
+                'options={"cuda_graphs": True} tries it'
+            )
         if not rewritten.packed or len(rewritten.fixed) != len(rewritten.packed):
             return "the cache grows: use a fixed one"
         return "" if _is_short(result) else f"more than {SHORT_STEP} tokens a step"

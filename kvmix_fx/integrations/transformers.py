@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
 from kvmix_fx.integrations import Hooks
+from kvmix_fx.parallel import kv_heads_here
 from kvmix_fx.passes import replay
 from kvmix_fx.passes.shortcut import Shortcut
 from kvmix_fx.plan import KVPlan, LayerPlan
@@ -406,7 +407,7 @@ class TransformersCalls:
                 geometry = self.plan.geometry
                 assert geometry is not None
                 empty = torch.empty(
-                    (batch, geometry.num_kv_heads, 0, geometry.head_dim),
+                    (batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim),
                     dtype=self.model.dtype,
                     device=self.model.device,
                 )

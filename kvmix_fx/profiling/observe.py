@@ -25,6 +25,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvmix_fx.errors import KVMixError, NoSiteError, ProfileError
+from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes import dynamo
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.match import find_sites
@@ -87,6 +88,7 @@ class Observer:
         replacements: far copies to use instead, by layer and role, or what makes them from the exact ones.
         skipped: layers that the pass would leave at 16 bits, with the reason.
         geometry: of the observed layers.
+        ranks: among which the heads are shared out; each observes its own.
     """
 
     model: nn.Module
@@ -106,6 +108,7 @@ class Observer:
         self._segment_of: dict[int, int] = {}
         self._recording = False
         self._only_look = False
+        self.ranks = Ranks.of(self.model)
         self._schedule = layout.make_format(8, "token", 16, tile=32, sink=0, window=self.window)
 
     @property
@@ -120,14 +123,14 @@ class Observer:
 
     @property
     def geometry(self) -> ModelGeometry:
-        """Sizes of the cache, from the observed tensors; the layer count includes skipped layers."""
+        """Sizes of the whole model's cache, from the observed tensors; skipped layers count as layers."""
         shapes = set(self._shapes.values())
         if len(shapes) != 1:
             raise ProfileError(
                 f"layers differ in KV heads and head size ({sorted(shapes)}); plans cover one of each"
             )
         ((heads, head_dim),) = shapes
-        return ModelGeometry(1 + max((*self._shapes, *self.skipped)), heads, head_dim)
+        return ModelGeometry(1 + max((*self._shapes, *self.skipped)), heads * self.ranks.size, head_dim)
 
     def projection(self, layer: int, role: str) -> ProjectionInfo | str:
         """The linear layer behind a cached tensor, or why it is not known."""
@@ -378,7 +381,7 @@ class _ProjectionTap(nn.Module):
             return y
         y = _leaf(y)
         if observer._recording:
-            h = source.detach()
+            h = local(source.detach())
 
             def hear(gradient: Tensor) -> None:
                 if listeners.projected is None:
@@ -398,7 +401,7 @@ class _ProjectionTap(nn.Module):
 
         def weight() -> Tensor:
             (stored,) = self._weight
-            plain: Any = stored.detach()
+            plain: Any = local(stored.detach())
             if hasattr(plain, "dequantize") and type(plain) not in (Tensor, nn.Parameter):
                 plain = plain.dequantize()
             rows: Tensor = plain.float() if projection.out_first else plain.float().t()
