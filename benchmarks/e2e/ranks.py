@@ -240,52 +240,54 @@ class Trial:
         return rows
 
     def check(self) -> list[Row]:
-        """Rows of the comparison with one process; all ranks take part."""
-        options, found = self.options, {}
+        """Rows of the comparison with one process, which is the first rank."""
+        options, tp = self.options, self.options.tp
         layers = min(CHECKED_LAYERS, options.layers or CHECKED_LAYERS)
-        for ranks in dict.fromkeys((options.tp, 1)):
-            model = build(options.shape, options.device, layers, ranks, torch.float32)
-            for bits in (8, 2, 16) if ranks == 1 else (8, 2):
-                found[ranks, bits] = self._forced(model, KVPlan.uniform(model, bits, bits))
-            del model
-            generate.free()
-        tp = options.tp
-        figures = {
-            "rank_difference": self.differs_between_ranks(found[tp, 8] / found[tp, 8].square().mean().sqrt()),
-            "8_bits_against_one_process": distance(found[tp, 8], found[1, 8]),
-            "2_bits_against_one_process": distance(found[tp, 2], found[1, 2]),
-            "2_bits_against_8": distance(found[tp, 2], found[tp, 8]),
-            "8_bits_against_16": distance(found[1, 8], found[1, 16]),
-        }
-        self.case = (
-            f"{options.shape} {layers} layers tp{tp} b{CHECKED_ROWS} n{CHECKED_PROMPT} +{CHECKED_TOKENS}"
-        )
+        size = f"b{CHECKED_ROWS} n{CHECKED_PROMPT} +{CHECKED_TOKENS}"
+        self.case = f"{options.shape} {layers} layers tp{tp} {size}"
+        shared = self._forced(layers, tp, (8, 2))
+        scale = shared[8].square().mean().sqrt()
+        figures = {"rank_difference": self.differs_between_ranks(shared[8] / scale)}
         if self.first:
+            whole = self._forced(layers, 1, (8, 2, 16))
+            figures |= {
+                "8_bits_against_one_process": distance(shared[8], whole[8]),
+                "2_bits_against_one_process": distance(shared[2], whole[2]),
+                "2_bits_against_8": distance(shared[2], shared[8]),
+                "8_bits_against_16": distance(whole[8], whole[16]),
+            }
             for name, value in figures.items():
                 print(f"{self.case} {self.provider}: {name} {value:.3g}", flush=True)
         return self._rows(*((name, value, "relative") for name, value in figures.items()))
 
-    def _forced(self, model: nn.Module, plan: KVPlan) -> torch.Tensor:
-        """Logits [tokens, rows, vocabulary] of teacher-forced steps over a fixed cache."""
+    def _forced(self, layers: int, ranks: int, widths: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        """Logits [tokens, rows, vocabulary] of teacher-forced steps over a fixed cache, by its bits."""
         device = self.options.device
+        model = build(self.options.shape, device, layers, ranks, torch.float32)
         tokens = torch.randint(
             1, 30000, (CHECKED_ROWS, CHECKED_PROMPT + CHECKED_TOKENS),
             generator=torch.Generator().manual_seed(2),
         ).to(device)  # fmt: skip
-        past = KVMixStaticCache(plan, model.config, tokens.shape[1])
-        self.beat(0)
-        self.compiled(model, plan)
-        logits = []
-        with torch.no_grad():
-            for step in range(CHECKED_TOKENS):
-                end = CHECKED_PROMPT + step
-                new = tokens[:, end - 1 : end] if step else tokens[:, :end]
-                answer = model(input_ids=new, past_key_values=past, logits_to_keep=1)
-                logits.append(answer.logits[:, -1].float())
-                self.beat(step)
-        kvmix_fx.restore(model)
-        torch._dynamo.reset()
-        return torch.stack(logits)
+        found = {}
+        for bits in widths:
+            self.beat(0)
+            plan = KVPlan.uniform(model, bits, bits)
+            self.compiled(model, plan)
+            past = KVMixStaticCache(plan, model.config, tokens.shape[1])
+            logits = []
+            with torch.no_grad():
+                for step in range(CHECKED_TOKENS):
+                    end = CHECKED_PROMPT + step
+                    new = tokens[:, end - 1 : end] if step else tokens[:, :end]
+                    answer = model(input_ids=new, past_key_values=past, logits_to_keep=1)
+                    logits.append(answer.logits[:, -1].float())
+                    self.beat(step)
+            found[bits] = torch.stack(logits)
+            kvmix_fx.restore(model)
+            torch._dynamo.reset()
+        del model
+        generate.free()
+        return found
 
     def differs_between_ranks(self, x: torch.Tensor) -> float:
         """Largest difference of an element between two ranks."""

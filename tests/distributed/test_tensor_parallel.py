@@ -23,9 +23,9 @@ RUN = {
     # all tests of a number of ranks share one start
     2: [
         f"llama/growing/{EIGHT}",
-        f"llama/growing/{TWO} and beams",
+        f"llama/growing/{TWO}",
         f"llama/fixed/{EIGHT}",
-        f"llama/fixed/{TWO}",
+        f"llama/fixed/{TWO} and beams",
         "llama/profile",
         "smollm2/refused",
     ],
