@@ -12,7 +12,7 @@ from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.testing.models import tiny_llama
 
 from . import cases
-from .running import once, results, torchrun
+from .running import ROOT, once, results, torchrun
 
 pytest.importorskip("accelerate", reason="transformers loads onto ranks with accelerate")
 if not torch.distributed.is_available():
@@ -153,3 +153,29 @@ def test_profiles_and_plans_are_those_of_the_whole_model(ranks, models):
 def test_ranks_know_each_other(ranks):
     assert [rank["processes"] for rank in ranks(2)] == [2, 2]
     assert Ranks.of(tiny_llama()) == Ranks(1, 0, None)
+
+
+def test_the_table_of_the_docs_says_what_happened(ranks, whole):
+    lines = ["| KV heads | ranks | cache | plan | logits |", "|---:|---:|---|---|---|"]
+    heads = {"llama": 4, "smollm2": 3, "few heads": 2}
+    for count, run in RUN.items():
+        found = ranks(count)[0]
+        for case in (name.removesuffix(" and beams") for name in run):
+            name, cache, *plan = case.split("/")
+            if cache == "refused":
+                assert "HeadSplitError" in found[case][0]
+                reason = "refused: fewer heads than ranks" if heads[name] < count else "refused: uneven"
+                lines.append(f"| {heads[name]} | {count} | any | any | {reason} |")
+            elif plan:
+                pairs = [
+                    (found[case]["runs"][run]["logits"], whole(case)["runs"][run]["logits"])
+                    for run in found[case]["runs"]
+                ]
+                equal = all((a - b).abs().max() <= tolerance(plan[0]) for a, b in pairs)
+                short = "mixed" if plan[0] == MIXED else plan[0]
+                lines.append(
+                    f"| {heads[name]} | {count} | {cache} | {short} | {'equal' if equal else 'differ'} |"
+                )
+    text = (ROOT / "docs" / "several-gpus.md").read_text()
+    table = text.partition("<!-- ranks -->\n")[2].partition("<!-- end -->")[0]
+    assert table == "\n".join(lines) + "\n"
