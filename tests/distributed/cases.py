@@ -67,6 +67,9 @@ def generated(model, cache, rows, **settings):
 
 def run(model, plan, cache, beams):
     """What one plan and one kind of cache are tried with: tensors by name, and facts."""
+    plain = {}
+    if beams:
+        plain["2 rows, 2 beams"], _ = generated(model, {}, 2, num_beams=2)
     kvmix_fx.compile(model, plan)
     how = {"cache_implementation": "dynamic" if cache == "growing" else "static"}
     if plan.layers[0].is_raw:
@@ -83,7 +86,7 @@ def run(model, plan, cache, beams):
         "nbytes": cache_size(past)[0],
         "length": past.layers[-1].max_cache_len if cache == "fixed" else past.get_seq_length(),
     }
-    return {"runs": found, "facts": facts}
+    return {"runs": found, "plain": plain, "facts": facts}
 
 
 def profiled(model):

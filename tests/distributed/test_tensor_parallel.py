@@ -73,7 +73,7 @@ def whole(tmp_path_factory, models):
 
         def save(folder):
             model = AutoModelForCausalLM.from_pretrained(models / name).eval()
-            beams = f"llama/{cache}/{TWO} and beams" in RUN[2] and name == "llama"
+            beams = f"{case} and beams" in RUN[2]
             found = cases.run(model, cases.PLANS[plan](model), cache, beams)
             torch.save(found, folder / "rank0.pt")
 
@@ -91,7 +91,7 @@ def tolerance(plan):
 def test_ranks_equal_one_process(ranks, whole, count, case):
     plan = case.split("/")[-1]
     found, want = [rank[case] for rank in ranks(count)], whole(case)
-    # the control: other bits, otherwise the same
+    # the control: other bits, otherwise the same; beams, which take long to compile, without any plan
     other = whole(case.replace(plan, TWO if plan == EIGHT else EIGHT))
     for run in found[0]["runs"]:
         tensors = want["runs"][run]
@@ -101,7 +101,8 @@ def test_ranks_equal_one_process(ranks, whole, count, case):
             assert torch.equal(got["logits"], found[0]["runs"][run]["logits"])
             assert torch.equal(got["tokens"], tensors["tokens"])
             torch.testing.assert_close(got["logits"], tensors["logits"], atol=tolerance(plan), rtol=0)
-        assert (other["runs"][run]["logits"] - tensors["logits"]).abs().max() > 20 * tolerance(plan)
+        control = other["runs"].get(run) or want["plain"][run]
+        assert (control["logits"] - tensors["logits"]).abs().max() > 20 * tolerance(plan)
     assert all(rank["facts"]["layers"] == want["facts"]["layers"] for rank in found)
     assert want["facts"]["layers"] == ([1] if plan == MIXED else [0, 1])
 
