@@ -245,8 +245,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-_LOCAL = ("--output", "--turns")
-"""Options whose value is a file of one machine: where rows go and whose turn it is, not what is measured."""
+_LOCAL = ("--output", "--turns", "--progress")
+"""Options whose value is a file of one machine: where rows go and who waits, not what is measured."""
 
 
 def _command() -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
+from kvmix_fx.parallel import check_placement
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
@@ -84,12 +85,15 @@ def compile(
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
             `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA
-            graphs in every mode, unless options={"cuda_graphs": False}.
+            graphs in every mode, unless options={"cuda_graphs": False}; in one of several processes
+            of a process group only with options={"cuda_graphs": True}.
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.
         BackendOptionError: an option is unknown.
         TrainingError: the model is in training mode.
+        HeadSplitError: its KV heads cannot be shared out among the ranks of tensor parallelism.
+        PlacementError: its layers lie on several devices, or are offloaded.
     """
     from kvmix_fx.integrations import hooks_for
 
@@ -97,6 +101,7 @@ def compile(
         raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
+    check_placement(model)
     plan = _fitted(plan, model)
     options = dict(torch_compile_options.pop("options", None) or {})
     mode = torch_compile_options.pop("mode", None)

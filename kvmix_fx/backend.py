@@ -3,7 +3,7 @@
 `torch.compile(f, backend="kvmix", options={"plan": plan})` finds it by entry point. Options besides
 the plan: "inner" (the compiler that gets the rewritten graph: a Dynamo backend name or callable),
 "mode" and any Inductor setting (both for inner="inductor"), "cuda_graphs" (False: launch every kernel
-of every step), "report" (a CompileReport to fill).
+of every step; True: record steps also under a process group), "report" (a CompileReport to fill).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx
 
 from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, TrainingError
+from kvmix_fx.parallel import process_group_size
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
@@ -48,7 +49,7 @@ class KVMixBackend:
         mode: str | None = None,
         report: CompileReport | None = None,
         model: torch.nn.Module | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool | None = None,
         note: Note | None = None,
         **inductor_options: Any,
     ) -> None:
@@ -62,8 +63,9 @@ class KVMixBackend:
             mode: a torch.compile mode, for Inductor.
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
-            cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. The
-                report says which graphs are.
+            cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. None
+                does so unless several processes work together, whose communication would be recorded too.
+                The report says which graphs are.
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
             inductor_options: settings of torch._inductor.config for these graphs only.
@@ -83,10 +85,10 @@ class KVMixBackend:
             raise BackendOptionError(
                 f'mode and {sorted(inductor_options)} are settings of Inductor, but "inner" is {inner!r}'
             )
-        if not isinstance(cuda_graphs, bool):
-            raise BackendOptionError(f'"cuda_graphs" must be True or False, got {cuda_graphs!r}')
+        if not isinstance(cuda_graphs, bool | None):
+            raise BackendOptionError(f'"cuda_graphs" must be True, False or None, got {cuda_graphs!r}')
         self.patches = _inductor_patches(mode, inductor_options)
-        self.cuda_graphs = cuda_graphs and mode != "max-autotune-no-cudagraphs"
+        self.cuda_graphs = False if mode == "max-autotune-no-cudagraphs" else cuda_graphs
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -127,10 +129,15 @@ class KVMixBackend:
         recipe = result.rewritten.recipe
         # a CPU tensor would be read once, while recording
         devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
-        if not self.cuda_graphs:
+        if self.cuda_graphs is False:
             return "switched off"
         if len(devices) != 1 or devices.pop().type not in recording.REPLAY_DEVICES:
             return "not on one CUDA device"
+        if self.cuda_graphs is None and (processes := process_group_size()) > 1:
+            return (
+                f"one of {processes} processes, whose communication has not been seen to work when recorded: "
+                'options={"cuda_graphs": True} tries it'
+            )
         if not recipe.packed or len(recipe.fixed) != len(recipe.packed):
             return "the cache grows: use a fixed one"
         return "" if _is_short(result) else f"more than {SHORT_STEP} tokens a step"

@@ -29,11 +29,13 @@ __all__ = [
     "DequantizeWarning",
     "FormatError",
     "HeadSizeError",
+    "HeadSplitError",
     "KVMixError",
     "KernelMemoryError",
     "MissingPackageError",
     "ModelInputError",
     "NoSiteError",
+    "PlacementError",
     "PlanError",
     "PlanFieldError",
     "PlanFileError",
@@ -131,6 +133,14 @@ class NoSiteError(KVMixError, RuntimeError):
 
 class RewriteInvariantError(KVMixError, AssertionError):
     """The rewrite produced a graph that cannot be right: a defect of this project, so please report it."""
+
+
+class HeadSplitError(KVMixError, ValueError):
+    """Key/value heads that tensor parallelism cannot share out evenly among its ranks."""
+
+
+class PlacementError(KVMixError, ValueError):
+    """A model spread over devices in a way that one compiled step cannot follow."""
 
 
 class TrainingError(KVMixError, RuntimeError):

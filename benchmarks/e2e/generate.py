@@ -16,6 +16,9 @@ its step at that length where reading such a prompt does not fit.
 `--loop` also times kvmix without `generate()`: greedy calls of the model over a `KVMixStaticCache`, as
 provider "... loop".
 
+With `--tp N` torchrun starts N ranks that share the heads of every layer, `--layers` of them if not all;
+see `benchmarks.e2e.ranks`.
+
 With `--turns FILE` several such processes may run at once: they compile together and measure one by one, none
 before all have compiled. `--memory 24` allows a process 24 GB; a batch that does not fit is reported
 and the next case is tried.
@@ -27,7 +30,9 @@ import argparse
 import contextlib
 import fcntl
 import gc
+import os
 import re
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -58,18 +63,29 @@ KINDS = {
 HIGH_LAYERS = (0, 1, 2, 13, 14, 31)
 
 
-class Clock:
-    """Notes when each token is there; handed to generate() as a stopping criterion that never stops."""
-
-    def __init__(self) -> None:
-        """Start now."""
+def synchronize() -> None:
+    """Wait for the device, if it is one that works on its own."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class Clock:
+    """Notes when each token is there; handed to generate() as a stopping criterion that never stops.
+
+    beat: called with the number of tokens once a token.
+    """
+
+    def __init__(self, beat: Callable[[int], None] = lambda _: None) -> None:
+        """Start now."""
+        synchronize()
         self.times = [time.perf_counter()]
+        self._beat = beat
 
     def __call__(self, input_ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
         """Called once a token."""
-        torch.cuda.synchronize()
+        synchronize()
         self.times.append(time.perf_counter())
+        self._beat(len(self.times) - 1)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -84,7 +100,7 @@ def kvmix_plan(group: int, window: int) -> Callable[[nn.Module], KVPlan]:
             value=QuantSpec(2, "token", v_group),
             tile=max(group, 32),
         )
-        return plan.with_layers(HIGH_LAYERS, key=3, value=4)
+        return plan.with_layers([i for i in HIGH_LAYERS if i < len(plan.layers)], key=3, value=4)
 
     return make
 
@@ -118,9 +134,11 @@ def cache_bytes(cache: Any) -> int:
     return total
 
 
-def clocked(model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any]) -> tuple[Clock, Any]:
+def clocked(
+    model: nn.Module, ids: torch.Tensor, new: int, settings: dict[str, Any], clock: Clock | None = None
+) -> tuple[Clock, Any]:
     """One generate() and when its tokens were there."""
-    clock = Clock()
+    clock = clock or Clock()
     generate: Any = model.generate
     out = generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
@@ -189,7 +207,8 @@ def best_of_transformers(case: str, folder: Path) -> Row | None:
     """The fastest of transformers' own caches in this case, if it was measured before on such a machine."""
     rows = load("generate", machine_name(), folder)
     rows = [row for row in rows if row.metric == "tokens_per_second" and row.case == case]
-    return max((row for row in rows if row.provider in TRANSFORMERS), key=lambda row: row.value, default=None)
+    rows = [row for row in rows if row.provider.split(",")[0] in TRANSFORMERS]
+    return max(rows, key=lambda row: row.value, default=None)
 
 
 def measured(
@@ -291,6 +310,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--layers", type=int, help="only so many of the shape's layers; with --tp")
+    parser.add_argument("--tp", type=int, help="ranks of tensor parallelism, one GPU each")
+    parser.add_argument(
+        "--graphs",
+        choices=("off", "on"),
+        action="append",
+        help="whether ranks replay CUDA graphs; default: first off, then on",
+    )
+    parser.add_argument("--device", default="cuda", help="of the ranks")
+    parser.add_argument("--machine", help="name of this machine in the rows; default: its GPU's")
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
         "--case",
         action="append",
@@ -317,6 +347,12 @@ def main() -> None:
     parser.add_argument("--loop", action="store_true", help="also time kvmix in a loop without generate()")
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turns share")
     options = parser.parse_args()
+    if options.machine:
+        os.environ["KVMIX_MACHINE"] = options.machine
+    if options.tp:
+        from benchmarks.e2e import ranks
+
+        sys.exit(ranks.main(options))
     if options.memory:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory * 1e9 / total))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmix_fx.errors import PlanLayerError
+from kvmix_fx.parallel import own_heads
 from kvmix_fx.plan import LayerPlan
 from kvmix_fx.plan.orders import decode_order
 
@@ -18,7 +19,7 @@ def key_order(layer: LayerPlan, heads: int, head_dim: int, device: torch.device)
     """
     if not layer.key.channel_order:
         return None
-    found = decode_order(layer.key.channel_order, head_dim)
+    found = own_heads(decode_order(layer.key.channel_order, head_dim), heads)
     if len(found) != heads:
         raise PlanLayerError(
             f"the plan has orders of channels for {len(found)} KV heads, the layer has {heads}: take the "

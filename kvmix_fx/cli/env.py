@@ -16,6 +16,8 @@ PACKAGES = ("kvmix-fx", "torch", "triton", "transformers", "torchao", "safetenso
 EXTRAS = {
     "hf": ("transformers", "safetensors", "huggingface_hub"),
     "ao": ("torchao",),
+    "tp": ("transformers", "safetensors", "huggingface_hub", "accelerate"),
+    "serve": ("transformers", "safetensors", "huggingface_hub", "gguf", "ray", "openai"),
     "demo": ("transformers", "safetensors", "huggingface_hub", "gguf"),
     "plot": ("matplotlib",),
 }

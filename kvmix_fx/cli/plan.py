@@ -191,6 +191,9 @@ def estimate(
         typer.Option(min=1, help="Tokens in the cache; may be repeated.", show_default=False),
     ] = None,
     itemsize: Annotated[int, typer.Option(min=1, help="Bytes of the model's dtype.")] = 2,
+    tp: Annotated[
+        int, typer.Option(min=1, help="Ranks that share the KV heads; bytes are then those of one rank.")
+    ] = 1,
     model: Annotated[str | None, typer.Option(help="Model whose sizes count, if not the plan's.")] = None,
 ) -> Answer:
     """Show the bytes that a cache under this plan allocates, at several lengths."""
@@ -199,7 +202,7 @@ def estimate(
         plan = plan.for_model(load_config(model))
     if plan.geometry is None:
         raise CommandError(f"{file} does not say which sizes it is for: pass --model")
-    rows = [_estimate(plan, plan.geometry, batch, tokens, itemsize) for tokens in length or LENGTHS]
+    rows = [_estimate(plan, plan.geometry, batch, tokens, itemsize, tp) for tokens in length or LENGTHS]
     table = Table("tokens", "cache", "unquantized", "ratio", "bits per element", title=plan.name)
     for row in rows:
         table.add_row(
@@ -210,11 +213,13 @@ def estimate(
             f"{row['bits_per_element']:.2f}",
         )
     table.add_row("limit", "", "", "", f"{plan.bits_per_element():.2f}")
-    table.caption = f"batch {batch}, {itemsize} bytes per unquantized element"
+    counted = f", bytes of one rank of {tp}" if tp > 1 else ""
+    table.caption = f"batch {batch}, {itemsize} bytes per unquantized element{counted}"
     content = {
         "plan": summary(plan),
         "batch": batch,
         "itemsize": itemsize,
+        "tp_size": tp,
         "bits_per_element": plan.bits_per_element(),
         "estimates": rows,
     }
@@ -222,10 +227,11 @@ def estimate(
 
 
 def _estimate(
-    plan: KVPlan, geometry: ModelGeometry, batch: int, length: int, itemsize: int
+    plan: KVPlan, geometry: ModelGeometry, batch: int, length: int, itemsize: int, tp: int
 ) -> dict[str, Any]:
-    nbytes = plan.nbytes(batch, length, itemsize=itemsize)
-    elements = 2 * batch * length * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+    nbytes = plan.nbytes(batch, length, itemsize=itemsize, tp_size=tp)
+    heads = geometry.heads_per_rank(tp)
+    elements = 2 * batch * length * geometry.num_layers * heads * geometry.head_dim
     return {
         "length": length,
         "nbytes": nbytes,

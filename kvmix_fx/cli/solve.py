@@ -19,10 +19,15 @@ def solve(
     bits: Annotated[
         float | None, typer.Option(help="Effective bits per element, scales and offsets included.")
     ] = None,
-    bytes_per_token: Annotated[float | None, typer.Option(help="Instead: of one row, all layers.")] = None,
+    bytes_per_token: Annotated[
+        float | None, typer.Option(help="Instead: of one row, all layers and ranks.")
+    ] = None,
     total_bytes: Annotated[int | None, typer.Option(help="Instead: with --batch and --length.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows, for --total-bytes.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens, for --total-bytes.")] = None,
+    tp: Annotated[
+        int, typer.Option(min=1, help="Ranks that share the KV heads; --total-bytes is then one rank's.")
+    ] = 1,
     signal: Annotated[
         str | None, typer.Option(help="What to go by; the best that was measured.", show_default=False)
     ] = None,
@@ -40,6 +45,7 @@ def solve(
         total_bytes=total_bytes,
         batch=batch,
         length=length,
+        tp_size=tp,
         signal=signal,
         allocator=allocator,
     )

@@ -25,18 +25,20 @@ class Budget:
     Attributes:
         bits: mean effective bits per cached element (codes, scales and offsets) in the limit of long
             contexts, where windows and sinks vanish; what `KVPlan.bits_per_element()` says.
-        bytes_per_token: bytes that one more token of one batch row costs over all layers, in the same limit;
-            what `KVPlan.bytes_per_token` says.
-        total_bytes: bytes allocated by a growing cache of `batch` rows and `length` tokens. Windows, sinks,
-            tiles and slack count; what `KVPlan.nbytes(batch, length)` says.
+        bytes_per_token: bytes that one more token of one batch row costs over all layers and ranks, in the
+            same limit; what `KVPlan.bytes_per_token` says.
+        total_bytes: bytes allocated by a growing cache of `batch` rows and `length` tokens, on each of
+            `tp_size` ranks. Windows, sinks, tiles and slack count; what
+            `KVPlan.nbytes(batch, length, tp_size=tp_size)` says.
         batch: rows, for total_bytes only.
         length: tokens in each row, for total_bytes only.
         itemsize: bytes of one element of the model's dtype, for total_bytes only.
+        tp_size: ranks that share the KV heads, for total_bytes only; 1: total_bytes is the whole cache's.
 
     Raises:
-        BudgetError: none or several of the three are given, batch and length do not go with them, or a
-            number is not positive and finite.
-        PlanFieldError: batch, length or itemsize is no integer, or is below 1.
+        BudgetError: none or several of the three are given, batch, length and tp_size do not go with them,
+            or a number is not positive and finite.
+        PlanFieldError: batch, length, itemsize or tp_size is no integer, or is below 1.
     """
 
     bits: float | None = None
@@ -45,6 +47,7 @@ class Budget:
     batch: int | None = None
     length: int | None = None
     itemsize: int = 2
+    tp_size: int = 1
 
     def __post_init__(self) -> None:
         given = [unit for unit in _UNITS if getattr(self, unit) is not None]
@@ -57,15 +60,18 @@ class Budget:
             raise BudgetError(f"the budget's {given[0]} must be a number, got {amount!r}")
         if not (math.isfinite(amount) and amount > 0):
             raise BudgetError(f"the budget's {given[0]} must be positive and finite, got {amount}")
-        sized = self.batch is not None or self.length is not None
+        sized = self.batch is not None or self.length is not None or self.tp_size != 1
         if self.total_bytes is None and sized:
-            raise BudgetError("batch and length go with total_bytes; the other budgets do not depend on them")
+            raise BudgetError(
+                "batch and length go with total_bytes, like tp_size; the other budgets do not depend on them"
+            )
         if self.total_bytes is not None:
             if self.batch is None or self.length is None:
                 raise BudgetError("total_bytes needs the batch and the length of the cache that must fit")
             check_integer("batch", self.batch, 1)
             check_integer("length", self.length, 1)
         check_integer("itemsize", self.itemsize, 1)
+        check_integer("tp_size", self.tp_size, 1)
 
     @property
     def unit(self) -> str:
@@ -82,6 +88,7 @@ class Budget:
 
         Raises:
             PlanGeometryError: the plan carries no geometry and the figure depends on it.
+            HeadSplitError: its KV heads cannot be shared out among `tp_size` ranks.
         """
         if self.bits is not None:
             return plan.bits_per_element()
@@ -89,7 +96,7 @@ class Budget:
             return plan.bytes_per_token
         assert self.batch is not None
         assert self.length is not None
-        return float(plan.nbytes(self.batch, self.length, itemsize=self.itemsize))
+        return float(plan.nbytes(self.batch, self.length, itemsize=self.itemsize, tp_size=self.tp_size))
 
     def allows(self, cost: float) -> bool:
         """Whether a plan of this `cost`, in this budget's unit, is within the budget."""
@@ -139,15 +146,19 @@ class Budget:
             return elements * layout.RAW_BITS / 8
         assert self.batch is not None
         assert self.length is not None
-        return float(elements * self.batch * self.length * self.itemsize)
+        return elements * self.batch * self.length * self.itemsize / self.tp_size
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are given, for a plan's provenance."""
         fields = {self.unit: getattr(self, self.unit)}
         if self.total_bytes is not None:
             fields |= {"batch": self.batch, "length": self.length, "itemsize": self.itemsize}
+            fields |= {"tp_size": self.tp_size} if self.tp_size != 1 else {}
         return fields
 
     def __str__(self) -> str:
         text = f"{self.amount:,.10g} {self.unit.replace('_', ' ')}"
-        return text if self.length is None else f"{text} (batch {self.batch}, {self.length:,} tokens)"
+        if self.length is None:
+            return text
+        each = f" on each of {self.tp_size} ranks" if self.tp_size != 1 else ""
+        return f"{text}{each} (batch {self.batch}, {self.length:,} tokens)"

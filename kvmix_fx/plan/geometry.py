@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from kvmix_fx.errors import PlanGeometryError
+from kvmix_fx.errors import HeadSplitError, PlanGeometryError
 from kvmix_fx.plan.checks import check_integer
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -33,6 +33,23 @@ class ModelGeometry:
     def __post_init__(self) -> None:
         for field in fields(self):
             check_integer(field.name, getattr(self, field.name), 1)
+
+    def heads_per_rank(self, tp_size: int) -> int:
+        """KV heads of a layer on each of `tp_size` ranks, among which tensor parallelism shares them out.
+
+        Raises:
+            HeadSplitError: there are fewer heads than ranks, or they do not divide evenly.
+            PlanFieldError: tp_size is no integer, or below 1.
+        """
+        check_integer("tp_size", tp_size, 1)
+        if self.num_kv_heads % tp_size:
+            fitting = [str(n) for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0]
+            raise HeadSplitError(
+                f"{self.num_kv_heads} KV heads cannot be shared out among {tp_size} ranks: every rank needs "
+                f"the same number of whole heads. Use a tp_size of {' or '.join(fitting)}, and further "
+                "devices for replicas of the model"
+            )
+        return self.num_kv_heads // tp_size
 
     @classmethod
     def of(cls, target: object) -> ModelGeometry:

@@ -218,7 +218,6 @@ def tiers(
     value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
 
     def layer(index: int) -> LayerPlan:
-        order = {} if channel_orders is None else {"channel_order": channel_orders[index]}
         key = QuantSpec(
             4,
             "channel",
@@ -226,7 +225,7 @@ def tiers(
             "byte",
             tiers=((4, high), (2, head_dim - high)),
             order="prompt" if channel_orders is None else "plan",
-            **order,
+            channel_order="" if channel_orders is None else channel_orders[index],
         )
         return LayerPlan(key, value, as_window(window), sink_length)
 

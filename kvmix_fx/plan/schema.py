@@ -86,7 +86,7 @@ class QuantSpec:
         check_type("symmetric", self.symmetric, bool)
         check_type("channel_order", self.channel_order, str)
         if self.range_factor is not None:
-            check_type("range_factor", self.range_factor, (int, float))
+            check_type("range_factor", self.range_factor, float)
         object.__setattr__(self, "tiers", checked_tiers(self.tiers))
         if bool(self.channel_order) != (self.order == "plan"):
             raise PlanFieldError(
@@ -468,13 +468,15 @@ class KVPlan:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that one more token of one batch row costs in a long context, over all layers."""
+        """Bytes that one more token of one batch row costs in a long context, over all layers and ranks."""
         geometry = self._needed_geometry()
         elements = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
         return self.bits_per_element() * elements / 8
 
-    def nbytes(self, batch: int, length: int, *, itemsize: int = 2, cache: CacheKind = "growing") -> int:
-        """Bytes that a cache under this plan allocates.
+    def nbytes(
+        self, batch: int, length: int, *, itemsize: int = 2, cache: CacheKind = "growing", tp_size: int = 1
+    ) -> int:
+        """Bytes that a cache under this plan allocates, in all or on one rank.
 
         A layer that keeps both tensors raw is left to the model's own cache and counted at exactly
         `length` tokens.
@@ -484,10 +486,13 @@ class KVPlan:
             length: tokens stored for a growing cache, capacity in tokens for a fixed one.
             itemsize: bytes of one element of the model's dtype.
             cache: "growing" or "fixed".
+            tp_size: ranks among which tensor parallelism shares the KV heads out; the figure is that of
+                one rank, and all ranks together allocate tp_size times as much. 1 counts the whole cache.
 
         Raises:
             PlanGeometryError: the plan carries no geometry.
             PlanFieldError: an argument that is no count, or an unknown kind of cache.
+            HeadSplitError: the KV heads cannot be shared out among so many ranks.
         """
         check_integer("batch", batch, 0)
         check_integer("length", length, 0)
@@ -503,7 +508,7 @@ class KVPlan:
                 total += sum(
                     allocated_bytes(fmt, head_dim, length, itemsize, cache) for fmt in layer._formats()
                 )
-        return batch * geometry.num_kv_heads * total
+        return batch * geometry.heads_per_rank(tp_size) * total
 
     def _needed_geometry(self) -> ModelGeometry:
         if self.geometry is None:

@@ -84,6 +84,7 @@ def measure(
         _read(observer, calibration, listening, measured, seed, step)
     for one in listening:
         try:
+            one.collect(observer.ranks)
             result = one.result(observer)
         except SignalUnavailable as why:
             measured.unavailable[one.name] = str(why)
@@ -158,7 +159,9 @@ def _read_prompt(
             if kind == "text":
                 loss = _loss(logits[:-1], ids[1:])
             else:
-                loss = _loss(logits[first:], _draw(logits[first:], generator))
+                # every rank draws from the same predictions, but for the last bit of some of them
+                labels = observer.ranks.first(_draw(logits[first:], generator))
+                loss = _loss(logits[first:], labels)
             loss.backward(retain_graph=kind != kinds[-1])  # type: ignore[no-untyped-call]
     return text
 

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvmix_fx import dynamo
 from kvmix_fx.errors import NoSiteError, ProfileError
+from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
@@ -58,17 +59,17 @@ class ProjectionInfo:
 class Listeners:
     """What is called while a prompt is read; None where nobody listens.
 
-    asked(layer, q, k): queries [B, Hq, L, D] and the keys that they are asked of, in the forward.
     cached(layer, role, x): keys or values as cached [B, Hkv, L, D], in the forward.
     gradient(layer, role, x, g): x as above, and the gradient of its far copy, in the backward.
     projected(layer, role, h, g): the projection's input [B, L, in] and the gradient of the outputs that make
     this tensor [B, L, n], in the backward.
+    asked(layer, q, k): queries [B, Hq, L, D] and the keys that they are asked of, in the forward.
     """
 
-    asked: Callable[[int, Tensor, Tensor], None] | None = None
     cached: Callable[[int, str, Tensor], None] | None = None
     gradient: Callable[[int, str, Tensor, Tensor], None] | None = None
     projected: Callable[[int, str, Tensor, Tensor], None] | None = None
+    asked: Callable[[int, Tensor, Tensor], None] | None = None
 
     @property
     def differentiate(self) -> bool:
@@ -88,6 +89,7 @@ class Observer:
         replacements: far copies to use instead, by layer and role, or what makes them from the exact ones.
         skipped: layers that the pass would leave at 16 bits, with the reason.
         geometry: of the observed layers.
+        ranks: among which the heads are shared out; each observes its own.
     """
 
     model: nn.Module
@@ -107,6 +109,7 @@ class Observer:
         self._segment_of: dict[int, int] = {}
         self._recording = False
         self._only_look = False
+        self.ranks = Ranks.of(self.model)
         self._schedule = layout.make_format(8, "token", 16, tile=32, sink=0, window=self.window)
 
     @property
@@ -121,14 +124,14 @@ class Observer:
 
     @property
     def geometry(self) -> ModelGeometry:
-        """Sizes of the cache, from the observed tensors; the layer count includes skipped layers."""
+        """Sizes of the whole model's cache, from the observed tensors; skipped layers count as layers."""
         shapes = set(self._shapes.values())
         if len(shapes) != 1:
             raise ProfileError(
                 f"layers differ in KV heads and head size ({sorted(shapes)}); plans cover one of each"
             )
         ((heads, head_dim),) = shapes
-        return ModelGeometry(1 + max((*self._shapes, *self.skipped)), heads, head_dim)
+        return ModelGeometry(1 + max((*self._shapes, *self.skipped)), heads * self.ranks.size, head_dim)
 
     def projection(self, layer: int, role: str) -> ProjectionInfo | str:
         """The linear layer behind a cached tensor, or why it is not known."""
@@ -379,7 +382,7 @@ class _ProjectionTap(nn.Module):
             return y
         y = _leaf(y)
         if observer._recording:
-            h = source.detach()
+            h = local(source.detach())
 
             def hear(gradient: Tensor) -> None:
                 if listeners.projected is None:
@@ -399,7 +402,7 @@ class _ProjectionTap(nn.Module):
 
         def weight() -> Tensor:
             (stored,) = self._weight
-            plain: Any = stored.detach()
+            plain: Any = local(stored.detach())
             if hasattr(plain, "dequantize") and type(plain) not in (Tensor, nn.Parameter):
                 plain = plain.dequantize()
             rows: Tensor = plain.float() if projection.out_first else plain.float().t()

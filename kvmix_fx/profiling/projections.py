@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.nn.functional import linear
 
 from kvmix_fx.dynamo import example
+from kvmix_fx.parallel import is_distributed
 
 _MATMULS: set[Any] = {torch.matmul, torch.mm, operator.matmul}
 _WEIGHT_VIEWS = {"t", "transpose", "permute", "to", "getattr", "contiguous", "T", "float", "detach"}
@@ -26,9 +27,10 @@ _WEIGHT_VIEWS = {"t", "transpose", "permute", "to", "getattr", "contiguous", "T"
 class Projection:
     """The linear layer behind one cached tensor.
 
-    node: its output [..., out]. input: what it is applied to [..., in]. weight: the parameter.
-    out_first: whether the weight is [out, in], rather than [in, out]. columns: which outputs become the
-    cached tensor, int64 [n]. is_affine: whether what follows it is affine; a norm is not.
+    node: its output [..., out], under tensor parallelism this rank's part of it. input: what it is applied
+    to [..., in]. weight: the parameter. out_first: whether the weight is [out, in], rather than [in, out].
+    columns: which outputs become the cached tensor, int64 [n]. is_affine: whether what follows it is
+    affine; a norm is not.
     """
 
     node: fx.Node
@@ -57,6 +59,9 @@ def find_projection(root: fx.Node) -> Projection | str:
         how = "no linear layer leads" if not found else f"{len(found)} linear layers lead"
         return f"{how} to {root.name}"
     ((node, (source, weight, out_first)),) = found.items()
+    while is_distributed(example(node)) and len(node.users) == 1:
+        # under tensor parallelism: from here on, the outputs that make this rank's heads
+        (node,) = node.users
     try:
         columns, is_affine = _trace_columns(node, root)
     except Exception as error:  # this runs whatever a model does after its projection, on made-up numbers

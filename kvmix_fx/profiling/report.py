@@ -106,6 +106,7 @@ class Profile:
         total_bytes: int | None = None,
         batch: int | None = None,
         length: int | None = None,
+        tp_size: int = 1,
         signal: str | None = None,
         allocator: str = DEFAULT_ALLOCATOR,
         **options: Any,
@@ -114,10 +115,11 @@ class Profile:
 
         Args:
             bits: effective bits per element, with scales and offsets, in the long-context limit.
-            bytes_per_token: of one batch row over all layers, instead.
-            total_bytes: of the whole cache, instead; with `batch` and `length`.
+            bytes_per_token: of one batch row over all layers and ranks, instead.
+            total_bytes: of the cache on one rank, instead; with `batch` and `length`.
             batch: rows, for `total_bytes`.
             length: tokens, for `total_bytes`.
+            tp_size: ranks that share the KV heads, for `total_bytes`; with 1 that is the whole cache's.
             signal: what to go by; None for the best that was measured.
             allocator: how to spend; see `kvmix_fx.plan.allocators`.
             options: of the allocator.
@@ -128,13 +130,15 @@ class Profile:
         Raises:
             SignalError: the signal was not measured.
             PlanError: the budget or the allocator means nothing, or the budget cannot be met.
+            HeadSplitError: the KV heads cannot be shared out among `tp_size` ranks.
         """
         from kvmix_fx.plan.allocators import allocate
         from kvmix_fx.plan.budget import Budget
 
         budget = Budget(
-            bits=bits, bytes_per_token=bytes_per_token, total_bytes=total_bytes, batch=batch, length=length
-        )
+            bits=bits, bytes_per_token=bytes_per_token, total_bytes=total_bytes,
+            batch=batch, length=length, tp_size=tp_size,
+        )  # fmt: skip
         measured = self.signal(signal)
         if isinstance(measured, Scores):
             options.setdefault("menu", self.menu)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from kvmix_fx.errors import CalibrationError
+from kvmix_fx.parallel import check_placement
 from kvmix_fx.plan import LayerPlan, QuantSpec
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.profiling.calibration import load_calibration
@@ -45,6 +46,9 @@ def profile(
     frozen, quantized, in inference mode. Its parameters get no gradients; training flags and
     `requires_grad` are as before when this returns or raises.
 
+    Under tensor parallelism every rank calls this with the same arguments and gets the profile of the whole
+    model; let one of them save it.
+
     Args:
         model: a causal language model, called as model(input_ids=..., use_cache=True); its answer is, has or
             starts with the logits.
@@ -71,9 +75,11 @@ def profile(
         NoSiteError: no cache of this model can be packed.
         ProfileError: the model answers in no known form, or its layers differ in size.
         HeadSizeError, FormatError: the menu has a format that this model's heads cannot take.
+        HeadSplitError, PlacementError: the model lies on devices in a way that cannot be traced.
     """
     names = [signals] if isinstance(signals, str) else list(dict.fromkeys(signals))
     check_signals(names)
+    check_placement(model)
     observer = Observer(model, window)
     if tokenizer is None and _is_text(data):
         tokenizer = _tokenizer_of(model)
@@ -94,7 +100,7 @@ def profile(
         steps = int(names != [KL])
         steps += (1 + formats) * (SCALED in names) + (1 + len(observer.layers) * formats) * (KL in names)
         total = len(calibration.lengths) * steps
-        with _bar("profiling", total, progress) as step:
+        with _bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
     if measured.forwards:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvmix_fx.errors import SignalUnavailable
+from kvmix_fx.parallel import Ranks
 from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu, Prices, Scores
 from kvmix_fx.profiling.observe import ROLES, Observer
@@ -35,7 +36,7 @@ class Observation:
     Attributes:
         layer: its layer.
         role: "key" or "value".
-        x: as cached [1, Hkv, L, D], or the input of the projection [1, L, in].
+        x: as cached [1, Hkv, L, D] (of this rank's heads), or the input of the projection [1, L, in].
         g: gradient of the loss, summed over the prompt's predictions, with respect to what packed tokens are
             read from [1, Hkv, L, D], or to the projection's outputs [1, L, n]; None without a backward.
         length: tokens that count; the rest is padding.
@@ -101,6 +102,15 @@ class Signal:
         self.prompts += 1
         self.tokens += predictions
 
+    def collect(self, ranks: Ranks) -> None:
+        """All prompts have been read: make what each rank measured of its heads that of all heads.
+
+        Raises:
+            SignalUnavailable: the parts do not add up to the whole.
+        """
+        for place in sorted(self._sums):
+            self._sums[place] = ranks.sum(self._sums[place])
+
     def result(self, observer: Observer) -> Scores | Prices:
         """What was measured.
 
@@ -138,6 +148,18 @@ class Signal:
         return Prices(self.name, self.menu, tables["key"], tables["value"])
 
 
+class NormSignal(Signal):
+    """A signal whose score is a norm, mean over prompts. Ranks add up its squares, prompt by prompt."""
+
+    def _add(self, seen: Observation, amount: Tensor) -> None:
+        place, square = (seen.layer, seen.role), amount.double().square().reshape(1)
+        self._sums[place] = torch.cat((self._sums[place], square)) if place in self._sums else square
+
+    def result(self, observer: Observer) -> Scores:
+        """Mean over prompts."""
+        return self._scores(observer, lambda layer, role: float(self._sum(layer, role).sqrt().mean()))
+
+
 SIGNALS: dict[str, type[Signal]] = {}
 """Every signal that is measured in passes over whole prompts, by name."""
 
@@ -156,7 +178,7 @@ def signal(name: str) -> Callable[[_S], _S]:
 
 
 @signal("weight_gradient")
-class WeightGradient(Signal):
+class WeightGradient(NormSignal):
     """KVmix (arXiv 2506.08018): ||dL/dW||_F of the key and value projections, mean over prompts.
 
     L is the mean loss over a prompt's next tokens. The gradient is dL/dW = G^T H, with G that of the
@@ -179,7 +201,7 @@ class WeightGradient(Signal):
     def result(self, observer: Observer) -> Scores:
         """Mean over prompts."""
         _need_projections(observer)
-        return self._scores(observer, lambda layer, role: float(self._sum(layer, role)) / self.prompts)
+        return super().result(observer)
 
 
 @signal("weight_gradient_per_input")
@@ -190,19 +212,15 @@ class WeightGradientPerInput(WeightGradient):
 
 
 @signal("cache_gradient")
-class CacheGradient(Signal):
+class CacheGradient(NormSignal):
     """||dL/dK||_F and ||dL/dV||_F of packed tokens, mean over prompts; L is the mean loss."""
 
     def observe(self, seen: Observation) -> None:
         """Norm of one prompt's gradient."""
         self._add(seen, seen.gradient.norm() / (seen.length - 1))
 
-    def result(self, observer: Observer) -> Scores:
-        """Mean over prompts."""
-        return self._scores(observer, lambda layer, role: float(self._sum(layer, role)) / self.prompts)
 
-
-class _CacheNorm(Signal):
+class _CacheNorm(NormSignal):
     labels = "none"
     order: ClassVar[int | str] = "fro"
 
@@ -210,10 +228,6 @@ class _CacheNorm(Signal):
         """Norm of one prompt's tensor as a matrix [tokens, Hkv * D], by the square root of its tokens."""
         flat = seen.x[0, :, : seen.length].transpose(0, 1).flatten(1).float()
         self._add(seen, torch.linalg.matrix_norm(flat, ord=self.order) / math.sqrt(seen.length))
-
-    def result(self, observer: Observer) -> Scores:
-        """Mean over prompts."""
-        return self._scores(observer, lambda layer, role: float(self._sum(layer, role)) / self.prompts)
 
 
 @signal("cache_norm_frobenius")
@@ -226,6 +240,13 @@ class CacheNormSpectral(_CacheNorm):
     """The same with the largest singular value of [tokens, Hkv * D]."""
 
     order = 2
+
+    def collect(self, ranks: Ranks) -> None:
+        """Singular values of parts do not add up."""
+        if ranks.size > 1:
+            raise SignalUnavailable(
+                "it needs the channels of all heads at once, and each rank of tensor parallelism has its own"
+            )
 
 
 class _WeightNorm(Signal):
@@ -249,7 +270,7 @@ class _WeightNorm(Signal):
         def number(layer: int, role: str) -> float:
             info = observer.projection(layer, role)
             assert not isinstance(info, str)
-            return float(torch.linalg.matrix_norm(info.weight(), ord=self.order))
+            return float(torch.linalg.matrix_norm(observer.ranks.cat(info.weight(), 0), ord=self.order))
 
         return self._scores(observer, number)
 
@@ -277,8 +298,9 @@ class GradientError(Signal):
         self._add(seen, torch.stack([(error * gradient).abs().mean() for error in errors]))
 
     def result(self, observer: Observer) -> Prices:
-        """Mean over prompts."""
-        return self._prices(observer, lambda layer, role: (self._sum(layer, role) / self.prompts).tolist())
+        """Mean over prompts, and over ranks, whose tensors are of one size."""
+        count = self.prompts * observer.ranks.size
+        return self._prices(observer, lambda layer, role: (self._sum(layer, role) / count).tolist())
 
 
 @signal("fisher")
@@ -333,6 +355,11 @@ class FittedDistortion(Signal):
             for error in seen.errors(self.formats(seen.role))
         ]
         self._add(seen, torch.stack([seen.gradient.square().sum((0, 2, 3)), *errors]))
+
+    def collect(self, ranks: Ranks) -> None:
+        """The heads of all ranks, each with its own fit."""
+        for place in sorted(self._sums):
+            self._sums[place] = ranks.cat(self._sums[place], 1)
 
     def result(self, observer: Observer) -> Prices:
         """The fit, weighted, summed over heads."""

@@ -103,6 +103,23 @@ def test_estimate_gives_the_bytes_of_the_plan(kvmix: Kvmix, tmp_path: Path) -> N
         assert row["bits_per_element"] == pytest.approx(8 * row["nbytes"] / elements)
 
 
+def test_estimate_counts_what_one_rank_allocates(kvmix: Kvmix, tmp_path: Path) -> None:
+    plan = mixed_plan(GEOMETRY)  # 2 KV heads
+    file = plan.save(tmp_path / "plan.json")
+    whole, mine = (
+        kvmix("plan", "estimate", file, "--length", 5000, "--tp", ranks, "--json").answer for ranks in (1, 2)
+    )
+    (all_ranks,), (rank,) = whole["estimates"], mine["estimates"]
+    assert (whole["tp_size"], mine["tp_size"]) == (1, 2)
+    assert rank["nbytes"] == plan.nbytes(1, 5000, tp_size=2)
+    for field in ("nbytes", "nbytes_16bit"):
+        assert 2 * rank[field] == all_ranks[field]
+    assert rank["bits_per_element"] == all_ranks["bits_per_element"]
+    assert "one rank of 2" in kvmix("plan", "estimate", file, "--tp", 2).stdout
+    refused = kvmix("plan", "estimate", file, "--tp", 4, "--json")
+    assert refused.answer["error"]["type"] == "HeadSplitError"
+
+
 def test_estimate_shows_several_lengths_by_default(kvmix: Kvmix, tmp_path: Path) -> None:
     file = mixed_plan(GEOMETRY).save(tmp_path / "plan.json")
     rows = kvmix("plan", "estimate", file, "--json").answer["estimates"]

@@ -40,6 +40,13 @@ def test_a_profile_is_measured_once_and_solved_for_any_budget(
     assert solved.code == 0, solved.stderr
     assert KVPlan.load(other).provenance["signal"] == "weight_gradient"
     assert KVPlan.load(other).bytes_per_token <= 100
+    mine = tmp_path / "rank.json"
+    size = ("--total-bytes", 80_000, "--batch", 1, "--length", 1000)
+    solved = kvmix("plan", "solve", out, *size, "--tp", 2, "--out", mine)
+    assert solved.code == 0, solved.stderr
+    plan = KVPlan.load(mine)
+    assert plan.nbytes(1, 1000, tp_size=2) <= 80_000 < plan.nbytes(1, 1000)
+    assert plan.provenance["budget"]["tp_size"] == 2
 
 
 def test_what_cannot_be_done_is_said_before_the_work(kvmix: Kvmix, tiny: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_fx.errors import BudgetError, PlanFieldError
+from kvmix_fx.errors import BudgetError, HeadSplitError, PlanFieldError
 from kvmix_fx.plan import KVPlan, ModelGeometry
 from kvmix_fx.plan.budget import Budget
 from kvmix_fx.testing.strategies import plans
@@ -32,6 +32,10 @@ def test_units_agree_with_the_plan():
     assert Budget(bits=3).cost(plan) == 3.5
     assert Budget(bytes_per_token=1).cost(plan) == 3.5 * 2 * 32 * 8 * 128 / 8
     assert Budget(total_bytes=1, batch=2, length=500).cost(plan) == plan.nbytes(2, 500)
+    of_one_rank = Budget(total_bytes=1, batch=2, length=500, tp_size=4)
+    assert of_one_rank.cost(plan) == plan.nbytes(2, 500) / 4
+    with pytest.raises(HeadSplitError):
+        Budget(total_bytes=1, batch=2, length=500, tp_size=3).cost(plan)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,7 @@ def test_units_agree_with_the_plan():
         ({"bits": float("nan")}, "positive and finite, got nan"),
         ({"bytes_per_token": float("inf")}, "positive and finite, got inf"),
         ({"bits": 3, "length": 100}, "batch and length go with total_bytes"),
+        ({"bits": 3, "tp_size": 2}, "go with total_bytes, like tp_size"),
         ({"total_bytes": 9, "batch": 1}, "total_bytes needs the batch and the length"),
     ],
 )
@@ -70,6 +75,11 @@ def test_refuses_what_is_no_count():
             {"total_bytes": 2.7e6, "batch": 2, "length": 10},
             r"2\.62144e\+06 of an unquantized cache",
         ),
+        (
+            {"total_bytes": 100, "batch": 2, "length": 10, "tp_size": 2},
+            {"total_bytes": 1.35e6, "batch": 2, "length": 10, "tp_size": 2},
+            r"1\.31072e\+06 of an unquantized cache",
+        ),
     ],
 )
 def test_bounds(low, high, raw):
@@ -83,4 +93,7 @@ def test_says_itself():
     assert str(Budget(bits=2.5)) == "2.5 bits"
     assert str(Budget(total_bytes=3 * 2**30, batch=4, length=1024)) == (
         "3,221,225,472 total bytes (batch 4, 1,024 tokens)"
+    )
+    assert str(Budget(total_bytes=2**20, batch=4, length=64, tp_size=2)) == (
+        "1,048,576 total bytes on each of 2 ranks (batch 4, 64 tokens)"
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_fx.errors import PlanFieldError, PlanGeometryError
+from kvmix_fx.errors import HeadSplitError, PlanFieldError, PlanGeometryError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
 from kvmix_fx.testing.strategies import plans
 
@@ -156,3 +156,23 @@ def test_nbytes_refuses_what_is_no_count(arguments, message):
 def test_bits_per_element_needs_a_token():
     with pytest.raises(PlanFieldError, match="length must be at least 1, got 0"):
         plan_of(K2, V2, 32, head_dim=64).bits_per_element(0)
+
+
+@given(plans(), st.sampled_from(["growing", "fixed"]), st.integers(0, 3000))
+def test_ranks_share_the_whole_cache_to_the_byte(plan, cache, length):
+    heads = plan.geometry.num_kv_heads
+    whole = plan.nbytes(3, length, cache=cache)
+    for ranks in range(1, 2 * heads):
+        if heads % ranks == 0:
+            assert ranks * plan.nbytes(3, length, cache=cache, tp_size=ranks) == whole
+        else:
+            with pytest.raises(HeadSplitError, match=f"{heads} KV heads .* among {ranks} ranks"):
+                plan.nbytes(3, length, cache=cache, tp_size=ranks)
+
+
+def test_a_number_of_ranks_is_a_count():
+    plan = plan_of(K2, V2, 32, heads=4, head_dim=64)
+    with pytest.raises(PlanFieldError, match="tp_size must be at least 1"):
+        plan.nbytes(1, 10, tp_size=0)
+    with pytest.raises(HeadSplitError, match="a tp_size of 1 or 2 or 4,"):
+        plan.nbytes(1, 10, tp_size=3)

@@ -41,6 +41,7 @@ from kvmix_fx.integrations.transformers.layers import (
     PromptFirstStaticLayer,
     fixed_layers,
 )
+from kvmix_fx.parallel import kv_heads_here
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import Call, Lane
@@ -209,7 +210,7 @@ class TransformersCalls:
                 geometry = self.plan.geometry
                 assert geometry is not None
                 empty = torch.empty(
-                    (call.batch, geometry.num_kv_heads, 0, geometry.head_dim),
+                    (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim),
                     dtype=self.model.dtype,
                     device=self.model.device,
                 )

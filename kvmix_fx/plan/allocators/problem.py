@@ -37,7 +37,7 @@ class Problem:
 
     Attributes:
         prices: predicted losses, which add up.
-        budget: what the whole cache may cost.
+        budget: what the cache may cost, over all layers.
         geometry: of the model.
         window: recent tokens kept raw.
         sink_length: leading tokens kept raw.
