@@ -181,11 +181,11 @@ INLINE float product(const float *a, const float *b, int64_t n) {
 /* Per channel of a digit: the mask of its field, and what makes the masked field its part of the code. */
 static void constants(const Digit *digit, int64_t D, int32_t *masks, float *power) {
     int64_t c = 0;
-    for (int64_t field = 0; c < digit->channels; field++)
-        for (int64_t j = 0; j < digit->words; j++, c++) {
-            masks[c] = (int32_t)digit->masks[field];
-            power[c] = (float)(1 << digit->above) / (float)(masks[c] & -masks[c]);
-        }
+    for (int64_t field = 0; c < digit->channels; field++) {
+        const int32_t mask = (int32_t)digit->masks[field];
+        const float to_code = (float)(1 << digit->above) / (float)(mask & -mask);
+        for (int64_t j = 0; j < digit->words; j++, c++) masks[c] = mask, power[c] = to_code;
+    }
     for (; c < D; c++) masks[c] = 0, power[c] = 0;
 }
 
@@ -244,15 +244,26 @@ INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*
 static void by_group(const Cached *x, int64_t b, int64_t h, int64_t row, int64_t columns, int64_t n,
                      float (*step)[TOKENS], float (*zero)[TOKENS]) {
     float room[2 * TOKENS * MAX_GROUPS];
-    const float *from[2];
-    numbers(x, b, h, row, n * columns, room, from, from + 1);
-    for (int i = 0; i < 2; i++)
-        if (columns == 2 && n == TOKENS) turned(from[i], 2, TOKENS, i ? zero : step);  /* usual, faster if known */
-        else turned(from[i], columns, n, i ? zero : step);
+    const float *s, *z;
+    numbers(x, b, h, row, n * columns, room, &s, &z);
+    switch (n == TOKENS ? columns : 0) {  /* usual ones are faster if they are known */
+    case 1: turned(s, 1, TOKENS, step), turned(z, 1, TOKENS, zero); return;
+    case 2: turned(s, 2, TOKENS, step), turned(z, 2, TOKENS, zero); return;
+    case 4: turned(s, 4, TOKENS, step), turned(z, 4, TOKENS, zero); return;
+    default: turned(s, columns, n, step), turned(z, columns, n, zero);
+    }
 }
 
 /* Words of n tokens, tokens along lanes: to[word][token], 0 past the last. */
 static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) {
+    if (W == 2 && n == TOKENS) {  /* of the higher digit of 16 channels: a token is as wide as a lane */
+        for (int64_t t = 0; t < TOKENS; t += LANES) {
+            const Bits both = *(const Bits *)(from + 2 * t);
+            *(Bits *)(to + t) = both & 0xffff;
+            *(Bits *)(to + TOKENS + t) = both >> 16;
+        }
+        return;
+    }
     if (W % 4) {
         memset(to, 0, sizeof(int32_t) * W * TOKENS);
         for (int64_t t = 0; t < n; t++, from += W)
