@@ -254,6 +254,13 @@ static void by_group(const Cached *x, int64_t b, int64_t h, int64_t row, int64_t
     }
 }
 
+/* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
+INLINE void by_four(const uint16_t *from, const int64_t W, int64_t n, uint64_t (*fours)[TOKENS]) {
+    for (int64_t t = 0; t < n; t++, from += W)
+        for (int64_t j = 0; j < W / 4; j++)
+            memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
+}
+
 /* Words of n tokens, tokens along lanes: to[word][token], 0 past the last. */
 static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) {
     if (W == 2 && n == TOKENS) {  /* of the higher digit of 16 channels: a token is as wide as a lane */
@@ -270,12 +277,14 @@ static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) 
             for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
         return;
     }
-    /* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
     uint64_t fours[MAX_D / 8][TOKENS] ALIGNED;
     if (n < TOKENS) memset(fours, 0, sizeof(uint64_t) * W / 4 * TOKENS);
-    for (int64_t t = 0; t < n; t++, from += W)
-        for (int64_t j = 0; j < W / 4; j++)
-            memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
+    switch (W) {  /* usual ones are faster if they are known */
+    case 4: by_four(from, 4, n, fours); break;
+    case 8: by_four(from, 8, n, fours); break;
+    case 16: by_four(from, 16, n, fours); break;
+    default: by_four(from, W, n, fours);
+    }
     for (int64_t j = 0; j < W / 4; j++)
         for (int64_t t = 0; t < TOKENS; t += LANES) {
             Longs even = *(const Longs *)(fours[j] + t), odd = *(const Longs *)(fours[j] + t + LANES / 2);
@@ -309,10 +318,12 @@ static void key_words(const Cached *k, const Digit *digit, int64_t b, int64_t h,
     }
 }
 
-/* sums[r][token] = a digit of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
+/* sums[r][token] = a digit of channels c..end-1 times q[r][channel], TOKENS tokens at once; or, with `add`, more
+   by as much. */
 INLINE void dot(const int R, const int32_t *words, const Digit *digit, const int64_t D, const float *q, int64_t c,
-                int64_t end, float (*sums)[TOKENS]) {
+                int64_t end, int add, float (*sums)[TOKENS]) {
     Floats low[ROWS] = {{0}}, high[ROWS] = {{0}};
+    for (int r = 0; add && r < R; r++) low[r] = AT(sums[r]), high[r] = AT(sums[r] + LANES);
     for (int64_t field = c / digit->words, j = c % digit->words; c < end; field++, j = 0) {
         const int32_t mask = (int32_t)digit->masks[field];
         for (const int64_t stop = least(end, c + digit->words - j); c < stop; c++, j++) {
@@ -330,12 +341,12 @@ INLINE void dot(const int R, const int32_t *words, const Digit *digit, const int
 /* Functions of their own, one for each number of rows: inlined together they run out of registers. */
 #define ROWS_DOT(R)                                                                                     \
     static __attribute__((noinline)) void dot##R(const int32_t *words, const Digit *digit, int64_t D,   \
-                                                 const float *q, int64_t c, int64_t end,                \
+                                                 const float *q, int64_t c, int64_t end, int add,       \
                                                  float (*sums)[TOKENS]) {                               \
-        dot(R, words, digit, D, q, c, end, sums);                                                       \
+        dot(R, words, digit, D, q, c, end, add, sums);                                                  \
     }
 ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
-static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t,
+static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t, int,
                                float (*)[TOKENS]) = {dot1, dot2, dot3, dot4};
 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
@@ -376,15 +387,13 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
             for (int64_t g = 0; g < columns; g++) {
-                float parts[ROWS][TOKENS], more[ROWS][TOKENS];
+                float parts[ROWS][TOKENS];
                 const int64_t c = g * span;
-                DOT[R - 1](words[0], k->digit, D, scaled[0] + r * D, c, least(c + span, k->digit->channels), parts);
-                for (int64_t i = 1; i < k->digits; i++) {
+                int64_t i = 0;
+                do {
                     const int64_t end = least(c + span, k->digit[i].channels);
-                    DOT[R - 1](words[i], k->digit + i, D, scaled[i] + r * D, c, end, more);
-                    for (int64_t j = 0; j < R; j++)
-                        for (int t = 0; t < TOKENS; t += LANES) AT(parts[j] + t) += AT(more[j] + t);
-                }
+                    DOT[R - 1](words[i], k->digit + i, D, scaled[i] + r * D, c, end, i > 0, parts);
+                } while (++i < k->digits);
                 for (int64_t i = 0; i < R; i++)
                     for (int t = 0; t < TOKENS; t += LANES) {
                         const float plus = offset[(r + i) * columns + g];
