@@ -117,7 +117,9 @@ def split_sums_lose(query: Tensor, keys: Cached, stored: Cached, scale: float, e
     def largest(cached: Cached) -> float:
         step = load_scale(cached.scale, cached.format, torch.float64)
         grids = (step * (2**cached.format.bits - 1), load_zero(step, cached.zero_point, cached.format))
-        return sum(float(g.nan_to_num(0.0).abs().amax()) for g in grids if g.numel())
+        most = sum(float(g.nan_to_num(0.0).abs().amax()) for g in grids if g.numel())
+        # turned back, the errors of all channels may add up in one
+        return most * layout.hadamard_block(cached.head_dim) ** 0.5 if cached.format.rotation else most
 
     of_scores = largest(keys) * float(query.double().abs().sum(-1).max()) * scale
     return 2**-22 * (of_scores * float(exact.abs().max()) + largest(stored))

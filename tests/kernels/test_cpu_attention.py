@@ -70,7 +70,7 @@ def cases(draw, longest=200):
         x = values(of, (B, H, length + new, D), seed, dtype)
         tiles, slots = layout.growing_tiles(fmt, length), layout.growing_slots(fmt, length)
         buffers = poison(allocate(B, H, D, tiles, slots, fmt, dtype, x.device))
-        storage.append(buffers, x[:, :, :length], None, 0)
+        storage.append(buffers, x[:, :, :length], None, 0, query)  # which chooses an order of channels
         return buffers, x[:, :, length:] if new else None
 
     key_format, value_format = draw(formats(D)), draw(formats(D))
@@ -329,6 +329,87 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         {"values": v._replace(format=fmt._replace(axis=layout.AXIS_TOKEN, group_size=8))},
     ):
         assert native.attend(**{**good, **wrong}) is None, wrong
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("change", ["nothing", "order", "rotation", "offsets"])
+def test_order_rotation_and_offsets_are_heeded(path, head_dim, change):
+    """Tiers with an order of their own in every head, and symmetric values; what is heeded must matter."""
+    tiers = ((4, 16), (2, head_dim - 24), (0, 8))
+    kf = layout.make_format(4, "channel", 32, 64, 3, 20, "byte", tiers=tiers, order="prompt")
+    vf = layout.make_format(2, "token", 0, 32, 4, 32, "byte", rotation=True, symmetric=True)
+    x, query = torch.randn(2, 2, 2, 700, head_dim), torch.randn(2, 6, 2, head_dim)
+    k, v = (
+        Cached.of(ops.quantize_pack(t, None, f.encode(), query), f.encode())
+        for t, f in zip(x, (kf, vf), strict=True)
+    )
+    expected = reference.attend(query, None, None, k, v, None, 700, 0.1)
+    match change:
+        case "order":
+            assert k.order is not None
+            k = k.replace(order=k.order.flip(2))
+        case "rotation":
+            v = v._replace(format=v.format._replace(rotation=0))
+        case "offsets":
+            k = k.replace(zero_point=k.zero_point + 1)
+    error = (path(query, None, None, k, v, None, 700, 0.1) - expected).abs().max()
+    assert error < 1e-4 if change == "nothing" else error > 1e-2
+
+
+@needs_compiler
+def test_kernel_takes_no_tiers_and_bytes_that_do_not_fit():
+    tiered = layout.make_format(4, scale_dtype="byte", tiers=((4, 16), (2, 40), (0, 8)), order="prompt")
+    rotated = layout.make_format(2, "token", scale_dtype="byte", rotation=True)
+    k, v = filled(200, tiered, rotated)
+    assert k.order is not None
+    good = {
+        "query": torch.randn(1, 4, 1, 64),
+        "new_keys": None,
+        "new_values": None,
+        "keys": k,
+        "values": v,
+        "mask": None,
+        "length": 200,
+        "scale": 0.1,
+    }
+    assert native.attend(**good) is not None
+    outside, negative = k.order.clone(), k.order.clone()
+    outside[0, 1, 63], negative[0, 1, 0] = 64, -1
+    for wrong in (
+        {"keys": k.replace(order=k.order.long())},
+        {"keys": k.replace(order=k.order[:, :1])},
+        {"keys": k.replace(order=k.order[..., :32])},
+        {"keys": k.replace(order=k.order[0])},
+        {"keys": k.replace(order=k.order.repeat_interleave(2, 2)[..., ::2])},
+        {"keys": k.replace(order=outside)},
+        {"keys": k.replace(order=negative)},
+        {"values": k.replace(order=outside)},
+        {"keys": k.replace(qdata=k.qdata[..., :8])},
+        {"keys": k.replace(scale=k.scale.half())},
+        {"keys": k.replace(scale=k.scale.view(torch.int8))},
+        {"keys": k.replace(scale=k.scale[..., :32])},
+        {"keys": k.replace(zero_point=k.zero_point.view(torch.uint8))},
+        {"keys": k.replace(zero_point=k.zero_point[:, :, :1])},
+        {"keys": k.replace(zero_point=k.zero_point[..., :0])},
+        {"values": v.replace(scale=v.scale.repeat_interleave(2, 3)[..., ::2])},
+        {"values": v.replace(zero_point=v.zero_point[..., :0])},
+        {"values": v._replace(format=rotated._replace(scale_dtype=0))},
+        *(
+            {"keys": k._replace(format=tiered._replace(tiers=tuple(layout.Tier(*tier) for tier in tiers)))}
+            for tiers in (
+                ((4, 16), (2, 48)),
+                ((4, 64), (2, 40), (0, 8)),
+                ((4, 16), (2, 56), (0, -8)),
+                ((4, 20), (2, 36), (0, 8)),
+                ((2, 40), (4, 16), (0, 8)),
+                ((4, 16), (3, 40), (0, 8)),
+            )
+        ),
+        {"keys": k._replace(format=tiered._replace(axis=layout.AXIS_TOKEN))},
+    ):
+        assert native.attend(**{**good, **wrong}) is None, wrong
+    with pytest.raises(RuntimeError, match="index"):
+        cpu.attend(**{**good, "keys": k.replace(order=outside)})
 
 
 def broken(monkeypatch, tmp_path, how):

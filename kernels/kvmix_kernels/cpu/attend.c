@@ -9,6 +9,9 @@ Values: lanes are channels, a token costs the same. Fields are masked, not shift
 into the query or out of the sum, exactly. Scales go into the query or the sum (per channel) or into scores
 and weights (per token), zero points are products of their own.
 
+Packed tokens may have their channels in an order, or be rotated. The query of a task is then ordered and
+rotated as they are, once, and their weighted sum is turned back once, before raw tokens' is added to it.
+
 Vectors are of the kind that gcc and clang have for every machine. */
 
 #include <stdint.h>
@@ -34,7 +37,8 @@ enum {
     MAX_FIELDS = 16,
     MAX_DIGITS = 2
 };
-enum { HALF, BFLOAT, FLOAT, BOOL };  /* the first three as in SCALE_DTYPES */
+/* The first three as in SCALE_DTYPES; the last two are scales of a byte and offsets in quarters of them. */
+enum { HALF, BFLOAT, FLOAT, BOOL, WORD, BYTE, QUARTERS };
 enum { RESIDUAL, PACKED, FRESH };
 static const float LOWEST = -3.402823466e38f;
 
@@ -56,16 +60,22 @@ typedef struct {
     int64_t words, masks[MAX_FIELDS];  /* unpacked: channel f * words + j is what mask f leaves of word j */
     int64_t planes[2], before, above;  /* stored: words of a token in each plane, and in the digits before; bits below */
     Cut cut;
+    int64_t channels;  /* the first of those packed: not all have every digit */
 } Digit;
 typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
+    Tensor order;  /* per head, which channel each packed one is; no data: their own */
     int64_t D, per_channel, group;
+    int64_t rotated;  /* channels that were rotated together, 2^i; 0: none */
+    int64_t center;  /* symmetric codes: offsets are the scale times half of it; 0: they are stored */
     int64_t block;  /* tokens whose planes lie together, 2^i */
     int64_t digits;
     Digit digit[MAX_DIGITS];
     int64_t count;
     Run runs[6];
 } Cached;
+/* Rows of queries, or of sums, in the channels of raw tokens and in those of packed ones. */
+typedef struct { float *raw, *packed; } Rows;
 typedef struct {
     Tensor query, mask;
     float *out;  /* [B, H * rows, Dv] */
@@ -100,8 +110,13 @@ INLINE float from_half(uint32_t h) {
 static const float *load(const Tensor *x, int64_t at, int64_t n, float *room) {
     if (x->dtype == FLOAT) return (const float *)x->data + at;
     const uint16_t *bits = (const uint16_t *)x->data + at;
+    const uint8_t *bytes = (const uint8_t *)x->data + at;
     if (x->dtype == HALF)
         for (int64_t i = 0; i < n; i++) room[i] = from_half(bits[i]);
+    else if (x->dtype == BYTE)
+        for (int64_t i = 0; i < n; i++) room[i] = from_half((uint32_t)bytes[i] << 7);
+    else if (x->dtype == QUARTERS)
+        for (int64_t i = 0; i < n; i++) room[i] = (float)(int8_t)bytes[i] * 0.25f;
     else
         for (int64_t i = 0; i < n; i++) room[i] = as_float((uint32_t)bits[i] << 16);
     return room;
@@ -109,6 +124,19 @@ static const float *load(const Tensor *x, int64_t at, int64_t n, float *room) {
 
 INLINE int64_t place(const Tensor *x, int64_t b, int64_t h, int64_t t) {
     return b * x->batch + h * x->head + t * x->token;
+}
+
+/* n scales and n offsets from group (or token) `row` on; room for twice as many. */
+static void numbers(const Cached *x, int64_t b, int64_t h, int64_t row, int64_t n, float *room,
+                    const float **scale, const float **offset) {
+    const float *s = *scale = load(&x->scale, place(&x->scale, b, h, row), n, room);
+    float *z = room + n;
+    if (!x->center) *offset = load(&x->zero_point, place(&x->zero_point, b, h, row), n, z);
+    else *offset = z;
+    if (x->center)
+        for (int64_t i = 0; i < n; i++) z[i] = s[i] * ((float)x->center * 0.5f);
+    else if (x->zero_point.dtype == QUARTERS)
+        for (int64_t i = 0; i < n; i++) z[i] *= s[i];
 }
 
 /* exp of x <= 0, NaN of NaN. Cephes' polynomial; below e^-87 comes 0. */
@@ -152,11 +180,36 @@ INLINE float product(const float *a, const float *b, int64_t n) {
 
 /* Per channel of a digit: the mask of its field, and what makes the masked field its part of the code. */
 static void constants(const Digit *digit, int64_t D, int32_t *masks, float *power) {
-    for (int64_t c = 0, field = 0; c < D; field++)
-        for (int64_t j = 0; j < digit->words; j++, c++) {
-            masks[c] = (int32_t)digit->masks[field];
-            power[c] = (float)(1 << digit->above) / (float)(masks[c] & -masks[c]);
+    int64_t c = 0;
+    for (int64_t field = 0; c < digit->channels; field++) {
+        const int32_t mask = (int32_t)digit->masks[field];
+        const float to_code = (float)(1 << digit->above) / (float)(mask & -mask);
+        for (int64_t j = 0; j < digit->words; j++, c++) masks[c] = mask, power[c] = to_code;
+    }
+    for (; c < D; c++) masks[c] = 0, power[c] = 0;
+}
+
+/* n floats, whole rows, times the orthonormal Hadamard matrix of Sylvester, `size` of them at a time. */
+static void rotate(float *x, int64_t n, int64_t size) {
+    Floats signs[LANES];  /* the matrix of LANES channels; those of more are butterflies of whole vectors */
+    Bits lane = {0};
+    for (uint32_t i = 0; i < LANES; i++) lane[i] = i;
+    signs[0] = 1 / __builtin_sqrtf((float)size) + (Floats){0};
+    for (int i = 1; i < LANES; i++)
+        signs[i] = (Floats)((Bits)signs[i & (i - 1)] ^ (lane << (31 - __builtin_ctz((unsigned)i)) & 0x80000000u));
+    for (const float *end = x + n; x < end; x += size) {
+        for (int64_t c = 0; c < size; c += LANES) {
+            Floats sum = {0};
+            for (int i = 0; i < LANES; i++) sum += x[c + i] * signs[i];
+            AT(x + c) = sum;
         }
+        for (int64_t half = LANES; half < size; half *= 2)
+            for (int64_t first = 0; first < size; first += 2 * half)
+                for (int64_t c = first; c < first + half; c += LANES) {
+                    const Floats a = AT(x + c), b = AT(x + c + half);
+                    AT(x + c) = a + b, AT(x + c + half) = a - b;
+                }
+    }
 }
 
 /* How many of n tokens from `row` on are unpacked together, if their groups do not end before. */
@@ -187,28 +240,51 @@ INLINE void turned(const float *from, const int64_t columns, int64_t n, float (*
     }
 }
 
-/* Per token scales (or zero points) of n tokens, tokens along lanes: to[group][token], 0 past the last. */
-static void by_group(const Tensor *x, int64_t at, int64_t columns, int64_t n, float (*to)[TOKENS]) {
-    float room[TOKENS * MAX_GROUPS];
-    const float *from = load(x, at, n * columns, room);
-    if (columns == 2 && n == TOKENS) turned(from, 2, TOKENS, to);  /* usual, and faster if it is known */
-    else turned(from, columns, n, to);
+/* Per token scales and offsets of n tokens, tokens along lanes: to[group][token], 0 past the last. */
+static void by_group(const Cached *x, int64_t b, int64_t h, int64_t row, int64_t columns, int64_t n,
+                     float (*step)[TOKENS], float (*zero)[TOKENS]) {
+    float room[2 * TOKENS * MAX_GROUPS];
+    const float *s, *z;
+    numbers(x, b, h, row, n * columns, room, &s, &z);
+    switch (n == TOKENS ? columns : 0) {  /* usual ones are faster if they are known */
+    case 1: turned(s, 1, TOKENS, step), turned(z, 1, TOKENS, zero); return;
+    case 2: turned(s, 2, TOKENS, step), turned(z, 2, TOKENS, zero); return;
+    case 4: turned(s, 4, TOKENS, step), turned(z, 4, TOKENS, zero); return;
+    default: turned(s, columns, n, step), turned(z, columns, n, zero);
+    }
+}
+
+/* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
+INLINE void by_four(const uint16_t *from, const int64_t W, int64_t n, uint64_t (*fours)[TOKENS]) {
+    for (int64_t t = 0; t < n; t++, from += W)
+        for (int64_t j = 0; j < W / 4; j++)
+            memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
 }
 
 /* Words of n tokens, tokens along lanes: to[word][token], 0 past the last. */
 static void transposed(const uint16_t *from, int64_t W, int64_t n, int32_t *to) {
+    if (W == 2 && n == TOKENS) {  /* of the higher digit of 16 channels: a token is as wide as a lane */
+        for (int64_t t = 0; t < TOKENS; t += LANES) {
+            const Bits both = *(const Bits *)(from + 2 * t);
+            *(Bits *)(to + t) = both & 0xffff;
+            *(Bits *)(to + TOKENS + t) = both >> 16;
+        }
+        return;
+    }
     if (W % 4) {
         memset(to, 0, sizeof(int32_t) * W * TOKENS);
         for (int64_t t = 0; t < n; t++, from += W)
             for (int64_t j = 0; j < W; j++) to[j * TOKENS + t] = from[j];
         return;
     }
-    /* Four words at a time. Even tokens go to the front of LANES, odd ones behind: a shift merges them. */
     uint64_t fours[MAX_D / 8][TOKENS] ALIGNED;
     if (n < TOKENS) memset(fours, 0, sizeof(uint64_t) * W / 4 * TOKENS);
-    for (int64_t t = 0; t < n; t++, from += W)
-        for (int64_t j = 0; j < W / 4; j++)
-            memcpy(&fours[j][t / LANES * LANES + t % 2 * (LANES / 2) + t % LANES / 2], from + j * 4, 8);
+    switch (W) {  /* usual ones are faster if they are known */
+    case 4: by_four(from, 4, n, fours); break;
+    case 8: by_four(from, 8, n, fours); break;
+    case 16: by_four(from, 16, n, fours); break;
+    default: by_four(from, W, n, fours);
+    }
     for (int64_t j = 0; j < W / 4; j++)
         for (int64_t t = 0; t < TOKENS; t += LANES) {
             Longs even = *(const Longs *)(fours[j] + t), odd = *(const Longs *)(fours[j] + t + LANES / 2);
@@ -242,10 +318,12 @@ static void key_words(const Cached *k, const Digit *digit, int64_t b, int64_t h,
     }
 }
 
-/* sums[r][token] = a digit of channels c..end-1 times q[r][channel], TOKENS tokens at once. */
+/* sums[r][token] = a digit of channels c..end-1 times q[r][channel], TOKENS tokens at once; or, with `add`, more
+   by as much. */
 INLINE void dot(const int R, const int32_t *words, const Digit *digit, const int64_t D, const float *q, int64_t c,
-                int64_t end, float (*sums)[TOKENS]) {
+                int64_t end, int add, float (*sums)[TOKENS]) {
     Floats low[ROWS] = {{0}}, high[ROWS] = {{0}};
+    for (int r = 0; add && r < R; r++) low[r] = AT(sums[r]), high[r] = AT(sums[r] + LANES);
     for (int64_t field = c / digit->words, j = c % digit->words; c < end; field++, j = 0) {
         const int32_t mask = (int32_t)digit->masks[field];
         for (const int64_t stop = least(end, c + digit->words - j); c < stop; c++, j++) {
@@ -263,19 +341,19 @@ INLINE void dot(const int R, const int32_t *words, const Digit *digit, const int
 /* Functions of their own, one for each number of rows: inlined together they run out of registers. */
 #define ROWS_DOT(R)                                                                                     \
     static __attribute__((noinline)) void dot##R(const int32_t *words, const Digit *digit, int64_t D,   \
-                                                 const float *q, int64_t c, int64_t end,                \
+                                                 const float *q, int64_t c, int64_t end, int add,       \
                                                  float (*sums)[TOKENS]) {                               \
-        dot(R, words, digit, D, q, c, end, sums);                                                       \
+        dot(R, words, digit, D, q, c, end, add, sums);                                                  \
     }
 ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
-static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t,
+static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t, int,
                                float (*)[TOKENS]) = {dot1, dot2, dot3, dot4};
 
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
     const int64_t D = k->D, G = k->group, span = k->per_channel ? D : G, columns = D / span;
     float scaled[MAX_DIGITS][MAX_ROWS * MAX_D], power[MAX_DIGITS][MAX_D], offset[MAX_ROWS * MAX_GROUPS];
-    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D], room[2][MAX_D];
+    float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D], room[2 * MAX_D];
     int32_t words[MAX_DIGITS][MAX_D / 2 * TOKENS] ALIGNED, masks[MAX_D];
     for (int64_t i = 0; i < k->digits; i++) constants(k->digit + i, D, masks, power[i]);
     for (int64_t c = 0; c < D; c++) ones[c] = 1;
@@ -292,32 +370,30 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             count = least(count, G - row % G);
             if (row / G != group) {
                 group = row / G;
-                const float *s = load(&k->scale, place(&k->scale, b, h, group), D, room[0]);
-                const float *z = load(&k->zero_point, place(&k->zero_point, b, h, group), D, room[1]);
+                const float *s, *z;
+                numbers(k, b, h, group, D, room, &s, &z);
                 for (int64_t r = 0; r < rows; r++) {
                     offset[r] = product(q + r * D, z, D);
                     for (int64_t i = 0; i < k->digits; i++)
-                        for (int64_t c = 0; c < D; c += LANES)
+                        for (int64_t c = 0; c < k->digit[i].channels; c += LANES)
                             AT(scaled[i] + r * D + c) = AT(q + r * D + c) * (AT(s + c) * AT(power[i] + c));
                 }
             }
         } else {
-            by_group(&k->scale, place(&k->scale, b, h, row), columns, count, step);
-            by_group(&k->zero_point, place(&k->zero_point, b, h, row), columns, count, zero);
+            by_group(k, b, h, row, columns, count, step, zero);
         }
         for (int64_t i = 0; i < k->digits; i++) key_words(k, k->digit + i, b, h, row, count, words[i]);
         for (int64_t r = 0; r < rows; r += ROWS) {
             const int64_t R = least(ROWS, rows - r);
             float sums[ROWS][TOKENS] = {{0}};
             for (int64_t g = 0; g < columns; g++) {
-                float parts[ROWS][TOKENS], more[ROWS][TOKENS];
+                float parts[ROWS][TOKENS];
                 const int64_t c = g * span;
-                DOT[R - 1](words[0], k->digit, D, scaled[0] + r * D, c, c + span, parts);
-                for (int64_t i = 1; i < k->digits; i++) {
-                    DOT[R - 1](words[i], k->digit + i, D, scaled[i] + r * D, c, c + span, more);
-                    for (int64_t j = 0; j < R; j++)
-                        for (int t = 0; t < TOKENS; t += LANES) AT(parts[j] + t) += AT(more[j] + t);
-                }
+                int64_t i = 0;
+                do {
+                    const int64_t end = least(c + span, k->digit[i].channels);
+                    DOT[R - 1](words[i], k->digit + i, D, scaled[i] + r * D, c, end, i > 0, parts);
+                } while (++i < k->digits);
                 for (int64_t i = 0; i < R; i++)
                     for (int t = 0; t < TOKENS; t += LANES) {
                         const float plus = offset[(r + i) * columns + g];
@@ -376,7 +452,7 @@ INLINE void repeated(const uint16_t *from, int64_t next, const int64_t W, const 
             for (int64_t j = 0; j < W; j++) to[c + j] = from[j];
 }
 
-/* The same for any W; may write up to LANES - 1 words more. */
+/* The same for any W, whole times; may write up to LANES - 1 words more. */
 static void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride, int64_t n, int32_t *to) {
     uint16_t row[MAX_D / 2 + LANES];
     switch (stride == 16 ? W : 0) {
@@ -386,7 +462,7 @@ static void spread(const uint16_t *from, int64_t next, int64_t W, int64_t stride
     }
     for (int64_t t = 0; t < n; t++, from += next, to += stride) {
         const uint16_t *words = W % LANES ? (const uint16_t *)memcpy(row, from, sizeof(*row) * W) : from;
-        for (int64_t c = 0; c < stride; c += W)
+        for (int64_t c = 0; c + W <= stride; c += W)
             for (int64_t j = 0; j < W; j += LANES)
                 *(Ints *)(to + c + j) = __builtin_convertvector(*(const Shorts *)(words + j), Ints);
     }
@@ -419,11 +495,11 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
     const int64_t D = v->D, G = v->group, span = v->per_channel ? D : G, columns = D / span;
     int32_t lanes[MAX_DIGITS][2 * TOKENS * MAX_D + LANES] ALIGNED, masks[MAX_DIGITS][MAX_D];
     int64_t strides[MAX_DIGITS];
-    float power[MAX_DIGITS][MAX_D], room[2][MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
+    float power[MAX_DIGITS][MAX_D], room[2 * MAX_D], step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS];
     for (int64_t j = 0; j < v->digits; j++) {
         /* words are repeated to fill whole vectors, at worst to one for each channel */
-        const int64_t W = v->digit[j].words;
-        strides[j] = 16 % W == 0 ? 16 : W % LANES == 0 ? W : D;
+        const int64_t W = v->digit[j].words, channels = (v->digit[j].channels + 15) / 16 * 16;
+        strides[j] = 16 % W == 0 ? 16 : W % LANES == 0 ? W : channels;
         constants(v->digit + j, D, masks[j], power[j]);
     }
     for (int t = 0; t < TOKENS; t++) step[0][t] = zero[0][t] = 1;  /* stays so if scales are per channel */
@@ -432,11 +508,9 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
         const float *s = 0, *z = 0;
         if (v->per_channel) {
             count = least(count, G - row % G);
-            s = load(&v->scale, place(&v->scale, b, h, row / G), D, room[0]);
-            z = load(&v->zero_point, place(&v->zero_point, b, h, row / G), D, room[1]);
+            numbers(v, b, h, row / G, D, room, &s, &z);
         } else {
-            by_group(&v->scale, place(&v->scale, b, h, row), columns, count, step);
-            by_group(&v->zero_point, place(&v->zero_point, b, h, row), columns, count, zero);
+            by_group(v, b, h, row, columns, count, step, zero);
         }
         for (int64_t j = 0; j < v->digits; j++)
             value_words(v, v->digit + j, b, h, row, count, strides[j], lanes[j]);
@@ -457,8 +531,9 @@ static void packed_values(const Cached *v, int64_t b, int64_t h, int64_t row, in
             }
             for (int64_t j = 0; j < v->digits; j++) {
                 const int64_t stride = strides[j], next = stride == LANES ? 0 : LANES;  /* one vector serves all */
-                const float once = j == 0;  /* offsets are added with the first digit */
-                for (int64_t c = 0, U; c < D; c += U * LANES) {
+                const float once = j == 0;  /* offsets are added with the first digit, also where it has no codes */
+                const int64_t last = j ? v->digit[j].channels : D;
+                for (int64_t c = 0, U; c < last; c += U * LANES) {
                     const int64_t g = c / span;
                     const int32_t *l = lanes[j] + c % stride, *m = masks[j] + c;
                     const float *by = w + g * TOKENS;
@@ -492,23 +567,23 @@ static void raw_values(const Tensor *x, int64_t D, int64_t at, int64_t n, const 
     }
 }
 
-/* Scores (or, with `out`, the weighted sum) of positions first..last-1. */
-static void over_runs(const Cached *x, int64_t b, int64_t h, int64_t first, int64_t last, const float *q,
-                      int64_t rows, float *scores, float *out) {
+/* Positions first..last-1: scores of the queries `of`; or, with `add`, their weighted sum, added to `of`. */
+static void over_runs(const Cached *x, int64_t b, int64_t h, int64_t first, int64_t last, const Rows of,
+                      int64_t rows, float *scores, const int add) {
     for (const Run *run = x->runs; run < x->runs + x->count; run++) {
         const int64_t begin = most(first, run->first), n = least(last, run->last) - begin;
         if (n <= 0) continue;
         const int64_t slot = run->slot + begin - run->first;
         float *at = scores + begin - first;
         const Tensor *raw = run->kind == FRESH ? &x->fresh : &x->residual;
-        if (run->kind == PACKED && out)
-            packed_values(x, b, h, slot, n, at, rows, out);
+        if (run->kind == PACKED && add)
+            packed_values(x, b, h, slot, n, at, rows, of.packed);
         else if (run->kind == PACKED)
-            packed_scores(x, b, h, slot, n, q, rows, at);
-        else if (out)
-            raw_values(raw, x->D, place(raw, b, h, slot), n, at, rows, out);
+            packed_scores(x, b, h, slot, n, of.packed, rows, at);
+        else if (add)
+            raw_values(raw, x->D, place(raw, b, h, slot), n, at, rows, of.raw);
         else
-            raw_scores(raw, x->D, place(raw, b, h, slot), n, q, rows, at);
+            raw_scores(raw, x->D, place(raw, b, h, slot), n, of.raw, rows, at);
     }
 }
 
@@ -526,6 +601,34 @@ static void apply_mask(const Call *call, int64_t b, int64_t h, int64_t row, int6
     }
 }
 
+INLINE int is_apart(const Cached *x) { return x->rotated || x->order.data; }
+
+INLINE const int32_t *order_of(const Cached *x, int64_t b, int64_t h) {
+    return x->order.data ? (const int32_t *)x->order.data + place(&x->order, b, h, 0) : 0;
+}
+
+/* Rows of queries as packed tokens have their channels. */
+static void to_packed(const Cached *x, int64_t b, int64_t h, int64_t rows, const float *from, float *to) {
+    const int32_t *order = order_of(x, b, h);
+    float row[MAX_D];
+    for (int64_t r = 0; r < rows; r++, from += x->D, to += x->D) {
+        memcpy(row, from, sizeof(float) * x->D);
+        if (x->rotated) rotate(row, x->D, x->rotated);
+        for (int64_t c = 0; c < x->D; c++) to[c] = row[order ? order[c] : c];
+    }
+}
+
+/* Adds rows of sums, in the channels of packed tokens, to others in those of raw ones. */
+static void from_packed(const Cached *x, int64_t b, int64_t h, int64_t rows, const float *from, float *to) {
+    const int32_t *order = order_of(x, b, h);
+    float row[MAX_D] = {0};
+    for (int64_t r = 0; r < rows; r++, from += x->D, to += x->D) {
+        for (int64_t c = 0; c < x->D; c++) row[order ? order[c] : c] = from[c];
+        if (x->rotated) rotate(row, x->D, x->rotated);
+        for (int64_t c = 0; c < x->D; c++) to[c] += row[c];
+    }
+}
+
 /* Partial result: per row the best score, the sum of weights, and Dv weighted sums. */
 static void task(const Work *work, int64_t index) {
     const Call *call = work->call;
@@ -533,6 +636,10 @@ static void task(const Work *work, int64_t index) {
     const int64_t rows = call->group * call->Lq, D = call->keys.D, Dv = call->values.D;
     float q[MAX_ROWS * MAX_D], scores[MAX_ROWS * BLOCK], room[MAX_D];
     float *best = work->partial + index * rows * (Dv + 2), *total = best + rows, *out = total + rows;
+    float packed_q[MAX_ROWS * MAX_D], packed_out[MAX_ROWS * MAX_D];
+    const Rows queries = {q, is_apart(&call->keys) ? packed_q : q};
+    const Rows sums = {out, is_apart(&call->values) ? packed_out : out};
+    memset(sums.packed, 0, sizeof(float) * rows * Dv);
     memset(out, 0, sizeof(float) * rows * Dv);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t at = place(&call->query, b, h * call->group + r / call->Lq, r % call->Lq);
@@ -540,11 +647,12 @@ static void task(const Work *work, int64_t index) {
         for (int64_t c = 0; c < D; c++) q[r * D + c] = from[c] * (float)call->scale;
         best[r] = LOWEST, total[r] = 0;
     }
+    if (queries.packed != q) to_packed(&call->keys, b, h, rows, q, packed_q);
     const int64_t end = work->blocks * (part + 1) / work->splits;
     for (int64_t block = work->blocks * part / work->splits; block < end; block++) {
         const int64_t at = work->begin + block * BLOCK;
         const int64_t first = most(0, at), last = least(call->length, at + BLOCK), n = last - first;
-        over_runs(&call->keys, b, h, first, last, q, rows, scores, 0);
+        over_runs(&call->keys, b, h, first, last, queries, rows, scores, 0);
         for (int64_t r = 0; r < rows; r++) {
             float *s = scores + r * BLOCK, highest = best[r];
             if (call->softcap > 0)
@@ -557,10 +665,13 @@ static void task(const Work *work, int64_t index) {
             for (int64_t t = 0; t < n; t += LANES) sum += AT(s + t) = exponential(AT(s + t) - highest);
             const float shrink = exponential1(best[r] - highest);
             best[r] = highest, total[r] = total[r] * shrink + sum_of(sum);
-            for (int64_t c = 0; c < Dv; c += LANES) AT(out + r * Dv + c) *= shrink;
+            for (int64_t c = r * Dv; c < (r + 1) * Dv; c += LANES) AT(out + c) *= shrink;
+            if (sums.packed != out)
+                for (int64_t c = r * Dv; c < (r + 1) * Dv; c += LANES) AT(packed_out + c) *= shrink;
         }
-        over_runs(&call->values, b, h, first, last, 0, rows, scores, out);
+        over_runs(&call->values, b, h, first, last, sums, rows, scores, 1);
     }
+    if (sums.packed != out) from_packed(&call->values, b, h, rows, packed_out, out);
 }
 
 static void tasks(void *argument) {
@@ -568,8 +679,19 @@ static void tasks(void *argument) {
     for (int64_t i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->tasks;) task(work, i);
 }
 
-/* 0, or 1 if there was no memory. */
+/* Whether all that an order names are channels. */
+static int is_ordered(const Call *call, const Cached *x) {
+    int wrong = 0;
+    for (int64_t i = 0; x->order.data && i < call->B * call->H; i++) {
+        const int32_t *order = order_of(x, i / call->H, i % call->H);
+        for (int64_t c = 0; c < x->D; c++) wrong |= (uint32_t)order[c] >= (uint32_t)x->D;
+    }
+    return !wrong;
+}
+
+/* 0, 1 if there was no memory, or 2 if an order of channels names others. */
 int kvmix_attend(const Call *call) {
+    if (!is_ordered(call, &call->keys) || !is_ordered(call, &call->values)) return 2;
     const int64_t heads = call->B * call->H, rows = call->group * call->Lq, Dv = call->values.D;
     const int64_t partial = rows * (Dv + 2), begin = call->origin % BLOCK ? call->origin % BLOCK - BLOCK : 0;
     const int64_t blocks = (call->length - begin + BLOCK - 1) / BLOCK;

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -30,7 +31,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import KernelMemoryError
-from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TensorFormat
+from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TIER_BITS, TIER_CHANNELS, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
 SOURCE = Path(__file__).with_name("attend.c")
@@ -45,15 +46,19 @@ MAX_HEAD_DIM = 256
 _LANES = 16
 _FIELDS = 16
 _MAX_DIGITS = 2
-_DIGIT = _FIELDS + 8
+_DIGIT = _FIELDS + 9
 _RUNS = 6
 _ENDLESS = 1 << 62
 _RESIDUAL, _PACKED, _FRESH = range(3)
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MASKS = {**_FLOATS, torch.bool: 3}
 _CODES = {torch.int16: 4}
+_BYTES = {torch.uint8: 5}
+_QUARTERS = {torch.int8: 6}
+_ORDERS = {torch.int32: 7}
 _CALL = struct.Struct("=11q2d7q")
-_TENSORS = struct.Struct("=25q")
+_TENSORS = struct.Struct("=30q")
+_NO_MEMORY = 1
 
 Kernel = Callable[[bytes], int]
 Described = tuple[int, int, int, int, int]
@@ -100,9 +105,10 @@ def attend(
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
     call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
-    if function(call + k + v):
+    failed = function(call + k + v)
+    if failed == _NO_MEMORY:
         raise KernelMemoryError("no memory for partial results of attention: use a smaller batch")
-    return out.to(query.dtype)
+    return None if failed else out.to(query.dtype)
 
 
 def _describe(
@@ -135,20 +141,31 @@ def _describe_cache(
     placed = _place(cached.format, length, Ln, D)
     if placed is None:
         return None
-    codes = step = zero_point = _NONE
+    fmt = cached.format
+    codes = step = zero_point = order = _NONE
     if placed.rows:
+        scales, offsets = (_BYTES, _QUARTERS) if fmt.scale_dtype == BYTE_SCALES else (_FLOATS, _FLOATS)
         codes = _describe(cached.qdata, (B, H, placed.rows, placed.words), _CODES)
-        step = _describe(cached.scale, (B, H, *placed.grid), _FLOATS)
-        zero_point = _describe(cached.zero_point, (B, H, *placed.grid), _FLOATS)
-        if codes is None or step is None or zero_point is None:
+        step = _describe(cached.scale, (B, H, *placed.grid), scales)
+        if codes is None or step is None or codes[3] != placed.words or step[3] != placed.grid[1]:
             return None
-        if codes[3] != placed.words or not step[3] == zero_point[3] == placed.grid[1]:
-            return None
+        if not fmt.symmetric:
+            found = _describe(cached.zero_point, (B, H, *placed.grid), offsets)
+            if found is None or found[3] != placed.grid[1]:
+                return None
+            zero_point = found
+        if cached.order is not None:
+            found = None
+            if cached.order.dim() == 3:
+                found = _describe(cached.order.unsqueeze(2), (B, H, 1, D), _ORDERS)
+            if found is None:
+                return None
+            order = found
     residual = _describe(cached.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
     if residual is None or fresh is None:
         return None
-    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh) + placed.rest
+    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order) + placed.rest
 
 
 class _Placed(NamedTuple):
@@ -169,25 +186,29 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     """
     if head_dim % _LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return None
-    if fmt.order or fmt.symmetric or fmt.rotation or fmt.scale_dtype == BYTE_SCALES:
-        return None
-    group = words = block = count = 0
+    group = words = block = rotated = center = count = 0
     digits = [0] * (_DIGIT * _MAX_DIGITS)
     if not fmt.is_raw:
         by_channel = fmt.axis == AXIS_CHANNEL
         group = fmt.group_size if by_channel else layout.channel_group(fmt, head_dim)
         # formats come as plain integers, which nobody need have checked
         whole = group > 0 and not (fmt.tile % group if by_channel else head_dim % group or group % _LANES)
-        if not whole:
+        if not whole or not _add_up(fmt, head_dim):
             return None
-        words = layout.words_per_token(fmt.bits, head_dim)
-        several = len(layout.plane_words(fmt.bits, head_dim)) > 1
-        block = layout.plane_block(fmt) if several else _ENDLESS
-        count = len(layout.digits(fmt.bits))
+        kept, above = fmt.channels(head_dim)
+        planes = layout.plane_words(fmt.code, kept, above)
+        words = sum(planes)
+        block = layout.plane_block(fmt) if len(planes) > 1 else _ENDLESS
+        rotated = layout.hadamard_block(head_dim) if fmt.rotation else 0
+        center = 1 - 2**fmt.bits if fmt.symmetric else 0
+        described = [
+            _digit(digit, above if digit.above else kept, sum(planes[: digit.first]))
+            for digit in layout.digits(fmt.code)
+        ]
+        count = len(described)
         if count > _MAX_DIGITS:
             return None
-        found = [number for digit in layout.digits(fmt.bits) for number in _digit(fmt.bits, digit, head_dim)]
-        digits[: len(found)] = found
+        digits[: count * _DIGIT] = itertools.chain(*described)
     sink, end, tiles = min(length, fmt.sink), fmt.packed_end(length), fmt.packed_tiles(length)
     parts = [(_RESIDUAL, *run) for run in runs(0, length if fmt.is_raw else sink, fmt)]
     if tiles:
@@ -198,7 +219,8 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, block, count, *digits, len(parts)]
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, rotated, center, block]
+    numbers += [count, *digits, len(parts)]
     for part in parts:
         numbers += part
     numbers += [0] * (4 * (_RUNS - len(parts)))
@@ -211,16 +233,32 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
     )
 
 
-def _digit(bits: int, digit: layout.Digit, head_dim: int) -> list[int]:
+def _add_up(fmt: TensorFormat, head_dim: int) -> bool:
+    """Whether the tiers of a format, if it has several, are what heads of this size can have."""
+    if len(fmt.tiers) == 1:
+        return True
+    given = [tier.bits for tier in fmt.tiers]
+    counts = [tier.channels for tier in fmt.tiers]
+    return (
+        given[0] == TIER_BITS[0]
+        and given == [bits for bits in TIER_BITS if bits in given]
+        and all(count > 0 and count % TIER_CHANNELS == 0 for count in counts)
+        and sum(counts) == head_dim
+        and fmt.axis == AXIS_CHANNEL
+    )
+
+
+def _digit(digit: layout.Digit, channels: int, before: int) -> list[int]:
     """The kernel's `Digit`: which words it unpacks, and from what.
+
+    `before`: words of a token in the planes of the digits below it.
 
     These are the words stored, or for a digit that is cut whole columns: the narrow piece lowest, then the
     high bits of the code that was cut, which makes it whole, then the codes of the wide piece.
     """
-    planes, fields = layout.plane_words(digit.bits, head_dim), layout.bit_fields(digit.bits, head_dim)
-    before = sum(layout.plane_words(bits, head_dim)[: digit.first])
+    planes, fields = layout.plane_words(digit.bits, channels), layout.bit_fields(digit.bits, channels)
     if layout.is_cut(digit.bits):
-        copies = layout.fold_copies(digit.bits, head_dim)
+        copies = layout.fold_copies(digit.bits, channels)
         cut = layout.cut_column(copies)
         words, mask = copies * planes[0], (1 << digit.bits) - 1
         wide = (f for f in fields if f.plane == 0 and f.position < cut.wide)
@@ -233,7 +271,7 @@ def _digit(bits: int, digit: layout.Digit, head_dim: int) -> list[int]:
         words = planes[0]
         masks = [(1 << f.count) - 1 << f.position for f in fields]
         rest = [words, 0, before, digit.above, 0, 0, 0]
-    return [words, *masks, *[0] * (_FIELDS - len(masks)), *rest]
+    return [words, *masks, *[0] * (_FIELDS - len(masks)), *rest, channels]
 
 
 _compiling = threading.Lock()
