@@ -114,7 +114,9 @@ def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, 
     return row, 0 if row.shape[0] == 1 else row.stride(0), row.stride(2), limit, kind
 
 
-def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
+def quantize_pack(
+    x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
+) -> list[Tensor]:
     """The op `quantize_pack`: one launch, x is read once."""
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
@@ -155,6 +157,7 @@ def append_(
     length: int,
     key_format: list[int],
     value_format: list[int],
+    query: Tensor | None = None,
 ) -> None:
     """The op `append_`: one launch for a decode step.
 
