@@ -14,6 +14,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.configs import AttendConfig
+from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -58,6 +59,10 @@ class FormPlan(NamedTuple):
     channels: int
     block: int
     padded: int
+    kept: int
+    high: int
+    symmetric: bool
+    turned: int
 
 
 class AttendPlan(NamedTuple):
@@ -95,6 +100,7 @@ class AttendPlan(NamedTuple):
     merge_splits: int
     merge_chunk: int
     merge_warps: int
+    merge_rotated: bool
 
 
 def next_power_of_2(n: int) -> int:
@@ -118,7 +124,11 @@ def form_plan(fmt: TensorFormat, head_dim: int) -> FormPlan:
     if not fmt.is_raw:
         group = layout.channel_group(fmt, head_dim) if fmt.axis == AXIS_TOKEN else fmt.group_size
     padded = max(16, next_power_of_2(head_dim))
-    return FormPlan(fmt.bits, fmt.axis, group, head_dim, layout.plane_block(fmt), padded)
+    turned = ROTATED if fmt.rotation else ORDERED if fmt.order else 0
+    return FormPlan(
+        fmt.code, fmt.axis, group, head_dim, layout.plane_block(fmt), padded, *fmt.channels(head_dim),
+        bool(fmt.symmetric), turned,
+    )  # fmt: skip
 
 
 @lru_cache(256)
@@ -136,7 +146,7 @@ def attend_plan(
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, next_power_of_2(step.rows)))
     column_blocks = -(-step.rows // N)
     if config is None:
-        config = configs.attend_config(gpu, k.bits, v.bits, step.D, keys.group, N, bulk, step.heads)
+        config = configs.attend_config(gpu, k, v, step.D, keys.group, N, bulk, step.heads)
 
     # columns that rows do not need take other groups of keys
     spread = 1
@@ -178,7 +188,8 @@ def attend_plan(
 
     # few shares: a program merges whole rows; many: there are few rows, so programs share each
     few = splits <= FEW_SPLITS
-    channels = values.padded if few else 32
+    rotated = bulk and bool(v.rotation)
+    channels = values.padded if few or rotated else 32
     return AttendPlan(
         keys=keys,
         values=values,
@@ -204,7 +215,8 @@ def attend_plan(
         merge_blocks=-(-step.Dv // channels),
         merge_splits=next_power_of_2(splits),
         merge_chunk=min(32, next_power_of_2(splits)),
-        merge_warps=1 if few else 4,
+        merge_warps=1 if few else 8 if rotated else 4,
+        merge_rotated=rotated,
     )
 
 
