@@ -24,7 +24,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, allocate, shapes
 from kvmix_kernels.cpu import attention as cpu_attention
 from kvmix_kernels.errors import CapacityError
-from kvmix_kernels.layout import BYTE_SCALES, TensorFormat
+from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import attention, storage
 
 NAMESPACE = "kvmix"
@@ -202,24 +202,11 @@ def _takes_float64(args: Sequence[object]) -> bool:
     return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 
-def _have_kernels(args: Sequence[object]) -> bool:
-    """Whether the Triton kernels know all formats among an op's arguments; says so once if not."""
-    formats = [TensorFormat.decode(a) for a in args if isinstance(a, list) and a and isinstance(a[0], int)]
-    unknown = [fmt for fmt in formats if len(fmt.tiers) > 1 or fmt.rotation or fmt.scale_dtype == BYTE_SCALES]
-    if unknown:
-        warnings.warn(
-            f"no GPU kernel for {unknown[0].label} bits with tiers, rotation or byte scales yet: packed "
-            "caches in such a format take the slow reference",
-            stacklevel=3,
-        )
-    return not unknown
-
-
 def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., object]:
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
-        if not _USE_TRITON or _takes_float64(args) or not _have_kernels(args):
+        if not _USE_TRITON or _takes_float64(args):
             return reference(*args)
         implementation = _cuda.get(name)
         if implementation is None:

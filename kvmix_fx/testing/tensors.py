@@ -77,9 +77,7 @@ def extras(head_dim: int, axis: str, tiers: bool = True) -> st.SearchStrategy[di
     """Arguments of `make_format` that only some formats have: rotation, symmetric codes, tiers, a narrowed range."""
     span = st.sampled_from((None, 80))
     if axis == "token":
-        return st.fixed_dictionaries(
-            {"rotation": st.just(True), "symmetric": st.booleans(), "span": span}
-        )
+        return st.fixed_dictionaries({"rotation": st.just(True), "symmetric": st.booleans(), "span": span})
     if not tiers:
         return st.fixed_dictionaries({"span": span})
     counts = st.sampled_from(tier_counts(head_dim))

@@ -103,7 +103,9 @@ def attend(
     early = starts_early(query)
     partial = torch.empty(heads * plan.splits * N * Dv, dtype=torch.float32, device=query.device)
     stats = torch.empty(heads * plan.splits * 2 * N, dtype=torch.float32, device=query.device)
-    offsets = torch.empty(heads * plan.bulk_splits * plan.room * N, dtype=torch.float32, device=query.device)
+    offsets = torch.empty(
+        heads * plan.bulk_splits * plan.scratch * N, dtype=torch.float32, device=query.device
+    )
     with device_of(query):
         attend_kernel[(heads * plan.splits,)](
             query, new_k, new_v, *pointers(k), *pointers(v),
@@ -112,7 +114,7 @@ def attend(
             offsets, partial, stats,
             *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3], *strides(k), *strides(v), *seen.strides,
             Hkv, rows, Lq, length, new_count,
-            *_places(k), *_places(v), plan.bulk_splits, plan.splits, plan.column_blocks, plan.room,
+            *_places(k), *_places(v), plan.bulk_splits, plan.splits, plan.column_blocks, plan.scratch,
             scale * unit, softcap * unit,
             BULK=plan.bulk, ON_DEVICE=start is not None, NEW=has_new,
             MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=softcap > 0,

@@ -71,7 +71,8 @@ class AttendPlan(NamedTuple):
     keys, values: how they are stored; columns, column_blocks: query rows of a program, and programs that share
     a head's; tokens, spread, stages: of a step of the bulk, and how many groups it takes beside each other;
     bulk_splits, splits: shares of a head's tokens, those of the bulk and all; part, room: offsets that are
-    made at a time, and that a share has room for; v_align: what rows of values begin at multiples of; rest_*: of
+    made at a time, and that a share has room for; scratch: rows of as many numbers as columns that a share has,
+    of offsets and then of queries in order; v_align: what rows of values begin at multiples of; rest_*: of
     the other tokens; warps, registers: of `attend_kernel`; merge_*: of `combine_kernel`.
     """
 
@@ -87,6 +88,7 @@ class AttendPlan(NamedTuple):
     splits: int
     part: int
     room: int
+    scratch: int
     v_align: int
     exact_half: bool
     rest_packed: bool
@@ -203,6 +205,7 @@ def attend_plan(
         splits=splits,
         part=part,
         room=room,
+        scratch=room + (step.D if bulk and keys.turned == ORDERED else 0),
         v_align=math.gcd(keys.group, k.sink - v.sink),
         exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
         rest_packed=rest_packed,

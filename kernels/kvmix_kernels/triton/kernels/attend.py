@@ -66,12 +66,8 @@ def attend_kernel(
     partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N]. EARLY: once all
     programs have started, `combine_kernel` may take its place beside them.
     """
-    K: tl.constexpr = Form(
-        K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED
-    )
-    V: tl.constexpr = Form(
-        V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED
-    )
+    K: tl.constexpr = Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED)
+    V: tl.constexpr = Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED)
     S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED)
     P: tl.constexpr = Steps(
         BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE
@@ -146,7 +142,7 @@ def attend_kernel(
                 begin = bulk_begin + first * K_GROUP
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
                 attend_bulk(
-                    query_ptr, k, v, mask, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
+                    query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + (room - D) * N, partial_ptr, stats_ptr,
                     begin, begin - k_sink, begin - v_sink, groups, scale, cap, K, V, S, N, P,
                 )  # fmt: skip
 

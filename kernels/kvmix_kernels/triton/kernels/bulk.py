@@ -29,6 +29,7 @@ from kvmix_kernels.triton.kernels.fields import (
     fold_copies,
     fold_fields,
     fold_width,
+    four_steps,
     is_cut,
     middle,
     narrow_step,
@@ -132,14 +133,25 @@ def _add_scores(
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, D)
     WIDTH: tl.constexpr = fold_width(OWN, D)
-    column = tl.arange(0, WIDTH)
+    # bytes are loaded by fours: as small as they are, they would not be copied asynchronously
+    FOURS: tl.constexpr = step_ptr.dtype.element_ty == tl.uint8 and CHANNELS % 4 == 0
+    if FOURS:
+        column = tl.arange(0, WIDTH // 4) * 4
+    else:
+        column = tl.arange(0, WIDTH)
     step_ptr += column[:, None]
     for f in tl.static_range(fold_fields(OWN, D)):
+        at = step_ptr + f * CHANNELS
+        if FOURS:
+            at = at.to(tl.pointer_type(tl.int32), bitcast=True)
         if CHANNELS == WIDTH:
-            step = tl.load(step_ptr + f * CHANNELS)
+            step = tl.load(at)
         else:
-            step = tl.load(step_ptr + f * CHANNELS, mask=(column < CHANNELS)[:, None], other=0)
-        step = narrow_step(step)
+            step = tl.load(at, mask=(column < CHANNELS)[:, None], other=0)
+        if FOURS:
+            step = four_steps(step, PORTABLE)
+        else:
+            step = narrow_step(step)
         if step.dtype != tl.float16:
             step = (step.to(tl.float32) * unit).to(tl.float16)
         score = tl.dot(field(words[0], words[1], f, OWN, D, PORTABLE), queries[f] * step, score)
@@ -193,7 +205,9 @@ def _sweep(
         k_shifts = k_shifts + (_load_shifts(shifts_ptr, K, d, False),)
     v_shifts = ()
     for d in tl.static_range(VD):
-        v_shifts = v_shifts + (_load_shifts(shifts_ptr + shifts_first(K.BITS, K.KEPT, K.HIGH, KD), V, d, True),)
+        v_shifts = v_shifts + (
+            _load_shifts(shifts_ptr + shifts_first(K.BITS, K.KEPT, K.HIGH, KD), V, d, True),
+        )
 
     for i in tl.range(0, steps, num_stages=STAGES):
         step_group = begin + i // STEPS * SLOTS
@@ -252,7 +266,11 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         for g in tl.static_range(VG):
-            v_step = narrow_step(tl.load(v.scale + v_row * VG + g))
+            if VG == 1 and v.scale.dtype.element_ty == tl.uint8:
+                four = v.scale + v_first + tl.arange(0, TOKENS // 4) * 4
+                v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
+            else:
+                v_step = narrow_step(tl.load(v.scale + v_row * VG + g))
             if V.SYMMETRIC:
                 v_zero = v_step.to(tl.float32)
             else:
@@ -272,27 +290,33 @@ def _sweep(
 
 
 @triton.jit
-def _load_query(query_ptr, order_ptr, first, channel, channel_ok, column_ok, X: tl.constexpr):
-    """Channels `first` + `channel` of the queries as they are packed, in float32, [channels, columns]."""
-    at = first + channel
-    if X.TURNED == ORDERED:
-        at = tl.load(order_ptr + at, mask=channel_ok, other=0)
-    ok = column_ok[None, :] & channel_ok[:, None]
-    if X.TURNED == ORDERED:
-        return tl.load(query_ptr[None, :] + at[:, None], mask=ok, other=0.0).to(tl.float32)
-    return tl.load(query_ptr[None, :] + first + channel[:, None], mask=ok, other=0.0).to(tl.float32)
+def _in_order(query_ptr, order_ptr, gathered_ptr, column_ok, N: tl.constexpr, X: tl.constexpr):
+    """Copy queries to `gathered_ptr` with their channels in the order in which they are packed; pointers to the copies.
+
+    In registers, channels from everywhere would spoil the layout in which queries and scales are multiplied.
+    """
+    channel = tl.arange(0, X.DP)
+    column = tl.arange(0, N)
+    channel_ok = (channel < X.D)[:, None]
+    at = tl.load(order_ptr + channel, mask=channel < X.D, other=0)
+    q = tl.load(query_ptr[None, :] + at[:, None], mask=channel_ok & column_ok[None, :], other=0.0)
+    gathered = gathered_ptr + column * X.D
+    tl.store(gathered[None, :] + channel[:, None], q.to(tl.float32), mask=channel_ok)
+    tl.debug_barrier()
+    return gathered
 
 
 @triton.jit
-def _queries(query_ptr, order_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
+def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
     """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, D)
     channel = tl.arange(0, fold_width(OWN, D))
+    ok = column_ok[None, :] & (channel < CHANNELS)[:, None]
     found = ()
     for f in tl.static_range(fold_fields(OWN, D)):
-        q = _load_query(query_ptr, order_ptr, f * CHANNELS, channel, channel < CHANNELS, column_ok, X)
+        q = tl.load(query_ptr[None, :] + f * CHANNELS + channel[:, None], mask=ok, other=0.0).to(tl.float32)
         factor = field_factor(OWN, D, f) * digit_factor(X.BITS, DIGIT)
         found = found + ((q * shrink[None, :] * factor).to(tl.float16),)
     return found
@@ -336,12 +360,12 @@ def _store_digit(
 
 @triton.jit
 def attend_bulk(
-    query_ptr, k, v, mask, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, first_position, first_k_row, first_v_row,
-    groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    query_ptr, k, v, mask, shifts_ptr, offset_ptr, gathered_ptr, partial_ptr, stats_ptr, first_position, first_k_row,
+    first_v_row, groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed tokens: `groups` groups of keys; at `offset_ptr` is room for N numbers of each.
 
-    `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
+    At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
     """
     # channels that are looked at together before the loop: as many as a field of the lowest digit has
     KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
@@ -353,6 +377,9 @@ def attend_bulk(
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // K.GROUP * K.GROUP
     first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
+
+    if K.TURNED == ORDERED:
+        query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
 
     k_column = tl.arange(0, KW)
     k_column_ok = k_column < KC
@@ -367,7 +394,11 @@ def attend_bulk(
         group = part + tl.arange(0, P.PART)
         offsets = tl.zeros([P.PART, N], tl.float32)
         for f in tl.static_range(K.D // KC):
-            q = _load_query(query_ptr, k.order, f * KC, k_column, k_column_ok, mask.column_ok, K)
+            q = tl.load(
+                query_ptr[None, :] + f * KC + k_column[:, None],
+                mask=mask.column_ok[None, :] & k_column_ok[:, None],
+                other=0.0,
+            ).to(tl.float32)
             largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
             at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
             at_ok = (group < groups)[:, None] & k_column_ok[None, :]
@@ -401,7 +432,7 @@ def attend_bulk(
     shrink = k_peak / largest
     queries = ()
     for d in tl.static_range(KD):
-        queries = queries + (_queries(query_ptr, k.order, mask.column_ok, shrink, K, d),)
+        queries = queries + (_queries(query_ptr, mask.column_ok, shrink, K, d),)
     # undoes 2**-24 of the subnormals and the peak
     restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)
     if not K_HALF:

@@ -47,6 +47,7 @@ cut_column = constexpr_function(layout.cut_column)
 _plane_words = constexpr_function(layout.plane_words)
 _copies = constexpr_function(layout.fold_copies)
 _digits = constexpr_function(layout.digits)
+_hadamard_block = constexpr_function(layout.hadamard_block)
 
 
 @constexpr_function
@@ -393,16 +394,47 @@ def codes(qdata_ptr, row, channel, ok, X: tl.constexpr):
 def narrow_step(stored):
     """Scales as they are stored, as the narrowest float that holds them: a byte is the upper bits of a float16."""
     if stored.dtype == tl.uint8:
-        return (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True)
-    return stored
+        step = (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+    else:
+        step = stored
+    return step
+
+
+@triton.jit
+def four_steps(word, PORTABLE: tl.constexpr):
+    """Scales of a byte, as float16, from 32-bit words of four: [n, ...] to [4 n, ...]."""
+    if PORTABLE:
+        a = ((word & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        b = (((word >> 8) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        c = (((word >> 16) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        d = (((word >> 24) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{ .reg .b32 t;
+            prmt.b32 t, $4, 0, 0x4140; shl.b32 t, t, 7; mov.b32 {$0, $1}, t;
+            prmt.b32 t, $4, 0, 0x4342; shl.b32 t, t, 7; mov.b32 {$2, $3}, t; }""",
+            "=h,=h,=h,=h,r",
+            [word],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=1,
+        )
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    if len(word.shape) == 2:
+        four = tl.reshape(tl.permute(four, (0, 2, 3, 1)), [4 * word.shape[0], word.shape[1]])
+    else:
+        four = tl.reshape(four, [4 * word.shape[0]])
+    return four
 
 
 @triton.jit
 def as_offset(stored, step):
     """Offsets as they are stored beside scales `step`, as float32: bytes count quarters of the scale."""
     if stored.dtype == tl.int8:
-        return step * (stored.to(tl.float32) * 0.25)
-    return stored.to(tl.float32)
+        offset = step * (stored.to(tl.float32) * 0.25)
+    else:
+        offset = stored.to(tl.float32)
+    return offset
 
 
 @constexpr_function
@@ -473,13 +505,13 @@ def stored_values(
 @constexpr_function
 def turns(head_dim):
     """Steps of `rotate`."""
-    return layout.hadamard_block(head_dim).bit_length() - 1
+    return _hadamard_block(head_dim).bit_length() - 1
 
 
 @constexpr_function
 def turn_scale(head_dim):
     """What makes the matrix orthonormal."""
-    return layout.hadamard_block(head_dim) ** -0.5
+    return _hadamard_block(head_dim) ** -0.5
 
 
 @triton.jit

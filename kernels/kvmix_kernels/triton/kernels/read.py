@@ -42,9 +42,7 @@ def dequantize_kernel(
     )  # fmt: skip
     places = Places(live, packed_end_of(live, tile, sink, window), sink, ring)
     ok = (position < live) & (channel < D)
-    value = stored_values(
-        x, residual_ptr, 0, position, channel, ok, places, X, False, TURNED == 0, DTYPE
-    )
+    value = stored_values(x, residual_ptr, 0, position, channel, ok, places, X, False, TURNED == 0, DTYPE)
     out_ptr += at * length * D + position * D
     out_ok = (position < length) & (channel < D)
     if TURNED != 0:

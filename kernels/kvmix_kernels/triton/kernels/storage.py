@@ -111,15 +111,15 @@ def _as_bytes(step, low, SYMMETRIC: tl.constexpr):
     byte = (bits + 0x3F + ((bits >> 7) & 1)) >> 7
     least = _half_bits(_product(tl.abs(low), 4 / 127))
     byte = tl.minimum(tl.maximum(byte, (least + 0x7F) >> 7), LARGEST_BYTE)
-    if SYMMETRIC:
-        return byte, byte
-    wide = narrow_step(byte.to(tl.uint8)).to(tl.float32)
-    quarters = tl.div_rn(low * 4, tl.where(byte > 0, wide, 1.0))
-    quarters = tl.where(
-        byte > 0, quarters, tl.where(low > 0, 127.0, tl.where(low < 0, -128.0, tl.zeros_like(low)))
-    )
-    quarters = tl.minimum(tl.maximum(quarters, -128.0), 127.0)
-    zero = (quarters + SIGNED_ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000
+    zero = byte
+    if not SYMMETRIC:
+        wide = narrow_step(byte.to(tl.uint8)).to(tl.float32)
+        quarters = tl.div_rn(low * 4, tl.where(byte > 0, wide, 1.0))
+        quarters = tl.where(
+            byte > 0, quarters, tl.where(low > 0, 127.0, tl.where(low < 0, -128.0, tl.zeros_like(low)))
+        )
+        quarters = tl.minimum(tl.maximum(quarters, -128.0), 127.0)
+        zero = (quarters + SIGNED_ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000
     return byte, zero
 
 
@@ -152,8 +152,10 @@ def _numbers(scale, zero, X: tl.constexpr):
     step = narrow_step(scale).to(tl.float32)
     if X.SYMMETRIC:
         # no plain product: it might be contracted with a subtraction
-        return step, _product(step, -middle(X.BITS))
-    return step, as_offset(zero, step)
+        offset = _product(step, -middle(X.BITS))
+    else:
+        offset = as_offset(zero, step)
+    return step, offset
 
 
 @triton.jit
@@ -335,7 +337,19 @@ def _store_words(qdata_ptr, codes, row, word, row_ok, word_ok, P: tl.constexpr):
 
 
 @triton.jit
-def _load_rotated(new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok, P: tl.constexpr, FROM_RING: tl.constexpr):
+def _load_rotated(
+    new_ptr,
+    new_stride,
+    ring_ptr,
+    at,
+    fresh_from,
+    first,
+    ring,
+    word,
+    word_ok,
+    P: tl.constexpr,
+    FROM_RING: tl.constexpr,
+):
     """What `_load_tokens` loads, field by field, after rotation; what is not finite counts as 0."""
     D: tl.constexpr = P.X.D
     fields = ()
