@@ -167,7 +167,9 @@ def attend_plan(
         bulk_splits = max(1, fitting, -(-groups // config.max_groups))
         # of a share, which has room for the offsets of as many groups
         share = -(-groups // bulk_splits)
-        most = MAX_PART * config.warps * 128 // next_power_of_2(max(128, step.D))
+        # scales of a byte take registers where they become numbers
+        largest = MIN_PART if k.scale_dtype == layout.BYTE_SCALES else MAX_PART
+        most = largest * config.warps * 128 // next_power_of_2(max(128, step.D))
         part = max(MIN_PART, min(next_power_of_2(share), most))
         room = -(-share // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and

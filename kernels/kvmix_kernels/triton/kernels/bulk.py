@@ -31,11 +31,14 @@ from kvmix_kernels.triton.kernels.fields import (
     fold_width,
     four_steps,
     is_cut,
+    merged_field,
+    merges,
     middle,
     narrow_step,
     next_power_of_2,
     plane_words,
     shifts_first,
+    summed_digits,
     top_digit,
     word_at,
     words_per_token,
@@ -126,10 +129,14 @@ def _fold_digit(words, shifts, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: t
 
 @triton.jit
 def _add_scores(
-    score, words, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
+    score, words, above, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
 ):
-    """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale."""
+    """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale.
+
+    `above`: words of the digit above it, if they merge.
+    """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    MERGED: tl.constexpr = fold_fields(OWN, X.HIGH) if merges(X.BITS, X.KEPT, X.HIGH) else 0
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, D)
     WIDTH: tl.constexpr = fold_width(OWN, D)
@@ -154,7 +161,11 @@ def _add_scores(
             step = narrow_step(step)
         if step.dtype != tl.float16:
             step = (step.to(tl.float32) * unit).to(tl.float16)
-        score = tl.dot(field(words[0], words[1], f, OWN, D, PORTABLE), queries[f] * step, score)
+        if f < MERGED:
+            code = merged_field(words[0], above[0], f, X.KEPT, X.HIGH, PORTABLE)
+        else:
+            code = field(words[0], words[1], f, OWN, D, PORTABLE)
+        score = tl.dot(code, queries[f] * step, score)
     return score
 
 
@@ -230,9 +241,13 @@ def _sweep(
 
         # scores
         score = tl.zeros([TOKENS, N], tl.float32)
+        folded = ()
         for d in tl.static_range(KD):
-            folded = _fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE)
-            score = _add_scores(score, folded, queries[d], step_ptr, k_unit, K, d, P.PORTABLE)
+            folded = folded + (_fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE),)
+        for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
+            score = _add_scores(
+                score, folded[d], folded[KD - 1], queries[d], step_ptr, k_unit, K, d, P.PORTABLE
+            )
         if SPREAD > 1:
             offset = tl.load(offset_ptr + own_group * N + column)
         else:
@@ -300,8 +315,8 @@ def _in_order(query_ptr, order_ptr, gathered_ptr, column_ok, N: tl.constexpr, X:
     channel_ok = (channel < X.D)[:, None]
     at = tl.load(order_ptr + channel, mask=channel < X.D, other=0)
     q = tl.load(query_ptr[None, :] + at[:, None], mask=channel_ok & column_ok[None, :], other=0.0)
-    gathered = gathered_ptr + column * X.D
-    tl.store(gathered[None, :] + channel[:, None], q.to(tl.float32), mask=channel_ok)
+    gathered = gathered_ptr.to(tl.pointer_type(q.dtype), bitcast=True) + column * X.D
+    tl.store(gathered[None, :] + channel[:, None], q, mask=channel_ok)
     tl.debug_barrier()
     return gathered
 
@@ -431,7 +446,7 @@ def attend_bulk(
     v_peak = tl.minimum(PEAK * v_unit, PEAK) if V_HALF else PEAK
     shrink = k_peak / largest
     queries = ()
-    for d in tl.static_range(KD):
+    for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
         queries = queries + (_queries(query_ptr, mask.column_ok, shrink, K, d),)
     # undoes 2**-24 of the subnormals and the peak
     restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)

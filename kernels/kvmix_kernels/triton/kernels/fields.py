@@ -257,6 +257,43 @@ def _field_asm(bits, head_dim, field):
 
 
 @constexpr_function
+def merges(bits, kept, high):
+    """Whether the digits of tiers can be read as one: fields of both have the same channels, as far as there are high ones."""
+    if bits != layout.TIERED:
+        return False
+    channels = fold_channels(2, kept)
+    # the bits of both, above each other, must be where a subnormal has them
+    last = 2 * _copies(2, kept) * (high // channels - 1)
+    return fold_channels(2, high) == channels and high % channels == 0 and last + 4 <= 10
+
+
+@constexpr_function
+def summed_digits(bits, kept, high):
+    """Digits that products are summed up of one by one."""
+    return 1 if merges(bits, kept, high) else digit_count(bits)
+
+
+@constexpr_function
+def _high_shift(kept, high, field):
+    """How far the folded words of the high digit are shifted right for a field to lie above the low digit's."""
+    return 2 * field * (_copies(2, high) - _copies(2, kept)) - 2
+
+
+@constexpr_function
+def _high_mask(kept, field):
+    return 3 << (2 * field * _copies(2, kept) + 2)
+
+
+@constexpr_function
+def _merged_asm(kept, high, field):
+    """PTX for registers of two tokens' words of the low digit ($1) and the high one ($2)."""
+    shift = _shift_asm("t", "$2", _high_shift(kept, high, field))
+    low, above = _both_halves(_field_mask(2, kept, field)), _both_halves(_high_mask(kept, field))
+    # the table 0xea is "first and second, or third"
+    return f"{{ .reg .b32 t; {shift} and.b32 t, t, {above}; lop3.b32 $0, $1, {low}, t, 0xea; }}"
+
+
+@constexpr_function
 def shifts_first(bits, kept, high, digit):
     """Where the rows of a digit begin in the table of `fold_shifts`; behind the last digit, its size."""
     return sum(
@@ -330,6 +367,26 @@ def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, P
 
 
 @triton.jit
+def merged_field(
+    word, above, FIELD: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """`field` of both digits of tiers at once, where they merge: `above` are folded words of the high one."""
+    if PORTABLE:
+        SHIFT: tl.constexpr = _high_shift(KEPT, HIGH, FIELD)
+        if SHIFT > 0:
+            above = above >> SHIFT
+        else:
+            above = above << -SHIFT
+        both = (word & _field_mask(2, KEPT, FIELD)) | (above & _high_mask(KEPT, FIELD))
+        code = both.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        code = tl.inline_asm_elementwise(
+            _merged_asm(KEPT, HIGH, FIELD), "=r,r,r", [word, above], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return code
+
+
+@triton.jit
 def word_at(
     row, BITS: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PLANE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -338,7 +395,11 @@ def word_at(
     WORDS: tl.constexpr = code_words(BITS, KEPT, HIGH, PLANE)
     if TOTAL == WORDS:
         return row * TOTAL
-    return row * WORDS + (row & -BLOCK) * (TOTAL - WORDS) + BLOCK * plane_first(BITS, KEPT, HIGH, PLANE)
+    first = row & -BLOCK
+    if (TOTAL - WORDS) % 8 != 0:
+        # tells the compiler that rows of the other planes are aligned for copies of 16 bytes
+        first = row // BLOCK * BLOCK
+    return row * WORDS + first * (TOTAL - WORDS) + BLOCK * plane_first(BITS, KEPT, HIGH, PLANE)
 
 
 @triton.jit
