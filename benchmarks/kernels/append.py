@@ -24,7 +24,7 @@ from kvmix_kernels.triton import attention, storage
 from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time, nbytes, random_cache
 
 CASES = ("b64 h8x4 n8192 d128", "b16 h32x1 n4096 d128", "b1 h8x4 n131072 d128", "b1 h8x4 n8192 d128")
-PROVIDERS = ("k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128")
+PROVIDERS = ("k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128", "tiers 25/75 w128")
 PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 
 

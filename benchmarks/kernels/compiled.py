@@ -20,7 +20,7 @@ import torch
 
 _POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16",
-    torch.uint8: "*u8", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 

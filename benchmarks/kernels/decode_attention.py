@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_fx.plan import LayerPlan
+from kvmix_fx.plan.text import LayerText, parse_layer
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.triton import attention, configs
@@ -46,6 +47,7 @@ PROVIDERS = (
     "k3v4 g128", "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32",
     "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
     "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded", "k2v2 g128 capped", "k4v4 g128 capped",
+    "tiers 25/75", "tiers 50/50", "tiers 25/50/25", "tiers 25/75 g32", "tiers 25/75 w128", "tiers 25/75 padded",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -58,14 +60,32 @@ SOFTCAP = 50.0
 """Gemma 2's."""
 MASKS = ("padded", "added")
 """Words of a provider's name that say how attention is masked."""
+TIERS = "tiers"
+"""First word of providers whose keys have tiers of channels, such as "tiers 25/75 w128"."""
 CAPPED = "capped"
 """Another: its scores are."""
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Formats of "k2v2 g64 w128": bits, group of keys and values, recent window (default 0)."""
-    text = " ".join(word for word in provider.split() if word not in (*MASKS, CAPPED))
+    """Formats of "k2v2 g64 w128" (bits, group of keys and values, recent window, by default 0) or "tiers 25/75"."""
+    words = [word for word in provider.split() if word not in (*MASKS, CAPPED)]
+    text = " ".join(words)
+    if words[0] == TIERS:
+        return _tiered(words[1], parse_layer(" ".join(["k4v2", *words[2:]])), head_dim)
     return LayerPlan.parse(text, head_dim, window=0, tile=128).formats(head_dim)
+
+
+def _tiered(shares: str, more: LayerText, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
+    """Keys with so many percent of their channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
+    window = more.window or 0
+    channels = [head_dim * int(share) // 100 for share in shares.split("/")]
+    keys = make_format(
+        4, "channel", more.group_size or 128, 128, 0, window, "byte",
+        tiers=tuple(zip((4, 2, 0), channels, strict=False)), order="prompt",
+    )  # fmt: skip
+    return keys, make_format(
+        2, "token", layout.WHOLE_HEAD, 128, 0, window, "byte", symmetric=True, rotation=True
+    )
 
 
 def inputs(case: Case, provider: str) -> list[object]:
@@ -102,7 +122,7 @@ def _row(a: object, b: int) -> object:
     """Sequence `b` of an argument of the op."""
     if isinstance(a, tuple):
         return tuple(_row(x, b) for x in a)
-    return a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() == 4 else a
+    return a[b : b + 1] if isinstance(a, torch.Tensor) and a.dim() >= 3 else a
 
 
 def error(args: list[object]) -> float:
@@ -175,7 +195,7 @@ def compile_only(cases: Iterable[str], providers: Iterable[str]) -> int:
         for config in RAW_CONFIGS:
             attention.attend(*raw, config=config)
         for provider in providers:
-            if int(provider.split()[1][1:]) <= case.tokens:
+            if formats(provider, case.head_dim)[0].group_size <= case.tokens:
                 wrong |= not error(inputs(case, provider)) < LIMIT
     return wrong
 
@@ -208,7 +228,7 @@ def main() -> int:
                 copy_share=full / timing.median / bandwidth,
             )  # fmt: skip
         for provider in options.provider or PROVIDERS:
-            if int(provider.split()[1][1:]) > case.tokens:
+            if formats(provider, case.head_dim)[0].group_size > case.tokens:
                 continue
             result = measure(case, provider)
             torch.cuda.empty_cache()

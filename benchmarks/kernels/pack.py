@@ -20,7 +20,7 @@ from kvmix_kernels.triton import storage
 from kvmix_kernels.triton.timing import graph_time
 
 SHAPES = ((16, 8, 8192, 128), (1, 8, 131072, 128), (64, 8, 2048, 64), (16, 4, 8192, 256))
-PROVIDERS = ("k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32")
+PROVIDERS = ("k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32", "tiers 25/75", "tiers 25/50/25")
 
 
 def main() -> int:

@@ -65,6 +65,23 @@ class Cached(NamedTuple):
         """Which channel each packed one is, int32 [B, H, D]; None without tiers."""
         return self.tensors[4] if self.format.order else None
 
+    def take_order(self, hint: Tensor | None) -> None:
+        """Copy the plan's order of channels, [H, D] or [B, H, D], if the format has one.
+
+        Raises:
+            FormatError: it is missing, or is none of this head.
+        """
+        if self.format.order != layout.ORDER_PLAN or self.order is None:
+            return
+        heads, head_dim = self.order.shape[1:]
+        if hint is None or hint.shape[-2:] != (heads, head_dim):
+            found = None if hint is None else list(hint.shape)
+            raise FormatError(
+                f"this format packs channels in the plan's order, which has to be given as [{heads}, "
+                f'{head_dim}], got {found}: take the order from a profile of this model, or order="prompt"'
+            )
+        self.order.copy_(hint)
+
     @property
     def head_dim(self) -> int:
         """D."""

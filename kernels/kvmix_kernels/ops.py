@@ -23,7 +23,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, allocate, shapes
 from kvmix_kernels.cpu import attention as cpu_attention
-from kvmix_kernels.errors import CapacityError, FormatError
+from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import attention, storage
 
@@ -68,21 +68,10 @@ def _quantize_pack(
     B, H, L, D = x.shape
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     cached = allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
-    if fmt.order == layout.ORDER_PLAN and cached.order is not None:
-        cached.order.copy_(_checked_order(hint, H, D))
+    cached.take_order(hint)
     query = hint if fmt.order == layout.ORDER_PROMPT else None
     storage.append(cached, x, storage.valid_tokens(mask, B), 0, query)
     return list(cached.tensors)
-
-
-def _checked_order(order: Tensor | None, heads: int, head_dim: int) -> Tensor:
-    if order is None or order.shape[-2:] != (heads, head_dim):
-        found = None if order is None else list(order.shape)
-        raise FormatError(
-            f"this format packs channels in the plan's order, which has to be given as [{heads}, "
-            f'{head_dim}], got {found}: take the order from a profile of this model, or order="prompt"'
-        )
-    return order
 
 
 def _append_(

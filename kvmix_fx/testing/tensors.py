@@ -57,29 +57,36 @@ def formats(
             sizes = [g for g in range(16, head_dim + 1, 16) if head_dim % g == 0]
             group = draw(st.sampled_from((*sizes, layout.WHOLE_HEAD)))
             tile = draw(st.sampled_from((1, 7, 32)))
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"bits": width}
         if not plain and width != layout.RAW_BITS and draw(st.booleans()):
-            more = {"span": draw(st.sampled_from((None, 80)))}
-            if axis == "token":
-                more |= {"rotation": True, "symmetric": draw(st.booleans())}
-            elif 4 in bits:
-                width, counts = 4, draw(st.sampled_from(_tier_counts(head_dim)))
-                more |= {"tiers": counts, "order": "prompt"}
+            more |= draw(extras(head_dim, axis, 4 in bits))
         return layout.make_format(
-            width,
-            axis,
-            group,
-            tile,
-            draw(st.sampled_from((0, 1, 4))),
-            draw(st.sampled_from((0, 1, 5, 32))),
-            draw(st.sampled_from(layout.FLOAT_SCALES if plain else layout.SCALE_DTYPES)),
+            axis=axis,
+            group_size=group,
+            tile=tile,
+            sink=draw(st.sampled_from((0, 1, 4))),
+            window=draw(st.sampled_from((0, 1, 5, 32))),
+            scale_dtype=draw(st.sampled_from(layout.FLOAT_SCALES if plain else layout.SCALE_DTYPES)),
             **more,
         )
 
     return draw_format()
 
 
-def _tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
+def extras(head_dim: int, axis: str, tiers: bool = True) -> st.SearchStrategy[dict[str, Any]]:
+    """Arguments of `make_format` that only some formats have: rotation, symmetric codes, tiers, a narrowed range."""
+    span = st.sampled_from((None, 80))
+    if axis == "token":
+        return st.fixed_dictionaries({"rotation": st.just(True), "symmetric": st.booleans(), "span": span})
+    if not tiers:
+        return st.fixed_dictionaries({"span": span})
+    counts = st.sampled_from(tier_counts(head_dim))
+    return st.fixed_dictionaries(
+        {"bits": st.just(4), "tiers": counts, "order": st.just("prompt"), "span": span}
+    )
+
+
+def tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
     """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped channels."""
     found: list[tuple[tuple[int, int], ...]] = []
     for high in {8, head_dim // 4 // 8 * 8, head_dim // 2 // 8 * 8} - {0}:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     # before the kernels are imported: afterwards it has no effect
     os.environ["TRITON_INTERPRET"] = "1"
 
+from kvmix_fx.testing.tensors import extras
 from kvmix_kernels import layout, ops
 from kvmix_kernels import triton as kernels
 from kvmix_kernels.cached import Cached, allocate
@@ -63,11 +64,13 @@ def filled(
     spread: float,
     g: torch.Generator,
 ) -> Cached:
-    """A cache of L random tokens whose channels differ in size by up to 2**spread."""
+    """A cache of L random tokens whose channels differ in size by up to 2**spread; their order is random."""
     x = torch.randn(B, H, L, D, generator=g) * torch.exp2(spread * torch.rand(D, generator=g) - spread / 2)
     cache = allocate(
         B, H, D, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity), fmt, dtype, DEVICE
     )
+    if cache.order is not None:
+        cache.order.copy_(torch.rand(B, H, D, generator=g).argsort(2))
     storage.append(cache, x.to(dtype).to(DEVICE), None, 0)
     return cache
 
@@ -179,8 +182,21 @@ def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.Data
             tile = data.draw(st.sampled_from((16, 64)))
         if data.draw(st.booleans()):
             sink, window = data.draw(st.sampled_from((0, 3, 20))), data.draw(st.sampled_from((0, 7, 64)))
-        scale_dtype = data.draw(st.sampled_from(layout.FLOAT_SCALES))
-        formats.append(make_format(bits, axis, group, tile, sink, window, scale_dtype))
+        more = {"bits": bits}
+        if bits != layout.RAW_BITS and data.draw(st.booleans()):
+            more |= data.draw(extras(size, axis))
+        scale_dtype = data.draw(st.sampled_from(layout.SCALE_DTYPES))
+        formats.append(
+            make_format(
+                axis=axis,
+                group_size=group,
+                tile=tile,
+                sink=sink,
+                window=window,
+                scale_dtype=scale_dtype,
+                **more,
+            )
+        )
     new = data.draw(st.booleans())
     check(
         *formats,
@@ -207,9 +223,24 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
     D = data.draw(st.sampled_from((64, 128) if not ON_GPU else (64, 80, 96, 128, 256)))
     group = data.draw(st.sampled_from((32, 64, 128) if ON_GPU else (32, 64)))
     sink, window = data.draw(st.sampled_from((0, 4))), data.draw(st.sampled_from((0, 32)))
-    k = make_format(data.draw(st.sampled_from(layout.WIDTHS)), "channel", group, 2 * group, sink, window)
-    v_group = data.draw(st.sampled_from([n for n in (32, 64) if D % n == 0] + [0]))
-    v = make_format(data.draw(st.sampled_from(layout.WIDTHS)), "token", v_group, 2 * group, sink, window)
+    both = []
+    for axis in ("channel", "token"):
+        size = (
+            group
+            if axis == "channel"
+            else data.draw(st.sampled_from([n for n in (32, 64) if D % n == 0] + [0]))
+        )
+        more = {"bits": data.draw(st.sampled_from(layout.WIDTHS))}
+        if data.draw(st.booleans()):
+            more |= data.draw(extras(D, axis))
+        both.append(
+            make_format(
+                axis=axis, group_size=size, tile=2 * group, sink=sink, window=window,
+                scale_dtype=data.draw(st.sampled_from(layout.SCALE_DTYPES)), **more,
+            )
+        )  # fmt: skip
+    k, v = both
+    assert has_bulk_path(k, v, D, 1)
     check(
         k,
         v,

@@ -22,14 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def launches(case: dict[str, Any]) -> list[Launch]:
     """What one case would start, on tensors without data."""
+    from benchmarks.kernels.decode_attention import formats
     from kvmix_kernels import layout
     from kvmix_kernels.cached import allocate
     from kvmix_kernels.layout import make_format
     from kvmix_kernels.triton import attention, configs, launch_plan, reading, storage
 
     D, group = case["head_dim"], case["group"]
-    k = make_format(case["bits"], "channel", group, 128, 0, 128)
-    v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
+    if isinstance(case["bits"], str):
+        k, v = formats(f"{case['bits']} g{group} w128", D)
+    else:
+        k = make_format(case["bits"], "channel", group, 128, 0, 128)
+        v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
     like = {"dtype": torch.bfloat16, "device": "meta"}
     Lq = case.get("queries", 1)
     new = torch.empty(64, 8, Lq, D, **like)
@@ -48,12 +52,12 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             patch.setattr(configs, "device_name", lambda _: case["gpu"])
             columns = min(max(8, 4 * Lq), launch_plan.MAX_BULK_COLUMNS)
             config = configs.attend_config(
-                case["gpu"], case["bits"], case["bits"], D, group, columns, True, 512
+                case["gpu"], k, v, D, group, columns, True, 512
             )
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),
-                softcap=case.get("softcap", 0.0), config=limited if case["bits"] < 16 else None,
+                softcap=case.get("softcap", 0.0), config=None if k.is_raw else limited,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:
@@ -69,8 +73,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     return found
 
 
-def case(op: str, capability: int, bits: int, head_dim: int = 128, group: int = 128, **more: object) -> Any:
-    """A parameter of the test."""
+def case(op: str, capability: int, bits: int | str, head_dim: int = 128, group: int = 128, **more: object) -> Any:
+    """A parameter of the test; `bits` of keys and values, or a provider of the benchmark with tiers."""
     values = {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
     return pytest.param(values, id=" ".join(map(str, values.values())))
 
@@ -110,6 +114,25 @@ HOPPER = "NVIDIA_H100_80GB_HBM3"
         *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
         *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
         *(case("dequantize", gpu, 3) for gpu in (80, 90, 100)),
+        *(case("attend", gpu, "tiers 25/75", gpu="default") for gpu in (80, 100)),
+        *(
+            case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=True)
+            for size in (64, 128, 256)
+        ),
+        case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True),
+        case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True),
+        case("attend", 90, "tiers 25/50/25", gpu=HOPPER, mask=True),
+        *(
+            case("append_", gpu, "tiers 25/75", head_dim=size)
+            for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
+        ),
+        case("append_", 90, "tiers 25/75", queries=64, mask=True),
+        *(
+            case("quantize_pack", gpu, "tiers 25/75", head_dim=size)
+            for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
+        ),
+        case("quantize_pack", 90, "tiers 25/50/25"),
+        case("dequantize", 90, "tiers 25/75"),
     ],
 )
 def test_kernels_compile_without_spilling(cases: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from kvmix_fx.testing.tensors import extras
 from kvmix_kernels import layout, ops
 from kvmix_kernels import triton as kernels
 from kvmix_kernels.cached import Cached, allocate
@@ -87,14 +88,17 @@ def formats(draw: st.DrawFn, head_dim: int) -> TensorFormat:
     else:
         group = draw(st.sampled_from([g for g in (16, 32) if head_dim % g == 0] + [0]))
         tile = draw(st.sampled_from((8, 24, 32)))
+    more = {"bits": bits}
+    if bits != layout.RAW_BITS and draw(st.booleans()):
+        more |= draw(extras(head_dim, axis))
     return make_format(
-        bits,
-        axis,
-        group,
-        tile,
+        axis=axis,
+        group_size=group,
+        tile=tile,
         sink=draw(st.sampled_from((0, 3))),
         window=draw(st.sampled_from((0, 5, 32))),
-        scale_dtype=draw(st.sampled_from(layout.FLOAT_SCALES)),
+        scale_dtype=draw(st.sampled_from(layout.SCALE_DTYPES)),
+        **more,
     )
 
 
@@ -116,7 +120,8 @@ def on_cpu(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def assert_same(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
-    for name, a, b in zip(layout.BUFFER_NAMES, got, expected, strict=True):
+    names = (*layout.BUFFER_NAMES, "order")[: len(expected)]
+    for name, a, b in zip(names, got, expected, strict=True):
         a = a.cpu()
         assert a.shape == b.shape, name
         assert a.dtype == b.dtype, name
@@ -138,7 +143,9 @@ def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.Data
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     x = values(data.draw(st.sampled_from(FAMILIES)), (B, L, H, D), dtype, generator).transpose(1, 2)
     mask = masks(data.draw(st.sampled_from(("none", "bool", "additive"))), B, 1, 2, L, generator)
-    args = (x, mask, fmt.encode())
+    queries = torch.randn(B, 2 * H, L, D, generator=generator).to(dtype).to(DEVICE)
+    hint = queries if data.draw(st.booleans()) else None
+    args = (x, mask, fmt.encode(), hint)
     assert_same(kernels.quantize_pack(*args), ops._quantize_pack(*on_cpu(args)))
 
 
@@ -170,13 +177,16 @@ def test_append_gives_the_bits_of_the_reference(shard: int, data: st.DataObject)
             DEVICE,
         )
         for part in cache.tensors:
-            part.fill_(-21846 if part.dtype == torch.int16 else 3.0)
+            if part.dtype != torch.int32:
+                part.fill_(-21846 if part.dtype == torch.int16 else 3)
         storage.append(cache, values(family, (B, H, before, size), dtype, generator), None, 0)
         buffers.append(cache.tensors)
         new.append(values(family, (B, H, count, size), dtype, generator))
     expected = on_cpu(tuple(buffers))
     start = torch.tensor(before, device=DEVICE) if on_device else None
-    step = (*new, mask, start, capacity if on_device else before, k.encode(), v.encode())
+    # the device's length is not asked for: an order stays what it is
+    query = None if on_device else torch.randn(B, 2, count, D, generator=generator).to(dtype).to(DEVICE)
+    step = (*new, mask, start, capacity if on_device else before, k.encode(), v.encode(), query)
     ops._append_(*expected, *on_cpu(step))
     kernels.append_(*buffers, *step)
     for got, wanted in zip(buffers, expected, strict=True):

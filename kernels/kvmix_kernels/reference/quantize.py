@@ -72,9 +72,11 @@ def quantize(
     step = high / top - low / top
     if len(fmt.tiers) > 1:
         kept = fmt.channels(D)[0]
-        finite = grouped[..., kept:].masked_fill(~usable[..., kept:], 0)
+        # summed in float64, whose order does not show
+        finite = grouped[..., kept:].masked_fill(~usable[..., kept:], 0).double()
         counted = usable[..., kept:].sum(dim, keepdim=True).clamp(min=1)
-        low = torch.cat([low[..., :kept], finite.sum(dim, keepdim=True) / counted], -1)
+        mean = finite.sum(dim, keepdim=True) / counted
+        low = torch.cat([low[..., :kept], mean.to(low.dtype)], -1)
         step = torch.cat([step[..., :kept], torch.zeros_like(step[..., kept:])], -1)
     scale, zero_point = store(step, low, fmt)
     step = load_scale(scale, fmt, dtype)

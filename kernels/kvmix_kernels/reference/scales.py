@@ -7,8 +7,6 @@ larger scale.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -56,19 +54,16 @@ def load_zero(step: Tensor, zero_point: Tensor, fmt: TensorFormat) -> Tensor:
     return step * (zero_point.to(step.dtype) / 4)
 
 
-@cache
-def _hadamard(size: int) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix / size**0.5
-
-
 def rotate(x: Tensor) -> Tensor:
     """X [..., D] times the orthonormal Hadamard matrix of Sylvester, block by block; its own inverse.
 
-    Blocks are of `layout.hadamard_block(D)` channels.
+    Blocks are of `layout.hadamard_block(D)` channels. Sums and differences of what lies 1, 2, 4, ... channels
+    apart, then one product: an order in which kernels get the same bits.
     """
     size = layout.hadamard_block(x.shape[-1])
-    matrix = _hadamard(size).to(dtype=x.dtype, device=x.device)
-    return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    turned, step = x, 1
+    while step < size:
+        first, second = turned.unflatten(-1, (-1, 2, step)).unbind(-2)
+        turned = torch.stack([first + second, first - second], -2).flatten(-3)
+        step *= 2
+    return turned * size**-0.5

@@ -55,14 +55,7 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
     per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
     step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
-    if fmt.order == layout.ORDER_PROMPT and old == 0 < new and query is not None:
-        first = _tokens(cached, x, length, fmt.sink, fmt.sink + new * fmt.tile)
-        seen = None
-        if valid is not None:
-            seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
-            query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
-        assert cached.order is not None
-        cached.order.copy_(q.choose_order(first, seen, query, fmt))
+    order_from_prompt(cached, x, valid, length, query)
     for tile in range(old, new, step):
         _flush(cached, x, valid, length, tile, min(new, tile + step))
     if length < fmt.sink and not fmt.is_raw:
@@ -71,6 +64,24 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
     begin = length if fmt.is_raw else max(length, fmt.packed_end(end))
     for start, stop, slot in runs(begin, end, fmt):
         residual[:, :, slot : slot + stop - start] = x[:, :, start - length : stop - length]
+
+
+def order_from_prompt(
+    cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: Tensor | None
+) -> None:
+    """Choose the order of channels if it is the prompt's and `append` of these is to pack the first tiles."""
+    fmt = cached.format
+    end = length + x.shape[2]
+    old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
+    if fmt.order != layout.ORDER_PROMPT or old or not new or query is None:
+        return
+    first = _tokens(cached, x, length, fmt.sink, fmt.sink + new * fmt.tile)
+    seen = None
+    if valid is not None:
+        seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
+        query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
+    assert cached.order is not None
+    cached.order.copy_(q.choose_order(first, seen, query, fmt))
 
 
 def _flush(cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: int, new: int) -> None:

@@ -17,6 +17,7 @@ from kvmix_kernels.triton.common import (
     device_of,
     inner_dense,
     model_dtype,
+    pointers,
     portable,
     starts_early,
     strides,
@@ -24,13 +25,13 @@ from kvmix_kernels.triton.common import (
 from kvmix_kernels.triton.kernels import fields
 from kvmix_kernels.triton.kernels.attend import attend_kernel
 from kvmix_kernels.triton.kernels.merge import combine_kernel
-from kvmix_kernels.triton.launch_plan import Step, attend_plan
+from kvmix_kernels.triton.launch_plan import FormPlan, Step, attend_plan
 
 
 @cache
-def shift_table(k_bits: int, v_bits: int, D: int, Dv: int, device: torch.device) -> Tensor:
+def shift_table(keys: FormPlan, values: FormPlan, device: torch.device) -> Tensor:
     """`fields.fold_shifts` of keys and values on the device."""
-    table = fields.fold_shifts(k_bits, D) + fields.fold_shifts(v_bits, Dv)
+    table = [n for form in (keys, values) for n in fields.fold_shifts(form.bits, form.kept, form.high)]
     return torch.tensor(table, dtype=torch.int16, device=device)
 
 
@@ -102,23 +103,27 @@ def attend(
     early = starts_early(query)
     partial = torch.empty(heads * plan.splits * N * Dv, dtype=torch.float32, device=query.device)
     stats = torch.empty(heads * plan.splits * 2 * N, dtype=torch.float32, device=query.device)
-    offsets = torch.empty(heads * plan.bulk_splits * plan.room * N, dtype=torch.float32, device=query.device)
+    offsets = torch.empty(
+        heads * plan.bulk_splits * plan.scratch * N, dtype=torch.float32, device=query.device
+    )
     with device_of(query):
         attend_kernel[(heads * plan.splits,)](
-            query, new_k, new_v, *k.tensors, *v.tensors,
+            query, new_k, new_v, *pointers(k), *pointers(v),
             query if seen.tensor is None else seen.tensor, query if start is None else start,
-            shift_table(k.format.bits, v.format.bits, D, Dv, query.device) if plan.bulk else query,
+            shift_table(plan.keys, plan.values, query.device) if plan.bulk else query,
             offsets, partial, stats,
             *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3], *strides(k), *strides(v), *seen.strides,
             Hkv, rows, Lq, length, new_count,
-            *_places(k), *_places(v), plan.bulk_splits, plan.splits, plan.column_blocks, plan.room,
+            *_places(k), *_places(v), plan.bulk_splits, plan.splits, plan.column_blocks, plan.scratch,
             scale * unit, softcap * unit,
             BULK=plan.bulk, ON_DEVICE=start is not None, NEW=has_new,
             MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=softcap > 0,
             K_BITS=plan.keys.bits, K_AXIS=plan.keys.axis, K_GROUP=plan.keys.group, D=D,
-            K_BLOCK=plan.keys.block, DP=plan.keys.padded,
+            K_BLOCK=plan.keys.block, DP=plan.keys.padded, K_KEPT=plan.keys.kept, K_HIGH=plan.keys.high,
+            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned,
             V_BITS=plan.values.bits, V_AXIS=plan.values.axis, V_GROUP=plan.values.group, DV=Dv,
-            V_BLOCK=plan.values.block, DVP=plan.values.padded,
+            V_BLOCK=plan.values.block, DVP=plan.values.padded, V_KEPT=plan.values.kept, V_HIGH=plan.values.high,
+            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned,
             REST_PACKED=plan.rest_packed, N=N,
             BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
             PART=plan.part, SINGLE=plan.room <= plan.part, V_ALIGN=plan.v_align,
@@ -129,9 +134,9 @@ def attend(
             num_warps=plan.warps, maxnreg=plan.registers or None,
         )  # fmt: skip
         combine_kernel[(B * Hkv * rows * plan.merge_blocks,)](
-            partial, stats, out, plan.splits, plan.column_blocks, rows,
+            partial, stats, out, plan.bulk_splits, plan.splits, plan.column_blocks, rows,
             MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
-            MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, EARLY=early,
+            MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
             num_warps=plan.merge_warps, launch_pdl=early,
         )  # fmt: skip
     return out

@@ -29,7 +29,9 @@ def inner_dense(x: Tensor) -> Tensor:
 def check_rows(cached: Cached) -> None:
     """Raise if a buffer that is written in place has rows that are not dense."""
     for buffer in cached.tensors:
-        if buffer.numel() and (buffer.stride(3) != 1 or buffer.stride(2) != buffer.shape[3]):
+        if buffer.numel() and (
+            buffer.stride(-1) != 1 or (buffer.dim() == 4 and buffer.stride(2) != buffer.shape[3])
+        ):
             raise CacheShapeError(
                 f"a cache buffer of shape {list(buffer.shape)} has strides {list(buffer.stride())}: its last "
                 "two dimensions must be contiguous; allocate it with kvmix_kernels.cached.allocate"
@@ -39,6 +41,8 @@ def check_rows(cached: Cached) -> None:
 def check_grids(cached: Cached) -> None:
     """Raise if scales and offsets do not lie alike: kernels compute one place for both."""
     scale, zero_point = cached.scale, cached.zero_point
+    if cached.format.symmetric:
+        return
     strides = zip(scale.shape, scale.stride(), zero_point.stride(), strict=True)
     if any(size > 1 and one != other for size, one, other in strides):
         raise CacheShapeError(
@@ -48,8 +52,19 @@ def check_grids(cached: Cached) -> None:
 
 
 def strides(cached: Cached) -> tuple[int, ...]:
-    """Of batch and head: those of codes, of scales and offsets, of raw tokens."""
-    return (*cached.qdata.stride()[:2], *cached.scale.stride()[:2], *cached.residual.stride()[:2])
+    """Of batch and head: those of codes, of scales and offsets, of raw tokens, of the order."""
+    order = (0, 0) if cached.order is None else cached.order.stride()[:2]
+    return (
+        *cached.qdata.stride()[:2],
+        *cached.scale.stride()[:2],
+        *cached.residual.stride()[:2],
+        *order,
+    )
+
+
+def pointers(cached: Cached) -> tuple[Tensor, ...]:
+    """The buffers as kernels take them: in place of an order that is not there, some other one."""
+    return cached.tensors if cached.format.order else (*cached.tensors, cached.residual)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

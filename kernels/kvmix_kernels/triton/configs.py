@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvmix_kernels.layout import TensorFormat
+
 FEW_HEADS = 16
 """Up to so many heads, `max_splits` shares of each are fewer programs than a GPU has room for."""
 
@@ -66,10 +68,25 @@ def entries(name: str) -> tuple[dict[str, dict[str, Any]], ...]:
 
 
 def attend_config(
-    name: str, k_bits: int, v_bits: int, head_dim: int, group: int, columns: int, bulk: bool, heads: int
+    name: str,
+    keys: TensorFormat,
+    values: TensorFormat,
+    head_dim: int,
+    group: int,
+    columns: int,
+    bulk: bool,
+    heads: int,
 ) -> AttendConfig:
     """The committed parameters for a case; `heads` counts the KV heads of all sequences."""
-    return _attend_config(name, k_bits, v_bits, head_dim, group, columns, bulk, heads <= FEW_HEADS)
+    few = heads <= FEW_HEADS
+    return _attend_config(name, bits_matched(keys), bits_matched(values), head_dim, group, columns, bulk, few)
+
+
+def bits_matched(fmt: TensorFormat) -> int:
+    """The bits by which entries are found: of tiers those of most channels, whose digit is most of the work."""
+    if len(fmt.tiers) == 1:
+        return fmt.bits
+    return max(fmt.tiers, key=lambda tier: (tier.bits > 0, tier.channels)).bits
 
 
 @cache

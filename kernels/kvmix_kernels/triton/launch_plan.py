@@ -14,6 +14,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.configs import AttendConfig
+from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -58,6 +59,10 @@ class FormPlan(NamedTuple):
     channels: int
     block: int
     padded: int
+    kept: int
+    high: int
+    symmetric: bool
+    turned: int
 
 
 class AttendPlan(NamedTuple):
@@ -66,7 +71,8 @@ class AttendPlan(NamedTuple):
     keys, values: how they are stored; columns, column_blocks: query rows of a program, and programs that share
     a head's; tokens, spread, stages: of a step of the bulk, and how many groups it takes beside each other;
     bulk_splits, splits: shares of a head's tokens, those of the bulk and all; part, room: offsets that are
-    made at a time, and that a share has room for; v_align: what rows of values begin at multiples of; rest_*: of
+    made at a time, and that a share has room for; scratch: rows of as many numbers as columns that a share has,
+    of offsets and then of queries in order; v_align: what rows of values begin at multiples of; rest_*: of
     the other tokens; warps, registers: of `attend_kernel`; merge_*: of `combine_kernel`.
     """
 
@@ -82,6 +88,7 @@ class AttendPlan(NamedTuple):
     splits: int
     part: int
     room: int
+    scratch: int
     v_align: int
     exact_half: bool
     rest_packed: bool
@@ -95,6 +102,7 @@ class AttendPlan(NamedTuple):
     merge_splits: int
     merge_chunk: int
     merge_warps: int
+    merge_rotated: bool
 
 
 def next_power_of_2(n: int) -> int:
@@ -118,7 +126,11 @@ def form_plan(fmt: TensorFormat, head_dim: int) -> FormPlan:
     if not fmt.is_raw:
         group = layout.channel_group(fmt, head_dim) if fmt.axis == AXIS_TOKEN else fmt.group_size
     padded = max(16, next_power_of_2(head_dim))
-    return FormPlan(fmt.bits, fmt.axis, group, head_dim, layout.plane_block(fmt), padded)
+    turned = ROTATED if fmt.rotation else ORDERED if fmt.order else 0
+    return FormPlan(
+        fmt.code, fmt.axis, group, head_dim, layout.plane_block(fmt), padded, *fmt.channels(head_dim),
+        bool(fmt.symmetric), turned,
+    )  # fmt: skip
 
 
 @lru_cache(256)
@@ -136,7 +148,7 @@ def attend_plan(
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, next_power_of_2(step.rows)))
     column_blocks = -(-step.rows // N)
     if config is None:
-        config = configs.attend_config(gpu, k.bits, v.bits, step.D, keys.group, N, bulk, step.heads)
+        config = configs.attend_config(gpu, k, v, step.D, keys.group, N, bulk, step.heads)
 
     # columns that rows do not need take other groups of keys
     spread = 1
@@ -155,7 +167,9 @@ def attend_plan(
         bulk_splits = max(1, fitting, -(-groups // config.max_groups))
         # of a share, which has room for the offsets of as many groups
         share = -(-groups // bulk_splits)
-        most = MAX_PART * config.warps * 128 // next_power_of_2(max(128, step.D))
+        # scales of a byte take registers where they become numbers
+        largest = MIN_PART if k.scale_dtype == layout.BYTE_SCALES else MAX_PART
+        most = largest * config.warps * 128 // next_power_of_2(max(128, step.D))
         part = max(MIN_PART, min(next_power_of_2(share), most))
         room = -(-share // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
@@ -178,7 +192,8 @@ def attend_plan(
 
     # few shares: a program merges whole rows; many: there are few rows, so programs share each
     few = splits <= FEW_SPLITS
-    channels = values.padded if few else 32
+    rotated = bulk and bool(v.rotation)
+    channels = values.padded if few or rotated else 32
     return AttendPlan(
         keys=keys,
         values=values,
@@ -192,6 +207,7 @@ def attend_plan(
         splits=splits,
         part=part,
         room=room,
+        scratch=room + (step.D if bulk and keys.turned == ORDERED else 0),
         v_align=math.gcd(keys.group, k.sink - v.sink),
         exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
         rest_packed=rest_packed,
@@ -204,7 +220,8 @@ def attend_plan(
         merge_blocks=-(-step.Dv // channels),
         merge_splits=next_power_of_2(splits),
         merge_chunk=min(32, next_power_of_2(splits)),
-        merge_warps=1 if few else 4,
+        merge_warps=1 if few else 8 if rotated else 4,
+        merge_rotated=rotated,
     )
 
 

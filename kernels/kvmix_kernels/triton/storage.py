@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, shapes
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
+from kvmix_kernels.reference import storage as reference
 from kvmix_kernels.triton.common import (
     check_grids,
     check_rows,
     device_of,
     inner_dense,
     multiprocessors,
+    pointers,
     starts_early,
     strides,
 )
@@ -29,6 +32,7 @@ from kvmix_kernels.triton.kernels.storage import (
     append_kernel,
     pack_kernel,
 )
+from kvmix_kernels.triton.launch_plan import form_plan
 
 PACK_ELEMENTS = 2048
 """Channels times tokens that a warp of `quantize_pack` holds at a time."""
@@ -51,30 +55,50 @@ PROMPT_PROGRAMS = 8
 """Programs per multiprocessor for more than one new token. For one, most of more would have nothing to do."""
 
 
+class _Cut(NamedTuple):
+    """As in `kernels.forms.Packing`. parts: of a tile, one program each."""
+
+    fields: int
+    words: int
+    words_p: int
+    tokens: int
+    parts: int
+
+
 @cache
-def _shape(fmt: TensorFormat, D: int, elements: int) -> dict[str, int]:
-    """How a program's tile of one tensor is cut: see `storage_kernels`. Kept: prefill asks in every layer."""
+def _cut(fmt: TensorFormat, D: int, elements: int) -> _Cut:
+    """How a program's tile of one tensor is cut. Kept: prefill asks in every layer."""
     if fmt.is_raw:
-        return {"group": 1, "fields": 1, "words": 1, "words_p": 1, "tokens": 1, "parts": 0}
+        return _Cut(1, 1, 1, 1, 0)
     layout.check_head_size(fmt, D)
-    wide, *_, words = layout.plane_words(fmt.bits, D) * 2
-    if wide == next_power_of_2(wide):
-        # the wide plane's words: longer pieces of a row, and half as many channels in a thread
+    kept, high = fmt.channels(D)
+    wide, *_, words = layout.plane_words(fmt.code, kept, high) * 2
+    if wide == next_power_of_2(wide) or len(fmt.tiers) > 1:
+        # the wide plane's words: longer pieces of a row, and half as many channels in a thread; of tiers those of
+        # the lowest digit, which is packed by itself
         words = wide
-    count = D // words
+    count = kept // words
     padded = next_power_of_2(words)
-    group = fmt.group_size if fmt.axis == AXIS_CHANNEL else layout.channel_group(fmt, D)
+    group = form_plan(fmt, D).group
     together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
-    tokens = max(1, min(next_power_of_2(together), elements // (count * padded)))
+    held = max(count * padded, next_power_of_2(D))
+    tokens = max(1, min(next_power_of_2(together), elements // held))
     parts = fmt.tile // group if fmt.axis == AXIS_CHANNEL else -(-fmt.tile // tokens)
-    return {
-        "group": group,
-        "fields": count,
-        "words": words,
-        "words_p": padded,
-        "tokens": tokens,
-        "parts": parts,
-    }
+    return _Cut(count, words, padded, tokens, parts)
+
+
+def _packing(fmt: TensorFormat, D: int, cut: _Cut, prefix: str = "", head: str = "D") -> dict[str, Any]:
+    """What a kernel puts together as its `forms.Packing`, by the names of its parameters."""
+    form = form_plan(fmt, D)
+    wide = fmt.tiers[0]
+    narrow = next((tier for tier in fmt.tiers if tier.bits == 2), wide)
+    named = {
+        "BITS": form.bits, "AXIS": form.axis, "GROUP": form.group, "BLOCK": form.block, "KEPT": form.kept,
+        "HIGH": form.high, "SYMMETRIC": form.symmetric, "TURNED": form.turned, "SCALE": fmt.scale_dtype,
+        "FIELDS": cut.fields, "WORDS": cut.words, "WORDS_P": cut.words_p, "TOKENS": cut.tokens,
+        "MARGIN": (100 - narrow.span) / 200, "MARGIN_HIGH": (100 - wide.span) / 200,
+    }  # fmt: skip
+    return {prefix + name: value for name, value in named.items()} | {head: D, head + "P": next_power_of_2(D)}
 
 
 @cache
@@ -114,12 +138,14 @@ def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, 
     return row, 0 if row.shape[0] == 1 else row.stride(0), row.stride(2), limit, kind
 
 
-def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Tensor]:
-    """The op `quantize_pack`: one launch, x is read once."""
+def quantize_pack(
+    x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
+) -> list[Tensor]:
+    """The op `quantize_pack`: one launch, x is read once. An order from the prompt is chosen ahead of it."""
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     warps = _pack_warps(fmt, D)
-    cut = _shape(fmt, D, PACK_ELEMENTS * warps)
+    cut = _cut(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     # without tokens there is none to read in place of those that are missing
     make = torch.empty if L else torch.zeros
@@ -128,18 +154,20 @@ def quantize_pack(x: Tensor, mask: Tensor | None, format: list[int]) -> list[Ten
         for size, dtype in shapes(fmt, D, tiles, slots, x.dtype)
     ]
     x = inner_dense(x)
+    cached = Cached(fmt, tuple(buffers))
+    if cached.order is not None:
+        cached.order.copy_(torch.arange(D, dtype=torch.int32, device=x.device))
+        cached.take_order(hint)
+        reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint)
     valid, *valid_arguments, kind = valid_row(mask, x)
-    DP = next_power_of_2(D)
-    rows = max(1, 4096 // DP)
-    jobs = tiles * cut["parts"] + -(-slots // rows)
+    rows = max(1, 4096 // next_power_of_2(D))
+    jobs = tiles * cut.parts + -(-slots // rows)
     if B * H * L * jobs:
         with device_of(x):
             pack_kernel[(B * H * jobs,)](
-                x, *buffers, valid, *x.stride()[:3], *valid_arguments,
-                H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut["parts"], jobs,
-                VALID=kind, ROWS=rows, BITS=fmt.bits, AXIS=fmt.axis, GROUP=cut["group"], D=D, BLOCK=layout.plane_block(fmt), DP=DP,
-                SCALE_DTYPE=fmt.scale_dtype, FIELDS=cut["fields"], WORDS=cut["words"], WORDS_P=cut["words_p"],
-                TOKENS=cut["tokens"],
+                x, *pointers(cached), valid, *x.stride()[:3], *valid_arguments,
+                H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut.parts, jobs,
+                VALID=kind, ROWS=rows, **_packing(fmt, D, cut),
                 num_warps=warps,
             )  # fmt: skip
     return buffers
@@ -155,6 +183,7 @@ def append_(
     length: int,
     key_format: list[int],
     value_format: list[int],
+    query: Tensor | None = None,
 ) -> None:
     """The op `append_`: one launch for a decode step.
 
@@ -181,8 +210,10 @@ def append_(
         for cached in caches:
             layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], length, Lq)
     new_keys, new_values = inner_dense(new_keys), inner_dense(new_values)
+    if start is None and k.order == layout.ORDER_PROMPT and query is not None:
+        seen = reference.valid_tokens(mask, B)
+        reference.order_from_prompt(caches[0], new_keys, seen, length, query)
     valid, *valid_arguments, kind = valid_row(mask, new_keys)
-    DP, DVP = next_power_of_2(D), next_power_of_2(Dv)
     early = starts_early(new_keys)
     if Lq == 1:
         phases = [(ALL_TILES, True, APPEND_WARPS, APPEND_ELEMENTS, 1)]
@@ -192,23 +223,19 @@ def append_(
         if any(flushes_ring(fmt, None if start is not None else length, Lq) for fmt in (k, v)):
             phases.insert(0, (RING_TILES, False, APPEND_WARPS, APPEND_ELEMENTS, 1))
     for flush, write, warps, elements, per_multiprocessor in phases:
-        cut_k, cut_v = (_shape(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))
-        tiles = max(cut["parts"] * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
+        cut_k, cut_v = (_cut(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))
+        tiles = max(cut.parts * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
         programs = min(needed, per_multiprocessor * multiprocessors(new_keys))
         with device_of(new_keys):
             append_kernel[(programs,)](
-                new_keys, new_values, *keys, *values, valid, new_keys if start is None else start,
+                new_keys, new_values, *pointers(caches[0]), *pointers(caches[1]), valid, new_keys if start is None else start,
                 *new_keys.stride()[:3], *new_values.stride()[:3], *strides(caches[0]), *strides(caches[1]),
                 *valid_arguments, B, H, Lq, length,
-                k.tile, k.sink, k.window, k.ring, cut_k["parts"],
-                v.tile, v.sink, v.window, v.ring, cut_v["parts"],
+                k.tile, k.sink, k.window, k.ring, cut_k.parts,
+                v.tile, v.sink, v.window, v.ring, cut_v.parts,
                 ON_DEVICE=start is not None, VALID=kind, FLUSH=flush.value, WRITE=write,
-                K_BITS=k.bits, K_AXIS=k.axis, K_GROUP=cut_k["group"], D=D, K_BLOCK=layout.plane_block(k), DP=DP, K_SCALE=k.scale_dtype,
-                K_FIELDS=cut_k["fields"], K_WORDS=cut_k["words"], K_WORDS_P=cut_k["words_p"],
-                K_TOKENS=cut_k["tokens"], K_ROWS=ROWS,
-                V_BITS=v.bits, V_AXIS=v.axis, V_GROUP=cut_v["group"], DV=Dv, V_BLOCK=layout.plane_block(v), DVP=DVP, V_SCALE=v.scale_dtype,
-                V_FIELDS=cut_v["fields"], V_WORDS=cut_v["words"], V_WORDS_P=cut_v["words_p"],
-                V_TOKENS=cut_v["tokens"], V_ROWS=ROWS, EARLY=early,
+                K_ROWS=ROWS, **_packing(k, D, cut_k, "K_"), V_ROWS=ROWS, **_packing(v, Dv, cut_v, "V_", "DV"),
+                EARLY=early,
                 num_warps=warps, launch_pdl=early,
             )  # fmt: skip

@@ -86,8 +86,15 @@ def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtyp
     if not fmt.is_raw:
         top = 2**fmt.bits - 1
         cache.qdata.random_(-(1 << 15), 1 << 15)
-        cache.scale.uniform_(3.0 / top, 6.0 / top)
-        cache.zero_point.uniform_(-3.0, -1.5)
+        if cache.scale.is_floating_point():
+            cache.scale.uniform_(3.0 / top, 6.0 / top)
+            cache.zero_point.uniform_(-3.0, -1.5)
+        else:
+            # float16 between 0.5 and 2, offsets in quarters of them
+            cache.scale.random_(0x70, 0x80)
+            cache.zero_point.random_(-12, -4)
+    if cache.order is not None:
+        cache.order.copy_(torch.rand(cache.order.shape, device="cuda").argsort(-1))
     cache.residual.normal_()
     return cache
 

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 
 from kvmix_kernels.triton.kernels.fields import (
+    ORDERED,
+    as_offset,
     digit_above,
     digit_bits,
+    digit_channels,
     digit_count,
     digit_factor,
     digit_plane,
@@ -26,10 +29,16 @@ from kvmix_kernels.triton.kernels.fields import (
     fold_copies,
     fold_fields,
     fold_width,
+    four_steps,
     is_cut,
+    merged_field,
+    merges,
+    middle,
+    narrow_step,
     next_power_of_2,
     plane_words,
     shifts_first,
+    summed_digits,
     top_digit,
     word_at,
     words_per_token,
@@ -52,9 +61,10 @@ def _load_plane(
     `token` counts from row `first`, a multiple of ALIGN.
     """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     AT: tl.constexpr = digit_plane(X.BITS, DIGIT) + PLANE
-    WORDS: tl.constexpr = plane_words(OWN, X.D, PLANE)
-    COPIES: tl.constexpr = fold_copies(OWN, X.D, PLANE)
+    WORDS: tl.constexpr = plane_words(OWN, D, PLANE)
+    COPIES: tl.constexpr = fold_copies(OWN, D, PLANE)
     word = column
     if COPIES > 1:
         # two threads of a copy that read the same 16 bytes are slow; pieces of 8 go through L1, which serves both
@@ -65,11 +75,11 @@ def _load_plane(
             word = tl.max_contiguous(column % WORDS, [PIECE, 1])
     if ALIGN % X.BLOCK == 0:
         # places from the first are the same in every step
-        base_ptr += first * words_per_token(X.BITS, X.D)
-        at = word_at(token, X.BITS, X.D, AT, X.BLOCK) + word
+        base_ptr += first * words_per_token(X.BITS, X.KEPT, X.HIGH)
+        at = word_at(token, X.BITS, X.KEPT, X.HIGH, AT, X.BLOCK) + word
     else:
-        at = word_at(first + token, X.BITS, X.D, AT, X.BLOCK) + word
-    if fold_width(OWN, X.D) == WORDS * COPIES:
+        at = word_at(first + token, X.BITS, X.KEPT, X.HIGH, AT, X.BLOCK) + word
+    if fold_width(OWN, D) == WORDS * COPIES:
         return tl.load(base_ptr + at)
     return tl.load(base_ptr + at, mask=(token >= 0) & (column < WORDS * COPIES), other=0)
 
@@ -80,12 +90,13 @@ def _load_digit(
 ):
     """Words of a digit [tokens, columns], and of its narrow plane if it is cut. TURNED: [columns, tokens]."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    WIDTH: tl.constexpr = fold_width(OWN, digit_channels(X.KEPT, X.HIGH, DIGIT))
     if TURNED:
         at = token[None, :]
-        column = tl.arange(0, fold_width(OWN, X.D))[:, None]
+        column = tl.arange(0, WIDTH)[:, None]
     else:
         at = token[:, None]
-        column = tl.arange(0, fold_width(OWN, X.D))[None, :]
+        column = tl.arange(0, WIDTH)[None, :]
     word = _load_plane(base_ptr, first, at, column, X, DIGIT, 0, ALIGN)
     low = word
     if is_cut(OWN):
@@ -96,8 +107,8 @@ def _load_digit(
 @triton.jit
 def _load_shifts(shifts_ptr, X: tl.constexpr, DIGIT: tl.constexpr, TURNED: tl.constexpr):
     """How far the copies of a digit's words are shifted, and of its narrow plane's."""
-    WIDTH: tl.constexpr = fold_width(digit_bits(X.BITS, DIGIT), X.D)
-    at = shifts_first(X.BITS, X.D, DIGIT) + tl.arange(0, WIDTH)
+    WIDTH: tl.constexpr = fold_width(digit_bits(X.BITS, DIGIT), digit_channels(X.KEPT, X.HIGH, DIGIT))
+    at = shifts_first(X.BITS, X.KEPT, X.HIGH, DIGIT) + tl.arange(0, WIDTH)
     if TURNED:
         at = at[:, None]
     else:
@@ -108,32 +119,53 @@ def _load_shifts(shifts_ptr, X: tl.constexpr, DIGIT: tl.constexpr, TURNED: tl.co
 @triton.jit
 def _fold_digit(words, shifts, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr):
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
-    word = fold(words[0], shifts[0], OWN, X.D, 0, PORTABLE)
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    word = fold(words[0], shifts[0], OWN, D, 0, PORTABLE)
     low = words[1]
     if is_cut(OWN):
-        low = fold(low, shifts[1], OWN, X.D, 1, PORTABLE)
+        low = fold(low, shifts[1], OWN, D, 1, PORTABLE)
     return word, low
 
 
 @triton.jit
 def _add_scores(
-    score, words, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
+    score, words, above, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
 ):
-    """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale."""
+    """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale.
+
+    `above`: words of the digit above it, if they merge.
+    """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
-    CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
-    WIDTH: tl.constexpr = fold_width(OWN, X.D)
-    HALF: tl.constexpr = step_ptr.dtype.element_ty == tl.float16
-    column = tl.arange(0, WIDTH)
+    MERGED: tl.constexpr = fold_fields(OWN, X.HIGH) if merges(X.BITS, X.KEPT, X.HIGH) else 0
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    CHANNELS: tl.constexpr = fold_channels(OWN, D)
+    WIDTH: tl.constexpr = fold_width(OWN, D)
+    # bytes are loaded by fours: as small as they are, they would not be copied asynchronously
+    FOURS: tl.constexpr = step_ptr.dtype.element_ty == tl.uint8 and CHANNELS % 4 == 0
+    if FOURS:
+        column = tl.arange(0, WIDTH // 4) * 4
+    else:
+        column = tl.arange(0, WIDTH)
     step_ptr += column[:, None]
-    for f in tl.static_range(fold_fields(OWN, X.D)):
+    for f in tl.static_range(fold_fields(OWN, D)):
+        at = step_ptr + f * CHANNELS
+        if FOURS:
+            at = at.to(tl.pointer_type(tl.int32), bitcast=True)
         if CHANNELS == WIDTH:
-            step = tl.load(step_ptr + f * CHANNELS)
+            step = tl.load(at)
         else:
-            step = tl.load(step_ptr + f * CHANNELS, mask=(column < CHANNELS)[:, None], other=0.0)
-        if not HALF:
+            step = tl.load(at, mask=(column < CHANNELS)[:, None], other=0)
+        if FOURS:
+            step = four_steps(step, PORTABLE)
+        else:
+            step = narrow_step(step)
+        if step.dtype != tl.float16:
             step = (step.to(tl.float32) * unit).to(tl.float16)
-        score = tl.dot(field(words[0], words[1], f, OWN, X.D, PORTABLE), queries[f] * step, score)
+        if f < MERGED:
+            code = merged_field(words[0], above[0], f, X.KEPT, X.HIGH, PORTABLE)
+        else:
+            code = field(words[0], words[1], f, OWN, D, PORTABLE)
+        score = tl.dot(code, queries[f] * step, score)
     return score
 
 
@@ -173,7 +205,6 @@ def _sweep(
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, K.GROUP)
     ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
-    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16
     token = tl.arange(0, TOKENS)
     first_group = first_k_row // K.GROUP
     column = tl.arange(0, N)
@@ -185,7 +216,9 @@ def _sweep(
         k_shifts = k_shifts + (_load_shifts(shifts_ptr, K, d, False),)
     v_shifts = ()
     for d in tl.static_range(VD):
-        v_shifts = v_shifts + (_load_shifts(shifts_ptr + shifts_first(K.BITS, K.D, KD), V, d, True),)
+        v_shifts = v_shifts + (
+            _load_shifts(shifts_ptr + shifts_first(K.BITS, K.KEPT, K.HIGH, KD), V, d, True),
+        )
 
     for i in tl.range(0, steps, num_stages=STAGES):
         step_group = begin + i // STEPS * SLOTS
@@ -208,9 +241,13 @@ def _sweep(
 
         # scores
         score = tl.zeros([TOKENS, N], tl.float32)
+        folded = ()
         for d in tl.static_range(KD):
-            folded = _fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE)
-            score = _add_scores(score, folded, queries[d], step_ptr, k_unit, K, d, P.PORTABLE)
+            folded = folded + (_fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE),)
+        for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
+            score = _add_scores(
+                score, folded[d], folded[KD - 1], queries[d], step_ptr, k_unit, K, d, P.PORTABLE
+            )
         if SPREAD > 1:
             offset = tl.load(offset_ptr + own_group * N + column)
         else:
@@ -244,10 +281,17 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         for g in tl.static_range(VG):
-            v_step = tl.load(v.scale + v_row * VG + g)
-            if not V_HALF:
+            if VG == 1 and v.scale.dtype.element_ty == tl.uint8:
+                four = v.scale + v_first + tl.arange(0, TOKENS // 4) * 4
+                v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
+            else:
+                v_step = narrow_step(tl.load(v.scale + v_row * VG + g))
+            if V.SYMMETRIC:
+                v_zero = v_step.to(tl.float32)
+            else:
+                v_zero = as_offset(tl.load(v.zero + v_row * VG + g), v_step.to(tl.float32))
+            if v_step.dtype != tl.float16:
                 v_step = (v_step.to(tl.float32) * v_unit).to(tl.float16)
-            v_zero = tl.load(v.zero + v_row * VG + g).to(tl.float32)
             shift = tl.sum(tl.reshape(weight * v_zero[:, None], [TOKENS // 8, 8, N]), 0)
             new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
             scaled = scaled + (half * v_step[:, None],)
@@ -261,16 +305,34 @@ def _sweep(
 
 
 @triton.jit
+def _in_order(query_ptr, order_ptr, gathered_ptr, column_ok, N: tl.constexpr, X: tl.constexpr):
+    """Copy queries to `gathered_ptr` with their channels in the order in which they are packed; pointers to the copies.
+
+    In registers, channels from everywhere would spoil the layout in which queries and scales are multiplied.
+    """
+    channel = tl.arange(0, X.DP)
+    column = tl.arange(0, N)
+    channel_ok = (channel < X.D)[:, None]
+    at = tl.load(order_ptr + channel, mask=channel < X.D, other=0)
+    q = tl.load(query_ptr[None, :] + at[:, None], mask=channel_ok & column_ok[None, :], other=0.0)
+    gathered = gathered_ptr.to(tl.pointer_type(q.dtype), bitcast=True) + column * X.D
+    tl.store(gathered[None, :] + channel[:, None], q, mask=channel_ok)
+    tl.debug_barrier()
+    return gathered
+
+
+@triton.jit
 def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
     """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
-    CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
-    channel = tl.arange(0, fold_width(OWN, X.D))
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    CHANNELS: tl.constexpr = fold_channels(OWN, D)
+    channel = tl.arange(0, fold_width(OWN, D))
     ok = column_ok[None, :] & (channel < CHANNELS)[:, None]
     found = ()
-    for f in tl.static_range(fold_fields(OWN, X.D)):
+    for f in tl.static_range(fold_fields(OWN, D)):
         q = tl.load(query_ptr[None, :] + f * CHANNELS + channel[:, None], mask=ok, other=0.0).to(tl.float32)
-        factor = field_factor(OWN, X.D, f) * digit_factor(X.BITS, DIGIT)
+        factor = field_factor(OWN, D, f) * digit_factor(X.BITS, DIGIT)
         found = found + ((q * shrink[None, :] * factor).to(tl.float16),)
     return found
 
@@ -279,7 +341,7 @@ def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr)
 def _store_digit(
     partial_ptr, outs, shifts, share, column_ok, unit, N: tl.constexpr, X: tl.constexpr, DIGIT: tl.constexpr, SPREAD: tl.constexpr
 ):  # fmt: skip
-    """What a digit adds to the partial output; the lowest one brings the offsets, `shifts`."""
+    """What a digit adds to the partial output; the lowest one brings the offsets, from `shifts`."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
     WIDTH: tl.constexpr = fold_width(OWN, X.D)
@@ -292,7 +354,10 @@ def _store_digit(
             summed = outs[FIRST + field_sum(OWN, X.D, X.GROUP, f, g)]
             summed = summed * (unit * (field_factor(OWN, X.D, f) * 2.0 ** digit_above(X.BITS, DIGIT)))
             if DIGIT == 0:
-                summed += tl.sum(shifts[g], 0)[None, :]
+                shift = tl.sum(shifts[g], 0)
+                if X.SYMMETRIC:
+                    shift = shift * -middle(X.BITS)
+                summed += shift[None, :]
             if g == field_first(OWN, X.D, X.GROUP, f):
                 out = summed
             else:
@@ -310,12 +375,12 @@ def _store_digit(
 
 @triton.jit
 def attend_bulk(
-    query_ptr, k, v, mask, shifts_ptr, offset_ptr, partial_ptr, stats_ptr, first_position, first_k_row, first_v_row,
-    groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    query_ptr, k, v, mask, shifts_ptr, offset_ptr, gathered_ptr, partial_ptr, stats_ptr, first_position, first_k_row,
+    first_v_row, groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed tokens: `groups` groups of keys; at `offset_ptr` is room for N numbers of each.
 
-    `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
+    At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
     """
     # channels that are looked at together before the loop: as many as a field of the lowest digit has
     KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
@@ -327,6 +392,9 @@ def attend_bulk(
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // K.GROUP * K.GROUP
     first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
+
+    if K.TURNED == ORDERED:
+        query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
 
     k_column = tl.arange(0, KW)
     k_column_ok = k_column < KC
@@ -349,10 +417,13 @@ def attend_bulk(
             largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
             at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
             at_ok = (group < groups)[:, None] & k_column_ok[None, :]
-            k_steps = tl.load(k.scale + at, mask=at_ok, other=0.0)
-            largest_k = tl.maximum(largest_k, k_steps.to(tl.float32))
-            zero = tl.load(k.zero + at, mask=at_ok, other=0.0).to(tl.float32)
+            k_steps = narrow_step(tl.load(k.scale + at, mask=at_ok, other=0)).to(tl.float32)
+            zero = as_offset(tl.load(k.zero + at, mask=at_ok, other=0), k_steps)
             offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
+            if K.KEPT < K.D:
+                # what is dropped has an offset alone
+                k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
+            largest_k = tl.maximum(largest_k, k_steps)
         tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     tl.debug_barrier()
     LOOK: tl.constexpr = P.PART * min(MAX_LOOK, K.GROUP * next_power_of_2(VG))
@@ -361,13 +432,13 @@ def attend_bulk(
         0, LOOK if P.SINGLE and K.GROUP * VG <= MAX_LOOK else groups * K.GROUP * VG, LOOK, num_stages=1
     ):
         place = part + tl.arange(0, LOOK)
-        v_steps = tl.load(v.scale + first_v_row * VG + place, mask=place < groups * K.GROUP * VG, other=0.0)
-        v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
+        v_steps = tl.load(v.scale + first_v_row * VG + place, mask=place < groups * K.GROUP * VG, other=0)
+        v_top = tl.maximum(v_top, tl.max(narrow_step(v_steps).to(tl.float32), 0))
     k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY)
 
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
-    K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16
-    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16
+    K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16 or k.scale.dtype.element_ty == tl.uint8
+    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16 or v.scale.dtype.element_ty == tl.uint8
     k_unit = 1.0 / k_top
     v_unit = 1.0 / v_top
     # the largest product of query (or probability) and scale is PEAK, or below it for small scales
@@ -375,7 +446,7 @@ def attend_bulk(
     v_peak = tl.minimum(PEAK * v_unit, PEAK) if V_HALF else PEAK
     shrink = k_peak / largest
     queries = ()
-    for d in tl.static_range(KD):
+    for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
         queries = queries + (_queries(query_ptr, mask.column_ok, shrink, K, d),)
     # undoes 2**-24 of the subnormals and the peak
     restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)

@@ -13,7 +13,8 @@ A plane with fewer than 16 words per token is *folded*: R copies of its words li
 copy r shifted right by r fields (for a cut digit by r pieces), which makes fields of R * words channels,
 wide enough for a dot.
 
-BITS are those of whole codes where a function takes a DIGIT beside them, and those of one digit elsewhere.
+BITS are those of whole codes where a function takes a DIGIT beside them, and those of one digit elsewhere. In the
+same way KEPT and HIGH are the channels of the lowest digit and of those above it, D those of one digit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton.language as tl
 from triton import knobs
 
 from kvmix_kernels import layout
+from kvmix_kernels.triton.kernels import forms
 
 constexpr_function = triton.constexpr_function
 
@@ -30,6 +32,9 @@ INTERPRET = bool(knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter: no inline assembly, and no bfloat16 dots."""
 
 RAW_BITS = tl.constexpr(layout.RAW_BITS)
+TIERED = tl.constexpr(layout.TIERED)
+ROTATED = tl.constexpr(forms.ROTATED)
+ORDERED = tl.constexpr(forms.ORDERED)
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -42,6 +47,7 @@ cut_column = constexpr_function(layout.cut_column)
 _plane_words = constexpr_function(layout.plane_words)
 _copies = constexpr_function(layout.fold_copies)
 _digits = constexpr_function(layout.digits)
+_hadamard_block = constexpr_function(layout.hadamard_block)
 
 
 @constexpr_function
@@ -75,6 +81,12 @@ def digit_plane(bits, digit):
 
 
 @constexpr_function
+def digit_channels(kept, high, digit):
+    """Its channels."""
+    return kept if digit == 0 else high
+
+
+@constexpr_function
 def digit_factor(bits, digit):
     """What a digit counts, in units of the highest: a power of two that is at most 1."""
     return 2.0 ** (_digits(bits)[digit].above - _digits(bits)[-1].above)
@@ -93,9 +105,15 @@ def plane_words(bits, head_dim, index):
 
 
 @constexpr_function
-def plane_first(bits, head_dim, index):
-    """Words per token of the planes before a plane."""
-    return sum(_plane_words(bits, head_dim)[:index])
+def code_words(bits, kept, high, index):
+    """Words per token of a plane of whole codes."""
+    return _plane_words(bits, kept, high)[index]
+
+
+@constexpr_function
+def plane_first(bits, kept, high, index):
+    """Words per token of the planes before it."""
+    return sum(_plane_words(bits, kept, high)[:index])
 
 
 @constexpr_function
@@ -239,21 +257,61 @@ def _field_asm(bits, head_dim, field):
 
 
 @constexpr_function
-def shifts_first(bits, head_dim, digit):
+def merges(bits, kept, high):
+    """Whether the digits of tiers can be read as one: fields of both have the same channels, as far as there are high ones."""
+    if bits != layout.TIERED:
+        return False
+    channels = fold_channels(2, kept)
+    # the bits of both, above each other, must be where a subnormal has them
+    last = 2 * _copies(2, kept) * (high // channels - 1)
+    return fold_channels(2, high) == channels and high % channels == 0 and last + 4 <= 10
+
+
+@constexpr_function
+def summed_digits(bits, kept, high):
+    """Digits that products are summed up of one by one."""
+    return 1 if merges(bits, kept, high) else digit_count(bits)
+
+
+@constexpr_function
+def _high_shift(kept, high, field):
+    """How far the folded words of the high digit are shifted right for a field to lie above the low digit's."""
+    return 2 * field * (_copies(2, high) - _copies(2, kept)) - 2
+
+
+@constexpr_function
+def _high_mask(kept, field):
+    return 3 << (2 * field * _copies(2, kept) + 2)
+
+
+@constexpr_function
+def _merged_asm(kept, high, field):
+    """PTX for registers of two tokens' words of the low digit ($1) and the high one ($2)."""
+    shift = _shift_asm("t", "$2", _high_shift(kept, high, field))
+    low, above = _both_halves(_field_mask(2, kept, field)), _both_halves(_high_mask(kept, field))
+    # the table 0xea is "first and second, or third"
+    return f"{{ .reg .b32 t; {shift} and.b32 t, t, {above}; lop3.b32 $0, $1, {low}, t, 0xea; }}"
+
+
+@constexpr_function
+def shifts_first(bits, kept, high, digit):
     """Where the rows of a digit begin in the table of `fold_shifts`; behind the last digit, its size."""
-    return sum(2 * fold_width(d.bits, head_dim) for d in _digits(bits)[:digit])
+    return sum(
+        2 * fold_width(d.bits, digit_channels(kept, high, i)) for i, d in enumerate(_digits(bits)[:digit])
+    )
 
 
-def fold_shifts(bits: int, head_dim: int) -> list[int]:
+def fold_shifts(bits: int, kept: int, high: int) -> list[int]:
     """Per digit, of its planes (two rows) and column of a fold, how far its copy is shifted right."""
     rows = []
-    for digit in layout.digits(bits):
-        words_of = layout.plane_words(digit.bits, head_dim)
+    for number, digit in enumerate(layout.digits(bits)):
+        channels = digit_channels(kept, high, number)
+        words_of = layout.plane_words(digit.bits, channels)
         for index in range(2):
             index = min(index, len(words_of) - 1)
-            words, copies = words_of[index], fold_copies(digit.bits, head_dim, index)
+            words, copies = words_of[index], fold_copies(digit.bits, channels, index)
             step = layout.WORD_BITS // copies if layout.is_cut(digit.bits) else digit.bits
-            rows += [column // words % copies * step for column in range(fold_width(digit.bits, head_dim))]
+            rows += [column // words % copies * step for column in range(fold_width(digit.bits, channels))]
     return rows
 
 
@@ -309,21 +367,46 @@ def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, P
 
 
 @triton.jit
-def word_at(row, BITS: tl.constexpr, D: tl.constexpr, PLANE: tl.constexpr, BLOCK: tl.constexpr):
-    """Offset of the first word of a plane of the token in this row."""
-    TOTAL: tl.constexpr = words_per_token(BITS, D)
-    WORDS: tl.constexpr = plane_words(BITS, D, PLANE)
-    if TOTAL == WORDS:
-        return row * TOTAL
-    return row * WORDS + (row & -BLOCK) * (TOTAL - WORDS) + BLOCK * plane_first(BITS, D, PLANE)
+def merged_field(
+    word, above, FIELD: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PORTABLE: tl.constexpr
+):
+    """`field` of both digits of tiers at once, where they merge: `above` are folded words of the high one."""
+    if PORTABLE:
+        SHIFT: tl.constexpr = _high_shift(KEPT, HIGH, FIELD)
+        if SHIFT > 0:
+            above = above >> SHIFT
+        else:
+            above = above << -SHIFT
+        both = (word & _field_mask(2, KEPT, FIELD)) | (above & _high_mask(KEPT, FIELD))
+        code = both.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        code = tl.inline_asm_elementwise(
+            _merged_asm(KEPT, HIGH, FIELD), "=r,r,r", [word, above], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return code
 
 
 @triton.jit
-def _cut_digit(
-    qdata_ptr, row, channel, ok, BITS: tl.constexpr, DIGIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+def word_at(
+    row, BITS: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PLANE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    OWN: tl.constexpr = digit_bits(BITS, DIGIT)
-    PLANE: tl.constexpr = digit_plane(BITS, DIGIT)
+    """Offset of the first word of a plane of the token in this row."""
+    TOTAL: tl.constexpr = words_per_token(BITS, KEPT, HIGH)
+    WORDS: tl.constexpr = code_words(BITS, KEPT, HIGH, PLANE)
+    if TOTAL == WORDS:
+        return row * TOTAL
+    first = row & -BLOCK
+    if (TOTAL - WORDS) % 8 != 0:
+        # tells the compiler that rows of the other planes are aligned for copies of 16 bytes
+        first = row // BLOCK * BLOCK
+    return row * WORDS + first * (TOTAL - WORDS) + BLOCK * plane_first(BITS, KEPT, HIGH, PLANE)
+
+
+@triton.jit
+def _cut_digit(qdata_ptr, row, channel, ok, X: tl.constexpr, DIGIT: tl.constexpr):
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    PLANE: tl.constexpr = digit_plane(X.BITS, DIGIT)
     WORDS: tl.constexpr = plane_words(OWN, D, 0)
     HALF: tl.constexpr = plane_words(OWN, D, 1)
     COLUMNS: tl.constexpr = fold_channels(OWN, D)
@@ -333,8 +416,8 @@ def _cut_digit(
     LOW: tl.constexpr = OWN - cut_column(_copies(OWN, D))[3]
     column = channel % COLUMNS
     code = channel // COLUMNS
-    wide_at = word_at(row, BITS, D, PLANE, BLOCK) + column % WORDS
-    narrow_at = word_at(row, BITS, D, PLANE + 1, BLOCK) + column % HALF
+    wide_at = word_at(row, X.BITS, X.KEPT, X.HIGH, PLANE, X.BLOCK) + column % WORDS
+    narrow_at = word_at(row, X.BITS, X.KEPT, X.HIGH, PLANE + 1, X.BLOCK) + column % HALF
     wide = tl.load(qdata_ptr + wide_at, mask=ok, other=0).to(tl.int32)
     narrow = tl.load(qdata_ptr + narrow_at, mask=ok, other=0).to(tl.int32)
     wide = (wide >> (column // WORDS * WIDE)) & ((1 << WIDE) - 1)
@@ -346,37 +429,86 @@ def _cut_digit(
 
 
 @triton.jit
-def _digit(
-    qdata_ptr, row, channel, ok, BITS: tl.constexpr, DIGIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    OWN: tl.constexpr = digit_bits(BITS, DIGIT)
+def _digit(qdata_ptr, row, channel, ok, X: tl.constexpr, DIGIT: tl.constexpr):
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     if is_cut(OWN):
-        return _cut_digit(qdata_ptr, row, channel, ok, BITS, DIGIT, D, BLOCK)
+        return _cut_digit(qdata_ptr, row, channel, ok, X, DIGIT)
+    D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    if D < X.D:
+        ok = ok & (channel < D)
     WORDS: tl.constexpr = plane_words(OWN, D, 0)
-    at = word_at(row, BITS, D, digit_plane(BITS, DIGIT), BLOCK) + channel % WORDS
+    at = word_at(row, X.BITS, X.KEPT, X.HIGH, digit_plane(X.BITS, DIGIT), X.BLOCK) + channel % WORDS
     word = tl.load(qdata_ptr + at, mask=ok, other=0).to(tl.int32)
     return (word >> (channel // WORDS * OWN)) & ((1 << OWN) - 1)
 
 
 @triton.jit
-def codes(qdata_ptr, row, channel, ok, BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def codes(qdata_ptr, row, channel, ok, X: tl.constexpr):
     """Codes (int32) at broadcastable indices `row`, `channel`; 0 where not `ok`."""
-    code = _digit(qdata_ptr, row, channel, ok, BITS, 0, D, BLOCK)
-    for digit in tl.static_range(1, digit_count(BITS)):
-        code |= _digit(qdata_ptr, row, channel, ok, BITS, digit, D, BLOCK) << digit_above(BITS, digit)
+    code = _digit(qdata_ptr, row, channel, ok, X, 0)
+    for digit in tl.static_range(1, digit_count(X.BITS)):
+        code |= _digit(qdata_ptr, row, channel, ok, X, digit) << digit_above(X.BITS, digit)
     return code
 
 
 @triton.jit
-def stored_values(
-    x, new_ptr, new_stride, position, channel, ok, places,
-    X: tl.constexpr, NEW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Tokens wherever they lie (packed, raw, or the step's own), as DTYPE; 0 where not `ok`.
+def narrow_step(stored):
+    """Scales as they are stored, as the narrowest float that holds them: a byte is the upper bits of a float16."""
+    if stored.dtype == tl.uint8:
+        step = (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+    else:
+        step = stored
+    return step
 
-    `x` is a `Stored`, `places` its `Places`, X its `Form`. `position` and `channel` are broadcastable index
-    tiles. PACKED says whether any asked-for token may be packed.
-    """
+
+@triton.jit
+def four_steps(word, PORTABLE: tl.constexpr):
+    """Scales of a byte, as float16, from 32-bit words of four: [n, ...] to [4 n, ...]."""
+    if PORTABLE:
+        a = ((word & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        b = (((word >> 8) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        c = (((word >> 16) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+        d = (((word >> 24) & 0xFF) << 7).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{ .reg .b32 t;
+            prmt.b32 t, $4, 0, 0x4140; shl.b32 t, t, 7; mov.b32 {$0, $1}, t;
+            prmt.b32 t, $4, 0, 0x4342; shl.b32 t, t, 7; mov.b32 {$2, $3}, t; }""",
+            "=h,=h,=h,=h,r",
+            [word],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=1,
+        )
+    four = tl.join(tl.join(a, c), tl.join(b, d))
+    if len(word.shape) == 2:
+        four = tl.reshape(tl.permute(four, (0, 2, 3, 1)), [4 * word.shape[0], word.shape[1]])
+    else:
+        four = tl.reshape(four, [4 * word.shape[0]])
+    return four
+
+
+@triton.jit
+def as_offset(stored, step):
+    """Offsets as they are stored beside scales `step`, as float32: bytes count quarters of the scale."""
+    if stored.dtype == tl.int8:
+        offset = step * (stored.to(tl.float32) * 0.25)
+    else:
+        offset = stored.to(tl.float32)
+    return offset
+
+
+@constexpr_function
+def middle(bits):
+    """What is in the middle of the codes of symmetric formats: that many steps below 0 lies code 0."""
+    return (2**bits - 1) / 2
+
+
+@triton.jit
+def raw_values(
+    x, new_ptr, new_stride, position, channel, ok, places, X: tl.constexpr, NEW: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """Raw tokens (of the cache, or the step's own) as DTYPE; 0 where not `ok` and where tokens are packed."""
     live = places.live
     sink = places.sink
     is_new = position >= live
@@ -393,19 +525,80 @@ def stored_values(
             new_ptr + (position - live).to(tl.int64) * new_stride + channel, mask=ok & is_new, other=0.0
         )
         out = tl.where(is_new, fresh.to(DTYPE), out)
+    return out
+
+
+@triton.jit
+def packed_values(x, position, channel, packed, sink, X: tl.constexpr):
+    """Packed tokens as float32, in the channels that were packed (see `forms.Form`); 0 where not `packed`."""
+    row = position - sink
+    code = codes(x.qdata, row, channel, packed, X)
+    if X.AXIS == 0:
+        at = row // X.GROUP * X.D + channel
+    else:
+        at = row * (X.D // X.GROUP) + channel // X.GROUP
+    step = narrow_step(tl.load(x.scale + at, mask=packed, other=0)).to(tl.float32)
+    if X.SYMMETRIC:
+        offset = step * -middle(X.BITS)
+    else:
+        offset = as_offset(tl.load(x.zero + at, mask=packed, other=0), step)
+    return code.to(tl.float32) * step + offset
+
+
+@triton.jit
+def stored_values(
+    x, new_ptr, new_stride, position, channel, ok, places,
+    X: tl.constexpr, NEW: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Tokens wherever they lie (packed, raw, or the step's own), as DTYPE; 0 where not `ok`.
+
+    `x` is a `Stored`, `places` its `Places`, X its `Form`. `position` and `channel` are broadcastable index
+    tiles. PACKED says whether any asked-for token may be packed, in channels that are the model's.
+    """
+    out = raw_values(x, new_ptr, new_stride, position, channel, ok, places, X, NEW, DTYPE)
     if X.BITS != RAW_BITS and PACKED:
-        packed = ok & (position >= sink) & (position < places.end)
-        row = position - sink
-        code = codes(x.qdata, row, channel, packed, X.BITS, X.D, X.BLOCK)
-        if X.AXIS == 0:
-            at = row // X.GROUP * X.D + channel
-        else:
-            at = row * (X.D // X.GROUP) + channel // X.GROUP
-        step = tl.load(x.scale + at, mask=packed, other=0.0).to(tl.float32)
-        offset = tl.load(x.zero + at, mask=packed, other=0.0).to(tl.float32)
-        value = code.to(tl.float32) * step + offset
+        packed = ok & (position >= places.sink) & (position < places.end)
+        value = packed_values(x, position, channel, packed, places.sink, X)
         out = tl.where(packed, value.to(DTYPE), out)
     return out
+
+
+@constexpr_function
+def turns(head_dim):
+    """Steps of `rotate`."""
+    return _hadamard_block(head_dim).bit_length() - 1
+
+
+@constexpr_function
+def turn_scale(head_dim):
+    """What makes the matrix orthonormal."""
+    return _hadamard_block(head_dim) ** -0.5
+
+
+@triton.jit
+def turn(x, STEP: tl.constexpr, AXIS: tl.constexpr):
+    """Sum and difference of what lies 2**STEP apart along AXIS: one of the steps of `reference.scales.rotate`."""
+    place = tl.arange(0, x.shape[AXIS])
+    if len(x.shape) == 2:
+        place = tl.expand_dims(place, 1 - AXIS)
+    place = tl.broadcast_to(place, x.shape)
+    sign = tl.where((place & (1 << STEP)) == 0, 1.0, -1.0)
+    return tl.fma(x, sign, tl.gather(x, place ^ (1 << STEP), AXIS))
+
+
+@triton.jit
+def orthonormal(x, D: tl.constexpr):
+    """The last step of `reference.scales.rotate`."""
+    # no product that might be contracted with what follows
+    return tl.fma(x, tl.zeros_like(x) + turn_scale(D), tl.zeros_like(x))
+
+
+@triton.jit
+def rotate(x, D: tl.constexpr, AXIS: tl.constexpr):
+    """`reference.scales.rotate` of a tile whose channels, D and then padding, lie along AXIS; the same bits."""
+    for step in tl.static_range(turns(D)):
+        x = turn(x, step, AXIS)
+    return orthonormal(x, D)
 
 
 @triton.jit

@@ -10,11 +10,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
+ROTATED, ORDERED = 1, 2
+"""What packed channels are, in `Form.TURNED`; 0 where they are the model's."""
+
+
 class Form(NamedTuple):
     """How one tensor is stored; all of it known when the kernel is compiled.
 
-    GROUP: tokens (AXIS 0) or channels (AXIS 1) that share a scale; BLOCK: tokens whose planes lie together;
-    DP: D padded to a power of two.
+    BITS: the width of its codes, as `layout.DIGITS` names them; GROUP: tokens (AXIS 0) or channels (AXIS 1)
+    that share a scale; BLOCK: tokens whose planes lie together; DP: D padded to a power of two; KEPT, HIGH:
+    channels of the lowest digit and of those above; SYMMETRIC: whether there are no offsets; TURNED: ROTATED if
+    packed tokens are rotated, ORDERED if their channels are in an order.
     """
 
     BITS: Any
@@ -23,6 +29,28 @@ class Form(NamedTuple):
     D: Any
     BLOCK: Any
     DP: Any
+    KEPT: Any
+    HIGH: Any
+    SYMMETRIC: Any
+    TURNED: Any
+
+
+class Packing(NamedTuple):
+    """How tiles of one tensor are packed: its `Form`, and how a program's tokens are cut.
+
+    SCALE_DTYPE: index into `layout.SCALE_DTYPES`; FIELDS, WORDS, WORDS_P, TOKENS: a program holds FIELDS tiles
+    [TOKENS, WORDS] of channels that share words, padded to WORDS_P; MARGIN, MARGIN_HIGH: what share of the range
+    is cut off at either end, of all channels or of those below HIGH.
+    """
+
+    X: Any
+    SCALE_DTYPE: Any
+    FIELDS: Any
+    WORDS: Any
+    WORDS_P: Any
+    TOKENS: Any
+    MARGIN: Any
+    MARGIN_HIGH: Any
 
 
 class Stored(NamedTuple):
@@ -32,6 +60,7 @@ class Stored(NamedTuple):
     scale: Any
     zero: Any
     residual: Any
+    order: Any
 
 
 class Places(NamedTuple):

@@ -6,14 +6,38 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from kvmix_kernels.triton.kernels.fields import rotate
 from kvmix_kernels.triton.kernels.masks import LOWEST, exp
 
 
-@triton.jit(do_not_specialize=["splits", "column_blocks", "rows"])
+@triton.jit
+def _summed(
+    partial_ptr, stats_ptr, begin, end, top, channel, MASK: tl.constexpr, N: tl.constexpr, DV: tl.constexpr,
+    CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sum of exp(m_i - top) o_i over shares begin..end-1 of one row."""
+    out = tl.zeros([CHANNELS], tl.float32)
+    for i in range(begin, end, CHUNK):
+        part = i + tl.arange(0, CHUNK)
+        part_top = tl.load(stats_ptr + part * (2 * N), mask=part < end, other=LOWEST)
+        part_total = tl.load(stats_ptr + part * (2 * N) + N, mask=part < end, other=0.0)
+        # a share without tokens wrote no output
+        used = part_total != 0.0
+        value = tl.load(
+            partial_ptr + part[:, None] * (N * DV) + channel[None, :],
+            mask=used[:, None] & (channel < DV)[None, :],
+            other=0.0,
+        )
+        out += tl.sum(tl.where(used, exp(part_top - top, MASK), 0.0)[:, None] * value, 0)
+    return out
+
+
+@triton.jit(do_not_specialize=["bulk_splits", "splits", "column_blocks", "rows"])
 def combine_kernel(
     partial_ptr,
     stats_ptr,
     out_ptr,
+    bulk_splits,
     splits,
     column_blocks,
     rows,
@@ -24,12 +48,15 @@ def combine_kernel(
     CHANNEL_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ROTATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Merge the partial outputs of one query row: sum of exp(m_i - m) o_i over that of l_i.
 
     Grid: blocks of CHANNELS channels, fastest, x query rows of a KV head x KV heads x batch. Output
-    [batch * heads, rows, DV]. EARLY: this kernel is started before `attend_kernel` ends, and waits for it.
+    [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are rotated
+    back once they are one sum; a program then has all channels. EARLY: this kernel is started before
+    `attend_kernel` ends, and waits for it.
     """
     block = tl.program_id(0) % CHANNEL_BLOCKS
     pid = (tl.program_id(0) // CHANNEL_BLOCKS).to(tl.int64)
@@ -46,18 +73,11 @@ def combine_kernel(
     totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
     total = tl.sum(exp(tops - top, MASK) * totals, 0)
-    out = tl.zeros([CHANNELS], tl.float32)
-    for i in range(0, splits, CHUNK):
-        part = i + tl.arange(0, CHUNK)
-        part_top = tl.load(stats_ptr + part * (2 * N), mask=part < splits, other=LOWEST)
-        part_total = tl.load(stats_ptr + part * (2 * N) + N, mask=part < splits, other=0.0)
-        # a share without tokens wrote no output
-        used = part_total != 0.0
-        value = tl.load(
-            partial_ptr + part[:, None] * (N * DV) + channel[None, :],
-            mask=used[:, None] & (channel < DV)[None, :],
-            other=0.0,
-        )
-        out += tl.sum(tl.where(used, exp(part_top - top, MASK), 0.0)[:, None] * value, 0)
+    if ROTATED:
+        turned = _summed(partial_ptr, stats_ptr, 0, bulk_splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
+        out = _summed(partial_ptr, stats_ptr, bulk_splits, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
+        out += rotate(turned, DV, 0)
+    else:
+        out = _summed(partial_ptr, stats_ptr, 0, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
     out = out / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmix_kernels.triton.kernels.fields import stored_values
+from kvmix_kernels.triton.kernels.fields import (
+    ORDERED,
+    RAW_BITS,
+    ROTATED,
+    packed_values,
+    rotate,
+    stored_values,
+)
 from kvmix_kernels.triton.kernels.masks import LOWEST, capped, exp, under_mask
 
 
@@ -18,8 +25,11 @@ def attend_rest(
 ):  # fmt: skip
     """Tokens begin..end-1 of those outside the bulk; token i is at position i, or i + gap behind gap_at.
 
-    `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`.
+    `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`. Packed tokens whose channels are not
+    the model's are multiplied with queries turned likewise, and summed by themselves.
     """
+    K_APART: tl.constexpr = PACKED and K.BITS != RAW_BITS and K.TURNED != 0
+    V_APART: tl.constexpr = PACKED and V.BITS != RAW_BITS and V.TURNED != 0
     channel = tl.arange(0, K.DP)
     v_channel = tl.arange(0, V.DP)
     token = tl.arange(0, TOKENS)
@@ -28,22 +38,41 @@ def attend_rest(
         mask=mask.column_ok[None, :] & (channel < K.D)[:, None],
         other=0.0,
     ).to(DTYPE)
+    q_turned = q
+    if K_APART:
+        if K.TURNED == ORDERED:
+            at = tl.load(k.order + channel, mask=channel < K.D, other=0)
+            q_turned = tl.load(
+                query_ptr[None, :] + at[:, None],
+                mask=mask.column_ok[None, :] & (channel < K.D)[:, None],
+                other=0.0,
+            ).to(DTYPE)
+        else:
+            q_turned = rotate(q.to(tl.float32), K.D, 0).to(DTYPE)
     top = tl.zeros([N], tl.float32) + LOWEST
     total = tl.zeros([N], tl.float32)
     out = tl.zeros([V.DP, N], tl.float32)
+    turned = tl.zeros([V.DP, N], tl.float32)
     for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
         index = first + token
         ok = index < end
         position = tl.where(index < gap_at, index, index + gap)
         key = stored_values(
             k, new_k_ptr, new_k_stride, position[:, None], channel[None, :],
-            ok[:, None] & (channel < K.D)[None, :], k_places, K, NEW, PACKED, DTYPE,
+            ok[:, None] & (channel < K.D)[None, :], k_places, K, NEW, PACKED and not K_APART, DTYPE,
         )  # fmt: skip
         value = stored_values(
             v, new_v_ptr, new_v_stride, position[None, :], v_channel[:, None],
-            ok[None, :] & (v_channel < V.D)[:, None], v_places, V, NEW, PACKED, DTYPE,
+            ok[None, :] & (v_channel < V.D)[:, None], v_places, V, NEW, PACKED and not V_APART, DTYPE,
         )  # fmt: skip
-        score = tl.dot(key, q, input_precision=PRECISION) * scale
+        score = tl.dot(key, q, input_precision=PRECISION)
+        if K_APART:
+            packed = ok & (position >= k_places.sink) & (position < k_places.end)
+            key = packed_values(
+                k, position[:, None], channel[None, :], packed[:, None] & (channel < K.D)[None, :], k_places.sink, K
+            )  # fmt: skip
+            score = tl.dot(key.to(DTYPE), q_turned, score, input_precision=PRECISION)
+        score = score * scale
         if S.CAPPED:
             score = capped(score, cap)
         score = under_mask(score, mask, position, ok, S)
@@ -53,11 +82,24 @@ def attend_rest(
         total = total * fade + tl.sum(weight, 0)
         top = new_top
         out = tl.dot(value, weight.to(DTYPE), out * fade[None, :], input_precision=PRECISION)
+        if V_APART:
+            packed = ok & (position >= v_places.sink) & (position < v_places.end)
+            value = packed_values(
+                v, position[None, :], v_channel[:, None], packed[None, :] & (v_channel < V.D)[:, None], v_places.sink, V
+            )  # fmt: skip
+            turned = tl.dot(
+                value.to(DTYPE), weight.to(DTYPE), turned * fade[None, :], input_precision=PRECISION
+            )
     column = tl.arange(0, N)
-    tl.store(
-        partial_ptr + column[None, :] * V.D + v_channel[:, None],
-        out,
-        mask=(v_channel < V.D)[:, None] & mask.column_ok[None, :],
-    )
+    if V_APART and V.TURNED == ROTATED:
+        out += rotate(turned, V.D, 0)
+    out_ok = (v_channel < V.D)[:, None] & mask.column_ok[None, :]
+    tl.store(partial_ptr + column[None, :] * V.D + v_channel[:, None], out, mask=out_ok)
+    if V_APART and V.TURNED == ORDERED:
+        # other threads stored the channels that are added to
+        tl.debug_barrier()
+        at = tl.load(v.order + v_channel, mask=v_channel < V.D, other=0)
+        out_ptr = partial_ptr + column[None, :] * V.D + at[:, None]
+        tl.store(out_ptr, tl.load(out_ptr, mask=out_ok, other=0.0) + turned, mask=out_ok)
     tl.store(stats_ptr + column, top)
     tl.store(stats_ptr + N + column, total)

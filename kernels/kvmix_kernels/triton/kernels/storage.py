@@ -12,24 +12,44 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kvmix_kernels import layout
 from kvmix_kernels.triton.kernels.fields import (
     RAW_BITS,
+    ROTATED,
+    TIERED,
+    as_offset,
     constexpr_function,
     cut_column,
     digit_above,
     digit_bits,
+    digit_channels,
     digit_count,
     digit_plane,
     fold_copies,
     is_cut,
+    middle,
+    narrow_step,
+    next_power_of_2,
+    orthonormal,
     packed_end_of,
     plane_words,
+    rotate,
+    turn,
+    turns,
     word_at,
     words_per_token,
 )
+from kvmix_kernels.triton.kernels.forms import Form, Packing
 
 ROUNDER = tl.constexpr(8388608.0)
 """2**23: adding and subtracting it rounds a smaller positive float32 to an integer, half to even."""
+
+SIGNED_ROUNDER = tl.constexpr(12582912.0)
+"""1.5 * 2**23: likewise numbers of either sign."""
+
+BYTE_SCALES = tl.constexpr(layout.BYTE_SCALES)
+LARGEST_BYTE = tl.constexpr(0xF7)
+"""61440; larger bytes are no finite float16."""
 
 
 @triton.jit
@@ -58,27 +78,94 @@ def _divided(x, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def _range_to_scale(low, high, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
-    TOP: tl.constexpr = 2**BITS - 1
-    LIMIT: tl.constexpr = (
-        65504.0 if SCALE_DTYPE == 0 else 3.3895313892515355e38 if SCALE_DTYPE == 1 else 3.4028234663852886e38
-    )
-    empty = low > high
-    low = tl.where(empty, 0.0, low)
-    high = tl.where(empty, 0.0, high)
-    scale = tl.minimum(_divided(high, TOP) - _divided(low, TOP), LIMIT)
-    zero = tl.minimum(tl.maximum(low, -LIMIT), LIMIT)
-    return _stored(scale, SCALE_DTYPE), _stored(zero, SCALE_DTYPE)
+def _product(x, FACTOR: tl.constexpr):
+    """x times a constant, rounded before anything else happens to it: no plain product, which might be contracted."""
+    return tl.fma(x, tl.zeros_like(x) + FACTOR, tl.zeros_like(x))
 
 
 @triton.jit
-def _divisor(step, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
+def _narrowed(low, high, MARGIN: tl.constexpr):
+    """The range without a share of it at either end."""
+    if MARGIN > 0:
+        cut = _product(high, MARGIN) - _product(low, MARGIN)
+        low += cut
+        high -= cut
+    return low, high
+
+
+@triton.jit
+def _steps(low, high, BITS: tl.constexpr):
+    return _divided(high, 2**BITS - 1) - _divided(low, 2**BITS - 1)
+
+
+@triton.jit
+def _half_bits(x):
+    """The bits of positive x as float16, at most the largest finite one."""
+    return tl.minimum(x, 65504.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _as_bytes(step, low, SYMMETRIC: tl.constexpr):
+    """`reference.scales.store` for scales of a byte, as int32."""
+    bits = _half_bits(step)
+    byte = (bits + 0x3F + ((bits >> 7) & 1)) >> 7
+    least = _half_bits(_product(tl.abs(low), 4 / 127))
+    byte = tl.minimum(tl.maximum(byte, (least + 0x7F) >> 7), LARGEST_BYTE)
+    zero = byte
+    if not SYMMETRIC:
+        wide = narrow_step(byte.to(tl.uint8)).to(tl.float32)
+        quarters = tl.div_rn(low * 4, tl.where(byte > 0, wide, 1.0))
+        quarters = tl.where(
+            byte > 0, quarters, tl.where(low > 0, 127.0, tl.where(low < 0, -128.0, tl.zeros_like(low)))
+        )
+        quarters = tl.minimum(tl.maximum(quarters, -128.0), 127.0)
+        zero = (quarters + SIGNED_ROUNDER).to(tl.int32, bitcast=True) - 0x4B400000
+    return byte, zero
+
+
+@triton.jit
+def _store_scales(scale_ptr, zero_ptr, at, step, low, ok, SCALE_DTYPE: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Store scales for steps and offsets of code 0, in the dtypes of the cache."""
+    if SCALE_DTYPE == BYTE_SCALES:
+        scale, zero = _as_bytes(step, low, SYMMETRIC)
+    else:
+        LIMIT: tl.constexpr = (
+            65504.0
+            if SCALE_DTYPE == 0
+            else 3.3895313892515355e38
+            if SCALE_DTYPE == 1
+            else 3.4028234663852886e38
+        )
+        scale = _stored(tl.minimum(step, LIMIT), SCALE_DTYPE)
+        zero = _stored(tl.minimum(tl.maximum(low, -LIMIT), LIMIT), SCALE_DTYPE)
+    scale = scale.to(scale_ptr.dtype.element_ty)
+    zero = zero.to(zero_ptr.dtype.element_ty)
+    tl.store(scale_ptr + at, scale, mask=ok)
+    if not SYMMETRIC:
+        tl.store(zero_ptr + at, zero, mask=ok)
+    return scale, zero
+
+
+@triton.jit
+def _numbers(scale, zero, X: tl.constexpr):
+    """(steps, offsets) as float32 of scales and offsets as they are stored."""
+    step = narrow_step(scale).to(tl.float32)
+    if X.SYMMETRIC:
+        # no plain product: it might be contracted with a subtraction
+        offset = _product(step, -middle(X.BITS))
+    else:
+        offset = as_offset(zero, step)
+    return step, offset
+
+
+@triton.jit
+def _divisor(step, top, SCALE_DTYPE: tl.constexpr):
     """(unit, largest distance, -divisor, 1 / divisor), where the divisor is the step times the unit.
 
-    The unit is a power of two that keeps all of it normal; float16 needs none.
+    `top` is the largest code. The unit is a power of two that keeps all of it normal; float16 needs none.
     """
     unit = tl.zeros_like(step) + 1.0
-    if SCALE_DTYPE != 0:
+    if SCALE_DTYPE != 0 and SCALE_DTYPE != BYTE_SCALES:
         unit = tl.where(
             step < 8.7e-19, 1.8446744073709552e19, tl.where(step > 1.2e18, 5.421010862427522e-20, 1.0)
         )
@@ -89,7 +176,7 @@ def _divisor(step, BITS: tl.constexpr, SCALE_DTYPE: tl.constexpr):
     else:
         # correct to a few units will do: no quotient by so short a number is close to the middle of two floats
         inverse = 1.0 / divisor
-    return unit, step * unit * (2**BITS - 1), -divisor, inverse
+    return unit, step * unit * top, -divisor, inverse
 
 
 @triton.jit
@@ -100,7 +187,7 @@ def _code_bits(x, zero, unit, largest, minus_divisor, inverse, SCALE_DTYPE: tl.c
     (Markstein, IBM J. Res. Dev. 34, 1990), at a third of a division's cost.
     """
     x = x - zero
-    if SCALE_DTYPE != 0:
+    if SCALE_DTYPE != 0 and SCALE_DTYPE != BYTE_SCALES:
         x = x * unit
     # in this order a NaN ends as 0; `largest` may be rounded, its quotient still rounds to the largest code
     x = tl.minimum(tl.maximum(x, 0.0), largest)
@@ -170,13 +257,15 @@ def _column_pieces(codes, OWN: tl.constexpr, FIRST: tl.constexpr, STEP: tl.const
 
 @triton.jit
 def _store_cut(
-    qdata_ptr, codes, row, word, row_ok, ok, OWN: tl.constexpr, PLANE: tl.constexpr,
-    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    qdata_ptr, codes, row, word, row_ok, ok, X: tl.constexpr, DIGIT: tl.constexpr,
+    FIELDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The two planes of a cut digit. A field has as many channels as the wide plane has words, or as the narrow."""
-    at = qdata_ptr + word_at(row, BITS, D, PLANE, BLOCK)[:, None] + word[None, :]
-    low_at = qdata_ptr + word_at(row, BITS, D, PLANE + 1, BLOCK)[:, None]
-    COPIES: tl.constexpr = fold_copies(OWN, D, 0)
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    PLANE: tl.constexpr = digit_plane(X.BITS, DIGIT)
+    at = qdata_ptr + word_at(row, X.BITS, X.KEPT, X.HIGH, PLANE, X.BLOCK)[:, None] + word[None, :]
+    low_at = qdata_ptr + word_at(row, X.BITS, X.KEPT, X.HIGH, PLANE + 1, X.BLOCK)[:, None]
+    COPIES: tl.constexpr = fold_copies(OWN, X.KEPT, 0)
     WIDE: tl.constexpr = cut_column(COPIES)[0]
     NARROW: tl.constexpr = cut_column(COPIES)[1]
     # a thread has the columns of one wide word, or of two that lie half a plane from each other
@@ -208,13 +297,14 @@ def _own_bits(code, BITS: tl.constexpr, DIGIT: tl.constexpr):
 
 @triton.jit
 def _store_plane(
-    qdata_ptr, codes, row, word, row_ok, ok, DIGIT: tl.constexpr,
-    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    qdata_ptr, codes, row, word, row_ok, ok, X: tl.constexpr, DIGIT: tl.constexpr,
+    FIELDS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """The plane of a digit. A field has as many channels as the plane has words, or half or twice as many."""
+    BITS: tl.constexpr = X.BITS
     OWN: tl.constexpr = digit_bits(BITS, DIGIT)
-    OWN_WORDS: tl.constexpr = plane_words(OWN, D, 0)
-    at = qdata_ptr + word_at(row, BITS, D, digit_plane(BITS, DIGIT), BLOCK)[:, None]
+    OWN_WORDS: tl.constexpr = plane_words(OWN, digit_channels(X.KEPT, X.HIGH, DIGIT), 0)
+    at = qdata_ptr + word_at(row, BITS, X.KEPT, X.HIGH, digit_plane(BITS, DIGIT), X.BLOCK)[:, None]
     if OWN_WORDS >= WORDS:
         HALVES: tl.constexpr = OWN_WORDS // WORDS
         for h in tl.static_range(HALVES):
@@ -233,34 +323,134 @@ def _store_plane(
 
 
 @triton.jit
-def _store_words(
-    qdata_ptr, codes, row, word, row_ok, word_ok,
-    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
+def _store_words(qdata_ptr, codes, row, word, row_ok, word_ok, P: tl.constexpr):
     """Pack every field's codes into words and store them; what is above a word's 16 bits is cut off.
 
     `row` is [tokens], counted from `qdata_ptr`.
     """
     ok = row_ok[:, None] & word_ok[None, :]
-    for d in tl.static_range(digit_count(BITS)):
-        if is_cut(digit_bits(BITS, d)):
-            _store_cut(
-                qdata_ptr, codes, row, word, row_ok, ok, digit_bits(BITS, d), digit_plane(BITS, d),
-                D, BITS, BLOCK, FIELDS, WORDS,
-            )  # fmt: skip
+    for d in tl.static_range(digit_count(P.X.BITS)):
+        if is_cut(digit_bits(P.X.BITS, d)):
+            _store_cut(qdata_ptr, codes, row, word, row_ok, ok, P.X, d, P.FIELDS, P.WORDS)
         else:
-            _store_plane(qdata_ptr, codes, row, word, row_ok, ok, d, D, BITS, BLOCK, FIELDS, WORDS)
+            _store_plane(qdata_ptr, codes, row, word, row_ok, ok, P.X, d, P.FIELDS, P.WORDS)
+
+
+@triton.jit
+def _load_rotated(
+    new_ptr,
+    new_stride,
+    ring_ptr,
+    at,
+    fresh_from,
+    first,
+    ring,
+    word,
+    word_ok,
+    P: tl.constexpr,
+    FROM_RING: tl.constexpr,
+):
+    """What `_load_tokens` loads, field by field, after rotation; what is not finite counts as 0."""
+    D: tl.constexpr = P.X.D
+    fields = ()
+    if D == P.FIELDS * P.WORDS_P:
+        # a power of two: steps within fields, then between them
+        loaded = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok, D, P.WORDS, P.FIELDS, FROM_RING
+        )  # fmt: skip
+        for f in tl.static_range(P.FIELDS):
+            x = tl.where(tl.abs(loaded[f]) < float("inf"), loaded[f], 0.0)
+            for step in tl.static_range(turns(P.WORDS)):
+                x = turn(x, step, 1)
+            fields = fields + (x,)
+        for step in tl.static_range(turns(P.FIELDS)):
+            turned = ()
+            for f in tl.static_range(P.FIELDS):
+                if f & (1 << step) == 0:
+                    turned = turned + (fields[f] + fields[f + (1 << step)],)
+                else:
+                    turned = turned + (fields[f - (1 << step)] - fields[f],)
+            fields = turned
+        scaled = ()
+        for f in tl.static_range(P.FIELDS):
+            scaled = scaled + (orthonormal(fields[f], D),)
+        fields = scaled
+    else:
+        channel = tl.arange(0, next_power_of_2(D))
+        x = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel < D, D, D, 1, FROM_RING
+        )[0]  # fmt: skip
+        x = rotate(tl.where(tl.abs(x) < float("inf"), x, 0.0), D, 1)
+        for f in tl.static_range(P.FIELDS):
+            place = tl.minimum(f * P.WORDS + word, D - 1)
+            fields = fields + (tl.gather(x, tl.broadcast_to(place[None, :], [P.TOKENS, P.WORDS_P]), 1),)
+    return fields
+
+
+@triton.jit
+def _pack_group(
+    new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
+    P: tl.constexpr, DIGIT: tl.constexpr, FROM_RING: tl.constexpr,
+):  # fmt: skip
+    """Codes of a group of tokens by the scales and offsets at the pointers; with tiers of one digit alone."""
+    X: tl.constexpr = P.X
+    D: tl.constexpr = X.D
+    WORDS: tl.constexpr = P.WORDS if DIGIT == 0 else plane_words(digit_bits(X.BITS, DIGIT), X.HIGH, 0)
+    WORDS_P: tl.constexpr = next_power_of_2(WORDS)
+    token = tl.arange(0, P.TOKENS)
+    # few neighbours in a thread: see `_flush`
+    word = tl.max_contiguous(tl.arange(0, WORDS_P), min(2, WORDS_P))
+    word_ok = word < WORDS
+    zeros = ()
+    divisors = ()
+    places = ()
+    for f in tl.static_range(P.FIELDS):
+        scale = tl.load(scale_ptr + f * WORDS + word, mask=word_ok, other=0)
+        zero = scale
+        if not X.SYMMETRIC:
+            zero = tl.load(zero_ptr + f * WORDS + word, mask=word_ok, other=0)
+        step, zero = _numbers(scale, zero, X)
+        zeros = zeros + (zero[None, :],)
+        if X.BITS == TIERED:
+            top = tl.where(f * WORDS + word < X.HIGH, 15.0, 3.0)
+            divisors = divisors + (_divisor(step[None, :], top[None, :], P.SCALE_DTYPE),)
+            places = places + (tl.load(order_ptr + f * WORDS + word, mask=word_ok, other=0),)
+        else:
+            divisors = divisors + (_divisor(step[None, :], 2**X.BITS - 1, P.SCALE_DTYPE),)
+    for start in range(0, X.GROUP, P.TOKENS):
+        at = start + token
+        if X.GROUP % P.TOKENS != 0:
+            at = tl.minimum(at, X.GROUP - 1)
+        if X.BITS == TIERED:
+            fields = ()
+            for f in tl.static_range(P.FIELDS):
+                fields = fields + _load_tokens(
+                    new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, places[f], word_ok,
+                    D, WORDS, 1, FROM_RING,
+                )  # fmt: skip
+        else:
+            fields = _load_tokens(
+                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
+                D, WORDS, P.FIELDS, FROM_RING,
+            )  # fmt: skip
+        codes = ()
+        for f in tl.static_range(P.FIELDS):
+            codes = codes + (_code_bits(fields[f], zeros[f], *divisors[f], P.SCALE_DTYPE),)
+        if X.BITS == TIERED:
+            row_ok = at >= 0
+            ok = row_ok[:, None] & word_ok[None, :]
+            _store_plane(qdata_ptr, codes, first + at, word, row_ok, ok, X, DIGIT, P.FIELDS, WORDS)
+        else:
+            _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, P)
 
 
 @triton.jit
 def _flush(
-    new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr, valid_stride, hidden_below,
-    tile_index, part, rows_held, live, tile, sink, ring,
-    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
-    VALID: tl.constexpr, FROM_RING: tl.constexpr,
+    new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr, valid_stride,
+    hidden_below, tile_index, part, rows_held, live, tile, sink, ring,
+    P: tl.constexpr, VALID: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
-    """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on.
+    """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on. P is a `Packing`.
 
     A part is a group of tokens for AXIS 0 and a block of TOKENS tokens for AXIS 1. A field is a tile
     [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange (but for the
@@ -269,13 +459,17 @@ def _flush(
     Minimum and maximum ignore a NaN, so what must not count in a range is made one: x + 0 * x for
     whatever is not finite, x + NaN * x for whatever is hidden.
     """
+    X: tl.constexpr = P.X
+    BITS: tl.constexpr = X.BITS
+    AXIS: tl.constexpr = X.AXIS
+    GROUP: tl.constexpr = X.GROUP
+    D: tl.constexpr = X.D
+    SCALE_DTYPE: tl.constexpr = P.SCALE_DTYPE
+    FIELDS: tl.constexpr = P.FIELDS
+    WORDS: tl.constexpr = P.WORDS
+    WORDS_P: tl.constexpr = P.WORDS_P
+    TOKENS: tl.constexpr = P.TOKENS
     token = tl.arange(0, TOKENS)
-    # how many words a thread holds side by side. For keys few: it computes for each of its channels what
-    # a code needs (not 1, by which Triton puts a warp's threads along the tokens). For values many: it
-    # computes the same for each of its tokens.
-    NEIGHBOURS: tl.constexpr = max(16 // FIELDS, WORDS_P // 8) if AXIS == 1 else 2
-    word = tl.max_contiguous(tl.arange(0, WORDS_P), NEIGHBOURS)
-    word_ok = word < WORDS
     # a tile is held in full or not at all; if not, one token is read throughout and none counts, so that
     # scales and codes are 0
     held = tile_index * tile < rows_held
@@ -290,12 +484,15 @@ def _flush(
     ring_ptr = residual_ptr + sink * D
     if AXIS == 0:
         LANES: tl.constexpr = 16 if TOKENS > 16 else TOKENS
-        DP: tl.constexpr = FIELDS * WORDS_P
+        DP: tl.constexpr = next_power_of_2(D)
         # whole tokens to a warp: each thread then has few channels and all its tokens of them
         channel = tl.max_contiguous(tl.arange(0, DP), max(1, DP // 32))
         channel_ok = channel < D
         low = tl.zeros([LANES, DP], tl.float32) + float("inf")
         high = tl.zeros([LANES, DP], tl.float32) - float("inf")
+        if X.KEPT < D:
+            total = tl.zeros([LANES, DP], tl.float64)
+            counted = tl.zeros([LANES, DP], tl.int32)
         for start in range(0, GROUP, TOKENS):
             at = start + token
             if GROUP % TOKENS != 0:
@@ -315,42 +512,67 @@ def _flush(
                 else:
                     seen = entry.to(tl.float32) > hidden_below
                 factor = tl.where(seen[:, None], factor, float("nan"))
-            x = tl.reshape(tl.fma(x, factor, x), [TOKENS // LANES, LANES, DP])
+            x = tl.fma(x, factor, x)
+            if X.KEPT < D:
+                once = (x == x) & (start + token < GROUP)[:, None]
+                counts = tl.reshape(once.to(tl.int32), [TOKENS // LANES, LANES, DP])
+                counted += tl.sum(counts, 0)
+                finite = tl.where(once, x, 0.0).to(tl.float64)
+                total += tl.sum(tl.reshape(finite, [TOKENS // LANES, LANES, DP]), 0)
+            x = tl.reshape(x, [TOKENS // LANES, LANES, DP])
             low = tl.minimum(low, tl.min(x, 0))
             high = tl.maximum(high, tl.max(x, 0))
-        step, zero = _range_to_scale(tl.min(low, 0), tl.max(high, 0), BITS, SCALE_DTYPE)
+        low = tl.min(low, 0)
+        high = tl.max(high, 0)
+        empty = low > high
+        low = tl.where(empty, 0.0, low)
+        high = tl.where(empty, 0.0, high)
+        if BITS == TIERED:
+            # from here on in the order in which channels are packed
+            place = tl.load(order_ptr + channel, mask=channel_ok, other=0)
+            low = tl.gather(low, place, 0)
+            high = tl.gather(high, place, 0)
+            low_4, high_4 = _narrowed(low, high, P.MARGIN_HIGH)
+            low_2, high_2 = _narrowed(low, high, P.MARGIN)
+            wide = channel < X.HIGH
+            step = tl.where(wide, _steps(low_4, high_4, 4), _steps(low_2, high_2, 2))
+            low = tl.where(wide, low_4, low_2)
+            if X.KEPT < D:
+                mean = tl.sum(total, 0) / tl.maximum(tl.sum(counted, 0), 1).to(tl.float64)
+                mean = tl.gather(mean.to(tl.float32), place, 0)
+                step = tl.where(channel < X.KEPT, step, 0.0)
+                low = tl.where(channel < X.KEPT, low, mean)
+        else:
+            low, high = _narrowed(low, high, P.MARGIN)
+            step = _steps(low, high, BITS)
         scale_ptr += first // GROUP * D
         zero_ptr += first // GROUP * D
-        tl.store(scale_ptr + channel, step.to(scale_ptr.dtype.element_ty), mask=channel_ok)
-        tl.store(zero_ptr + channel, zero.to(zero_ptr.dtype.element_ty), mask=channel_ok)
+        _store_scales(scale_ptr, zero_ptr, channel, step, low, channel_ok, SCALE_DTYPE, X.SYMMETRIC)
         # read back by the threads that pack
         tl.debug_barrier()
-        zeros = ()
-        divisors = ()
-        for f in tl.static_range(FIELDS):
-            step = tl.load(scale_ptr + f * WORDS + word, mask=word_ok, other=0.0).to(tl.float32)
-            zero = tl.load(zero_ptr + f * WORDS + word, mask=word_ok, other=0.0).to(tl.float32)
-            zeros = zeros + (zero[None, :],)
-            divisors = divisors + (_divisor(step[None, :], BITS, SCALE_DTYPE),)
-        for start in range(0, GROUP, TOKENS):
-            at = start + token
-            if GROUP % TOKENS != 0:
-                at = tl.minimum(at, GROUP - 1)
+        for d in tl.static_range(digit_count(BITS) if BITS == TIERED else 1):
+            _pack_group(
+                new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
+                P, d, FROM_RING,
+            )  # fmt: skip
+    else:
+        # how many words a thread holds side by side. For keys few: it computes for each of its channels what
+        # a code needs (not 1, by which Triton puts a warp's threads along the tokens). For values many: it
+        # computes the same for each of its tokens.
+        NEIGHBOURS: tl.constexpr = max(16 // FIELDS, WORDS_P // 8)
+        word = tl.max_contiguous(tl.arange(0, WORDS_P), NEIGHBOURS)
+        word_ok = word < WORDS
+        row_ok = part * TOKENS + token < tile
+        at = tl.minimum(token, tile - 1 - part * TOKENS)
+        if X.TURNED == ROTATED:
+            fields = _load_rotated(
+                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok, P, FROM_RING
+            )  # fmt: skip
+        else:
             fields = _load_tokens(
                 new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
                 D, WORDS, FIELDS, FROM_RING,
             )  # fmt: skip
-            codes = ()
-            for f in tl.static_range(FIELDS):
-                codes = codes + (_code_bits(fields[f], zeros[f], *divisors[f], SCALE_DTYPE),)
-            _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, D, BITS, BLOCK, FIELDS, WORDS)
-    else:
-        row_ok = part * TOKENS + token < tile
-        at = tl.minimum(token, tile - 1 - part * TOKENS)
-        fields = _load_tokens(
-            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
-            D, WORDS, FIELDS, FROM_RING,
-        )  # fmt: skip
         zeros = ()
         divisors = ()
         for g in tl.static_range(D // GROUP):
@@ -366,12 +588,22 @@ def _flush(
                     x = tl.fma(fields[f], factor, fields[f])
                     low = tl.minimum(low, x)
                     high = tl.maximum(high, x)
-            step, zero = _range_to_scale(tl.min(low, 1), tl.max(high, 1), BITS, SCALE_DTYPE)
+            low = tl.min(low, 1)
+            high = tl.max(high, 1)
+            empty = low > high
+            low = tl.where(empty, 0.0, low)
+            high = tl.where(empty, 0.0, high)
+            if X.SYMMETRIC:
+                high = tl.maximum(high, -low)
+                low = -high
+            low, high = _narrowed(low, high, P.MARGIN)
             group_at = (first + token) * (D // GROUP) + g
-            tl.store(scale_ptr + group_at, step.to(scale_ptr.dtype.element_ty), mask=row_ok)
-            tl.store(zero_ptr + group_at, zero.to(zero_ptr.dtype.element_ty), mask=row_ok)
+            scale, zero = _store_scales(
+                scale_ptr, zero_ptr, group_at, _steps(low, high, BITS), low, row_ok, SCALE_DTYPE, X.SYMMETRIC
+            )
+            step, zero = _numbers(scale, zero, X)
             zeros = zeros + (zero[:, None],)
-            divisors = divisors + (_divisor(step[:, None], BITS, SCALE_DTYPE),)
+            divisors = divisors + (_divisor(step[:, None], 2**BITS - 1, SCALE_DTYPE),)
         codes = ()
         for f in tl.static_range(FIELDS):
             code = tl.zeros([TOKENS, WORDS_P], tl.int32)
@@ -383,7 +615,7 @@ def _flush(
                     else:
                         code = tl.where(((f * WORDS + word) // GROUP == g)[None, :], group_code, code)
             codes = codes + (code,)
-        _store_words(qdata_ptr, codes, first + token, word, row_ok, word_ok, D, BITS, BLOCK, FIELDS, WORDS)
+        _store_words(qdata_ptr, codes, first + token, word, row_ok, word_ok, P)
 
 
 ALL_TILES = tl.constexpr(0)
@@ -395,14 +627,15 @@ FRESH_TILES = tl.constexpr(2)
 
 @triton.jit
 def _append_one(
-    new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr,
-    new_sb, new_sh, new_sl, qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh,
+    new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr,
+    new_sb, new_sh, new_sl, qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh, order_sb, order_sh,
     valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
-    BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    DP: tl.constexpr, SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr, WORDS_P: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """This program's share of one tensor: parts of the tiles that are due, and rows of new tokens."""
+    BITS: tl.constexpr = P.X.BITS
+    D: tl.constexpr = P.X.D
+    DP: tl.constexpr = P.X.DP
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     end = live + count
@@ -423,9 +656,10 @@ def _append_one(
             _flush(
                 new_ptr + b * new_sb + h * new_sh, new_sl, qdata_ptr + b * qdata_sb + h * qdata_sh,
                 scale_ptr + b * scale_sb + h * scale_sh, zero_ptr + b * scale_sb + h * scale_sh,
-                residual_ptr + b * residual_sb + h * residual_sh, valid_ptr + b * valid_sb, valid_ss, hidden_below,
+                residual_ptr + b * residual_sb + h * residual_sh, order_ptr + b * order_sb + h * order_sh,
+                valid_ptr + b * valid_sb, valid_ss, hidden_below,
                 old + job % jobs // parts, job % parts, due * tile, live, tile, sink, ring,
-                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, FLUSH != FRESH_TILES,
+                P, VALID, FLUSH != FRESH_TILES,
             )  # fmt: skip
     if WRITE:
         channel = tl.arange(0, DP)
@@ -462,20 +696,22 @@ def _append_one(
     ]
 )  # fmt: skip
 def append_kernel(
-    keys_ptr, values_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr,
-    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, valid_ptr, start_ptr,
+    keys_ptr, values_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr,
+    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, valid_ptr, start_ptr,
     keys_sb, keys_sh, keys_sl, values_sb, values_sh, values_sl,
-    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh,
-    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh,
+    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh, k_order_sb, k_order_sh,
+    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh, v_order_sb, v_order_sh,
     valid_sb, valid_ss, hidden_below, batch, heads, count, length,
     k_tile, k_sink, k_window, k_ring, k_parts, v_tile, v_sink, v_window, v_ring, v_parts,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
     K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr,
-    DP: tl.constexpr, K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
-    K_TOKENS: tl.constexpr, K_ROWS: tl.constexpr,
+    DP: tl.constexpr, K_KEPT: tl.constexpr, K_HIGH: tl.constexpr, K_SYMMETRIC: tl.constexpr, K_TURNED: tl.constexpr,
+    K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
+    K_TOKENS: tl.constexpr, K_MARGIN: tl.constexpr, K_MARGIN_HIGH: tl.constexpr, K_ROWS: tl.constexpr,
     V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr,
-    DVP: tl.constexpr, V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
-    V_TOKENS: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
+    DVP: tl.constexpr, V_KEPT: tl.constexpr, V_HIGH: tl.constexpr, V_SYMMETRIC: tl.constexpr, V_TURNED: tl.constexpr,
+    V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
+    V_TOKENS: tl.constexpr, V_MARGIN: tl.constexpr, V_MARGIN_HIGH: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
 
@@ -483,6 +719,14 @@ def append_kernel(
     `start` on the device a step that would pass the capacity `length` writes nothing. EARLY: started
     before the kernel ahead ends, it waits for it, and lets the next one do the same.
     """
+    K: tl.constexpr = Packing(
+        Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED),
+        K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_MARGIN, K_MARGIN_HIGH,
+    )  # fmt: skip
+    V: tl.constexpr = Packing(
+        Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED),
+        V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_MARGIN, V_MARGIN_HIGH,
+    )  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -493,20 +737,18 @@ def append_kernel(
         fits = live + count <= length
     if fits:
         _append_one(
-            keys_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, valid_ptr,
+            keys_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, valid_ptr,
             keys_sb, keys_sh, keys_sl, k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh,
-            k_residual_sb, k_residual_sh, valid_sb, valid_ss, hidden_below,
+            k_residual_sb, k_residual_sh, k_order_sb, k_order_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, k_tile, k_sink, k_window, k_ring, k_parts,
-            K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_ROWS,
-            VALID, FLUSH, WRITE,
+            K, K_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
         _append_one(
-            values_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, valid_ptr,
+            values_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, valid_ptr,
             values_sb, values_sh, values_sl, v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh,
-            v_residual_sb, v_residual_sh, valid_sb, valid_ss, hidden_below,
+            v_residual_sb, v_residual_sh, v_order_sb, v_order_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, v_tile, v_sink, v_window, v_ring, v_parts,
-            V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_ROWS,
-            VALID, FLUSH, WRITE,
+            V, V_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
 
 
@@ -514,16 +756,21 @@ def append_kernel(
     do_not_specialize=["heads", "count", "tiles", "slots", "tile", "sink", "window", "ring", "parts", "jobs"]
 )
 def pack_kernel(
-    x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, valid_ptr,
+    x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr,
     x_sb, x_sh, x_sl, valid_sb, valid_ss, hidden_below, heads, count, tiles, slots, tile, sink, window, ring, parts, jobs,
     VALID: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, SCALE_DTYPE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
-    WORDS_P: tl.constexpr, TOKENS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
+    TURNED: tl.constexpr, SCALE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    WORDS_P: tl.constexpr, TOKENS: tl.constexpr, MARGIN: tl.constexpr, MARGIN_HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Fill the four buffers of one tensor from its tokens x; what holds no token becomes 0.
+    """Fill the buffers of one tensor but for its order from its tokens x; what holds no token becomes 0.
 
     Grid: jobs (parts of tiles, then blocks of residual slots), fastest, x heads x batch.
     """
+    P: tl.constexpr = Packing(
+        Form(BITS, AXIS, GROUP, D, BLOCK, DP, KEPT, HIGH, SYMMETRIC, TURNED),
+        SCALE, FIELDS, WORDS, WORDS_P, TOKENS, MARGIN, MARGIN_HIGH,
+    )  # fmt: skip
     pid = tl.program_id(0)
     job = pid % jobs
     sequence = (pid // jobs // heads).to(tl.int64)
@@ -538,11 +785,10 @@ def pack_kernel(
                 grid_rows = tiles * tile * (D // GROUP)
             index = job // parts
             _flush(
-                x_ptr, x_sl, qdata_ptr + at * tiles * tile * words_per_token(BITS, D),
-                scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr,
+                x_ptr, x_sl, qdata_ptr + at * tiles * tile * words_per_token(BITS, KEPT, HIGH),
+                scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr, order_ptr + at * D,
                 valid_ptr + sequence * valid_sb, valid_ss, hidden_below, index, job % parts,
-                end - sink, 0, tile, sink, ring,
-                BITS, AXIS, GROUP, D, BLOCK, SCALE_DTYPE, FIELDS, WORDS, WORDS_P, TOKENS, VALID, False,
+                end - sink, 0, tile, sink, ring, P, VALID, False,
             )  # fmt: skip
     if job >= tiles * parts:
         slot = (job - tiles * parts) * ROWS + tl.arange(0, ROWS)
