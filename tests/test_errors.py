@@ -21,7 +21,7 @@ ALLOWED = {
     ("signals.py", "NotImplementedError"),  # of a base class
     ("native.py", "FileNotFoundError"),  # caught there: no compiler
     ("io.py", "ValueError"),  # in hooks of json, which turns no other kind into a decoding error
-    ("boundary.py", "LookupError"),
+    ("sizes.py", "LookupError"),
     ("texts.py", "ValueError"),  # of the tests' own texts
 }
 
