@@ -113,8 +113,8 @@ def out_of_order(x: Tensor, order: Tensor) -> Tensor:
 def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorFormat) -> Tensor:
     """Channels by how much of the scores they make, the most important first: int32 [B, H, D].
 
-    The score of a channel is the mean size of the queries in it times the mean range of the keys in a group,
-    for each KV head by itself: rounding errors grow with the range and count with the query's size.
+    The score of a channel is the sum of the sizes of the queries in it times the mean range of the keys in a
+    group, for each KV head by itself: rounding errors grow with the range and count with the query's size.
 
     Args:
         x: keys of whole tiles, [B, H, n * tile, D].
@@ -122,6 +122,11 @@ def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorForm
         query: queries, [B, Hq, Lq, D]; those of padding are 0.
         fmt: a format with tiers.
     """
+    return order_by(ranges(x, valid, fmt), query)
+
+
+def ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """Largest less smallest number of each group of tokens, [B, H, groups, D] in float32; 0 where none counts."""
     B, H, L, D = x.shape
     grouped = x.float().reshape(B, H, L // fmt.group_size, fmt.group_size, D)
     usable = grouped.isfinite()
@@ -129,9 +134,16 @@ def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorForm
         usable = usable & valid[:, :L].view(B, 1, L // fmt.group_size, fmt.group_size, 1)
     low = grouped.masked_fill(~usable, torch.inf).amin(3)
     high = grouped.masked_fill(~usable, -torch.inf).amax(3)
-    spread = (high - low).masked_fill(low > high, 0).mean(2)
-    size = query.float().abs().nan_to_num(0, 0, 0).reshape(B, H, -1, D).mean(2)
-    return (spread * size).argsort(dim=2, descending=True, stable=True).to(torch.int32)
+    return (high - low).masked_fill(low > high, 0)
+
+
+def order_by(spread: Tensor, query: Tensor) -> Tensor:
+    """The order for keys with these `ranges`, as `choose_order` returns it."""
+    # one pass and no copy, also over the queries of a long prompt
+    grouped = query.unflatten(1, (spread.shape[1], -1))
+    size = torch.linalg.vector_norm(grouped, 1, (2, 3), dtype=compute_dtype(query))
+    size = size.nan_to_num(0, 0, 0).float()
+    return (spread.mean(2) * size).argsort(dim=2, descending=True, stable=True).to(torch.int32)
 
 
 def pack(codes: Tensor, bits: int, block: int = 1, above: int | None = None) -> Tensor:

@@ -5,6 +5,8 @@ All functions work on plain tensors and host lengths; `layout` says where each t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,17 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
 
 
 def order_from_prompt(
-    cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: Tensor | None
+    cached: Cached,
+    x: Tensor,
+    valid: Tensor | None,
+    length: int,
+    query: Tensor | None,
+    ranges: Callable[[Tensor, Tensor | None, TensorFormat], Tensor] = q.ranges,
 ) -> None:
-    """Choose the order of channels if it is the prompt's and `append` of these is to pack the first tiles."""
+    """Choose the order of channels if it is the prompt's and `append` of these is to pack the first tiles.
+
+    `ranges` does what `quantize.ranges` does.
+    """
     fmt = cached.format
     end = length + x.shape[2]
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
@@ -81,7 +91,7 @@ def order_from_prompt(
         seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
         query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
     assert cached.order is not None
-    cached.order.copy_(q.choose_order(first, seen, query, fmt))
+    cached.order.copy_(q.order_by(ranges(first, seen, fmt), query))
 
 
 def _flush(cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: int, new: int) -> None:

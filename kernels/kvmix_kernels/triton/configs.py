@@ -79,7 +79,8 @@ def attend_config(
 ) -> AttendConfig:
     """The committed parameters for a case; `heads` counts the KV heads of all sequences."""
     few = heads <= FEW_HEADS
-    return _attend_config(name, bits_matched(keys), bits_matched(values), head_dim, group, columns, bulk, few)
+    bits, tiers = (bits_matched(keys), bits_matched(values)), len(keys.tiers) > 1
+    return _attend_config(name, *bits, tiers, head_dim, group, columns, bulk, few)
 
 
 def bits_matched(fmt: TensorFormat) -> int:
@@ -91,10 +92,18 @@ def bits_matched(fmt: TensorFormat) -> int:
 
 @cache
 def _attend_config(
-    name: str, k_bits: int, v_bits: int, head_dim: int, group: int, columns: int, bulk: bool, few_heads: bool
+    name: str,
+    k_bits: int,
+    v_bits: int,
+    tiers: bool,
+    head_dim: int,
+    group: int,
+    columns: int,
+    bulk: bool,
+    few_heads: bool,
 ) -> AttendConfig:
     case = {
-        "k_bits": k_bits, "v_bits": v_bits, "bits": max(k_bits, v_bits), "head_dim": head_dim,
+        "k_bits": k_bits, "v_bits": v_bits, "tiers": tiers, "bits": max(k_bits, v_bits), "head_dim": head_dim,
         "group": group, "columns": columns, "bulk": bulk, "few_heads": few_heads,
     }  # fmt: skip
     for entry in entries(name):

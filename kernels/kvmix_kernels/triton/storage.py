@@ -31,6 +31,7 @@ from kvmix_kernels.triton.kernels.storage import (
     RING_TILES,
     append_kernel,
     pack_kernel,
+    ranges_kernel,
 )
 from kvmix_kernels.triton.launch_plan import form_plan
 
@@ -138,6 +139,24 @@ def valid_row(mask: Tensor | None, x: Tensor) -> tuple[Tensor, int, int, float, 
     return row, 0 if row.shape[0] == 1 else row.stride(0), row.stride(2), limit, kind
 
 
+def _ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """`reference.quantize.ranges` in one pass, without copies of x."""
+    B, H, L, D = x.shape
+    warps, groups = _pack_warps(fmt, D), L // fmt.group_size
+    out = torch.empty(B, H, groups, D, dtype=torch.float32, device=x.device)
+    x = inner_dense(x)
+    seen = x if valid is None else valid.view(torch.uint8)
+    if out.numel():
+        with device_of(x):
+            ranges_kernel[(B * H * groups,)](
+                x, seen, out, *x.stride()[:3], *((0, 0) if valid is None else seen.stride()), H, groups,
+                VALID=int(valid is not None), GROUP=fmt.group_size, D=D, DP=next_power_of_2(D),
+                TOKENS=_cut(fmt, D, PACK_ELEMENTS * warps).tokens,
+                num_warps=warps,
+            )  # fmt: skip
+    return out
+
+
 def quantize_pack(
     x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
 ) -> list[Tensor]:
@@ -158,7 +177,7 @@ def quantize_pack(
     if cached.order is not None:
         cached.order.copy_(torch.arange(D, dtype=torch.int32, device=x.device))
         cached.take_order(hint)
-        reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint)
+        reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, x)
     rows = max(1, 4096 // next_power_of_2(D))
     jobs = tiles * cut.parts + -(-slots // rows)
@@ -212,7 +231,7 @@ def append_(
     new_keys, new_values = inner_dense(new_keys), inner_dense(new_values)
     if start is None and k.order == layout.ORDER_PROMPT and query is not None:
         seen = reference.valid_tokens(mask, B)
-        reference.order_from_prompt(caches[0], new_keys, seen, length, query)
+        reference.order_from_prompt(caches[0], new_keys, seen, length, query, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, new_keys)
     early = starts_early(new_keys)
     if Lq == 1:
@@ -223,7 +242,11 @@ def append_(
         if any(flushes_ring(fmt, None if start is not None else length, Lq) for fmt in (k, v)):
             phases.insert(0, (RING_TILES, False, APPEND_WARPS, APPEND_ELEMENTS, 1))
     for flush, write, warps, elements, per_multiprocessor in phases:
-        cut_k, cut_v = (_cut(f, size, elements * warps) for f, size in ((k, D), (v, Dv)))
+        held = elements * warps
+        if flush is not FRESH_TILES and (k.order or v.rotation):
+            # with channels from everywhere, or exchanged, programs of so many registers would be alone
+            held //= 2
+        cut_k, cut_v = (_cut(f, size, held) for f, size in ((k, D), (v, Dv)))
         tiles = max(cut.parts * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
         programs = min(needed, per_multiprocessor * multiprocessors(new_keys))

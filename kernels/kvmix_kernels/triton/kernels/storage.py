@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels import layout
 from kvmix_kernels.triton.kernels.fields import (
+    ORDERED,
     RAW_BITS,
     ROTATED,
     TIERED,
@@ -445,6 +446,77 @@ def _pack_group(
 
 
 @triton.jit
+def _channels(X: tl.constexpr):
+    # whole tokens to a warp: each thread then has few channels and all its tokens of them
+    return tl.max_contiguous(tl.arange(0, next_power_of_2(X.D)), max(1, next_power_of_2(X.D) // 32))
+
+
+@triton.jit
+def _group_range(
+    new_ptr, new_stride, ring_ptr, valid_ptr, valid_stride, hidden_below, fresh_from, first, ring, sink, rows_held,
+    X: tl.constexpr, TOKENS: tl.constexpr, VALID: tl.constexpr, FROM_RING: tl.constexpr,
+):  # fmt: skip
+    """(smallest, largest) number of a group of tokens in each channel, 0 where none counts.
+
+    Then, where channels are dropped, the sum of what counts and how many there are.
+    """
+    D: tl.constexpr = X.D
+    GROUP: tl.constexpr = X.GROUP
+    DP: tl.constexpr = next_power_of_2(D)
+    LANES: tl.constexpr = 16 if TOKENS > 16 else TOKENS
+    token = tl.arange(0, TOKENS)
+    channel = _channels(X)
+    channel_ok = channel < D
+    nothing = tl.where(first < rows_held, 0.0, float("nan"))
+    low = tl.zeros([LANES, DP], tl.float32) + float("inf")
+    high = tl.zeros([LANES, DP], tl.float32) - float("inf")
+    if X.KEPT < D:
+        total = tl.zeros([LANES, DP], tl.float64)
+        counted = tl.zeros([LANES, DP], tl.int32)
+    for start in range(0, GROUP, TOKENS):
+        at = start + token
+        if GROUP % TOKENS != 0:
+            # copies of the last token change nothing
+            at = tl.minimum(at, GROUP - 1)
+        x = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel_ok,
+            D, D, 1, FROM_RING,
+        )[0]  # fmt: skip
+        factor = nothing + tl.zeros_like(x)
+        if VALID != 0:
+            entry = tl.load(
+                valid_ptr + (sink + first + at) * valid_stride, mask=first + at < rows_held, other=0
+            )
+            if VALID == 1:
+                seen = entry != 0
+            else:
+                seen = entry.to(tl.float32) > hidden_below
+            factor = tl.where(seen[:, None], factor, float("nan"))
+        x = tl.fma(x, factor, x)
+        if X.KEPT < D:
+            once = (x == x) & (start + token < GROUP)[:, None]
+            counts = tl.reshape(once.to(tl.int32), [TOKENS // LANES, LANES, DP])
+            counted += tl.sum(counts, 0)
+            finite = tl.where(once, x, 0.0).to(tl.float64)
+            total += tl.sum(tl.reshape(finite, [TOKENS // LANES, LANES, DP]), 0)
+        x = tl.reshape(x, [TOKENS // LANES, LANES, DP])
+        low = tl.minimum(low, tl.min(x, 0))
+        high = tl.maximum(high, tl.max(x, 0))
+    low = tl.min(low, 0)
+    high = tl.max(high, 0)
+    empty = low > high
+    low = tl.where(empty, 0.0, low)
+    high = tl.where(empty, 0.0, high)
+    if X.KEPT < D:
+        summed = tl.sum(total, 0)
+        count = tl.sum(counted, 0)
+    else:
+        summed = low
+        count = low
+    return low, high, summed, count
+
+
+@triton.jit
 def _flush(
     new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr, valid_stride,
     hidden_below, tile_index, part, rows_held, live, tile, sink, ring,
@@ -483,50 +555,12 @@ def _flush(
     new_ptr += -fresh_from.to(tl.int64) * new_stride
     ring_ptr = residual_ptr + sink * D
     if AXIS == 0:
-        LANES: tl.constexpr = 16 if TOKENS > 16 else TOKENS
-        DP: tl.constexpr = next_power_of_2(D)
-        # whole tokens to a warp: each thread then has few channels and all its tokens of them
-        channel = tl.max_contiguous(tl.arange(0, DP), max(1, DP // 32))
+        channel = _channels(X)
         channel_ok = channel < D
-        low = tl.zeros([LANES, DP], tl.float32) + float("inf")
-        high = tl.zeros([LANES, DP], tl.float32) - float("inf")
-        if X.KEPT < D:
-            total = tl.zeros([LANES, DP], tl.float64)
-            counted = tl.zeros([LANES, DP], tl.int32)
-        for start in range(0, GROUP, TOKENS):
-            at = start + token
-            if GROUP % TOKENS != 0:
-                # copies of the last token change nothing
-                at = tl.minimum(at, GROUP - 1)
-            x = _load_tokens(
-                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel_ok,
-                D, D, 1, FROM_RING,
-            )[0]  # fmt: skip
-            factor = nothing + tl.zeros_like(x)
-            if VALID != 0:
-                entry = tl.load(
-                    valid_ptr + (sink + first + at) * valid_stride, mask=first + at < rows_held, other=0
-                )
-                if VALID == 1:
-                    seen = entry != 0
-                else:
-                    seen = entry.to(tl.float32) > hidden_below
-                factor = tl.where(seen[:, None], factor, float("nan"))
-            x = tl.fma(x, factor, x)
-            if X.KEPT < D:
-                once = (x == x) & (start + token < GROUP)[:, None]
-                counts = tl.reshape(once.to(tl.int32), [TOKENS // LANES, LANES, DP])
-                counted += tl.sum(counts, 0)
-                finite = tl.where(once, x, 0.0).to(tl.float64)
-                total += tl.sum(tl.reshape(finite, [TOKENS // LANES, LANES, DP]), 0)
-            x = tl.reshape(x, [TOKENS // LANES, LANES, DP])
-            low = tl.minimum(low, tl.min(x, 0))
-            high = tl.maximum(high, tl.max(x, 0))
-        low = tl.min(low, 0)
-        high = tl.max(high, 0)
-        empty = low > high
-        low = tl.where(empty, 0.0, low)
-        high = tl.where(empty, 0.0, high)
+        low, high, total, counted = _group_range(
+            new_ptr, new_stride, ring_ptr, valid_ptr, valid_stride, hidden_below, fresh_from, first, ring, sink, rows_held,
+            X, TOKENS, VALID, FROM_RING,
+        )  # fmt: skip
         if BITS == TIERED:
             # from here on in the order in which channels are packed
             place = tl.load(order_ptr + channel, mask=channel_ok, other=0)
@@ -538,7 +572,7 @@ def _flush(
             step = tl.where(wide, _steps(low_4, high_4, 4), _steps(low_2, high_2, 2))
             low = tl.where(wide, low_4, low_2)
             if X.KEPT < D:
-                mean = tl.sum(total, 0) / tl.maximum(tl.sum(counted, 0), 1).to(tl.float64)
+                mean = total / tl.maximum(counted, 1).to(tl.float64)
                 mean = tl.gather(mean.to(tl.float32), place, 0)
                 step = tl.where(channel < X.KEPT, step, 0.0)
                 low = tl.where(channel < X.KEPT, low, mean)
@@ -813,3 +847,22 @@ def pack_kernel(
             x.to(residual_ptr.dtype.element_ty),
             mask=ok,
         )
+
+
+@triton.jit(do_not_specialize=["heads", "groups"])
+def ranges_kernel(
+    x_ptr, valid_ptr, out_ptr, x_sb, x_sh, x_sl, valid_sb, valid_ss, heads, groups,
+    VALID: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`reference.quantize.ranges`. Grid: groups of tokens, fastest, x heads x batch."""
+    X: tl.constexpr = Form(TIERED, 0, GROUP, D, 1, DP, D, D, False, ORDERED)
+    pid = tl.program_id(0).to(tl.int64)
+    first = (pid % groups) * GROUP
+    batch = pid // groups // heads
+    x_ptr += batch * x_sb + (pid // groups % heads) * x_sh + first * x_sl
+    low, high, _, _ = _group_range(
+        x_ptr, x_sl.to(tl.int64), x_ptr, valid_ptr + batch * valid_sb, valid_ss, 0.0, 0, first, 1, 0, groups * GROUP,
+        X, TOKENS, VALID, False,
+    )  # fmt: skip
+    channel = _channels(X)
+    tl.store(out_ptr + pid * D + channel, high - low, mask=channel < D)
