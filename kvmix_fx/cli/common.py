@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hin
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvmix_fx.errors import CommandError, KVMixError, MissingPackageError, ModelInputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
 
 SMOLLM2 = "smollm2"
 """What the commands call the small model of `kvmix_fx.testing.smollm2`."""
@@ -108,21 +106,6 @@ def _print_json(content: dict[str, Any], file: TextIO) -> None:
 def note(text: str) -> None:
     """Say something that is no result."""
     typer.echo(text, err=True)
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while the block runs; call what is given after each of `total` steps.
-
-    The bar is redrawn at those calls only, never by a thread that would disturb what is measured.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
-        task = bar.add_task(description, total=total)
-        bar.refresh()
-        yield lambda: bar.update(task, advance=1, refresh=True)
 
 
 def size(nbytes: float) -> str:
@@ -260,19 +243,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = 
     if ids.shape[1] == 0:
         raise ModelInputError("the prompt holds no tokens; pass at least one")
     return ids.long()
-
-
-def cache_size(cache: Cache) -> tuple[int, int]:
-    """Bytes allocated by a cache, packed or not, and the elements it holds or has room for."""
-    from torch import Tensor
-
-    from kvmix_fx.cache import QuantizedKVTensor
-
-    nbytes = elements = 0
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                packed = isinstance(tensor, QuantizedKVTensor)
-                nbytes += tensor.packed_nbytes if packed else tensor.numel() * tensor.element_size()
-                elements += tensor.numel()
-    return nbytes, elements

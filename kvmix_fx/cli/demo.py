@@ -20,17 +20,16 @@ from kvmix_fx.cli.common import (
     Answer,
     Placement,
     answers,
-    cache_size,
     dtype_name,
     encode,
     load_model,
-    progress,
     size,
 )
 from kvmix_fx.cli.env import versions
 from kvmix_fx.cli.measure import Run, agreement, generate_greedily, text_length
 from kvmix_fx.cli.plan import PlanChoice, summary
 from kvmix_fx.errors import MissingPackageError
+from kvmix_fx.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +61,7 @@ def demo(
     Without plan options, keys get 4 bits and values 2, and 4 in the first and the last two layers.
     """
     import kvmix_fx
+    from kvmix_fx.cache.sizes import cache_size
 
     try:
         network, tokenizer = load_model(model, placement)

@@ -14,16 +14,15 @@ from kvmix_fx.cli.common import (
     ModelName,
     Placement,
     answers,
-    cache_size,
     dtype_name,
     encode,
     load_model,
     note,
-    progress,
     size,
 )
 from kvmix_fx.cli.plan import PlanChoice, summary
 from kvmix_fx.errors import CommandError
+from kvmix_fx.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +59,7 @@ def generate(
     import torch
 
     import kvmix_fx
+    from kvmix_fx.cache.sizes import cache_size
 
     network, tokenizer = load_model(model, placement)
     chosen = choice.build(network)

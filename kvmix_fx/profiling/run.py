@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from kvmix_fx.profiling.calibration import load_calibration
 from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
 from kvmix_fx.profiling.observe import Observer, observing
 from kvmix_fx.profiling.report import ModelIdentity, Profile
+from kvmix_fx.progress import progress as bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ def profile(
         steps = int(names != [KL])
         steps += (1 + formats) * (SCALED in names) + (1 + len(observer.layers) * formats) * (KL in names)
         total = len(calibration.lengths) * steps
-        with _bar("profiling", total, progress and observer.ranks.rank == 0) as step:
+        with bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
     if measured.forwards:
@@ -145,20 +145,6 @@ def _check_vocabulary(model: nn.Module, largest: int) -> None:
 def _check_format(spec: QuantSpec, head_dim: int) -> None:
     """Raise HeadSizeError or FormatError, as making a plan of it would."""
     LayerPlan(spec, spec).formats(head_dim)
-
-
-@contextlib.contextmanager
-def _bar(description: str, total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not (wanted and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
-        task = bar.add_task(description, total=total)
-        bar.refresh()
-        yield lambda: bar.update(task, advance=1, refresh=True)
 
 
 def _version() -> str:
