@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,9 @@ from kvmix_fx.cli.profile import check_target
 from kvmix_fx.errors import CommandError
 
 if TYPE_CHECKING:
-    from kvmix_fx.evaluation import Evaluation, Figure
+    from collections.abc import Iterator
+
+    from kvmix_fx.evaluation import Evaluation, Figure, Retrieval
 
 
 @answers
@@ -37,6 +40,18 @@ def evaluate(
     steps: Annotated[int, typer.Option(min=1, help="Tokens of each that are then read and judged.")] = 128,
     step: Annotated[int, typer.Option(min=1, help="Tokens read at a time; 1 is what decoding does.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Pieces read together, at most.")] = 4,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of figures on a text: what is found again in made-up ones, separated by commas: "
+            "passkey, niah_single, niah_multikey, niah_multivalue, niah_multiquery, variable_tracking, "
+            "common_words, frequent_words.",
+            show_default=False,
+        ),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the tasks' texts.")] = "512,1024",
+    depths: Annotated[str, typer.Option(help="Places of what is asked for.")] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[int, typer.Option(min=1, help="Texts per task, length and depth.")] = 2,
     plot: Annotated[
         Path | None, typer.Option(help="Draw the result to this file.", show_default=False)
     ] = None,
@@ -44,14 +59,38 @@ def evaluate(
 ) -> Answer:
     """Measure what a plan costs a model: perplexity, KL divergence, same tokens, bytes, speed.
 
-    The unquantized cache and the packed one read the same text side by side.
+    The unquantized cache and the packed one read the same text side by side. With --tasks: answers to
+    questions about texts that were packed before the question is read.
     """
     import kvmix_fx
 
     if plot is not None:
         check_target(plot, force)
+    asked = None if tasks is None else _asked(tasks, lengths, depths, samples)
     network, tokenizer = load_model(model, placement)
     chosen = choice.build(network).for_model(network)
+    told = {
+        "model": model,
+        "plan": summary(chosen),
+        "bits_per_element": chosen.bits_per_element(),
+        "dtype": dtype_name(network.dtype),
+        "device": str(network.device),
+        "plot": None if plot is None else str(plot),
+    }
+    head = Text(f"{model}, {chosen.name}: {chosen.bits_per_element():.2f} bits per element in long contexts")
+    if asked is not None:
+        from kvmix_fx.evaluation import plot_retrieval, retrieve
+
+        both = {
+            name: retrieve(network, plan, tokenizer, **asked)
+            for name, plan in (("unquantized", None), (chosen.name, chosen))
+        }
+        if plot is not None:
+            with _picture(plot):
+                plot_retrieval(both, plot)
+        plain, packed = both.values()
+        content = {"retrieval": packed.to_dict(), "retrieval_16bit": plain.to_dict()}
+        return Answer({**told, **content}, Group(head, _scores(plain, packed)))
     text: Any = Path(data) if data is not None and not data.startswith("datasets:") else data
     found = kvmix_fx.evaluate(
         network,
@@ -65,21 +104,49 @@ def evaluate(
         batch=batch,
     )
     if plot is not None:
-        try:
+        with _picture(plot):
             found.plot(plot)
-        except ValueError as error:  # a kind of picture that matplotlib does not know
-            raise CommandError(f"{plot} cannot be drawn: {error}") from error
-    content = {
-        "model": model,
-        "plan": summary(chosen),
-        "bits_per_element": chosen.bits_per_element(),
-        "dtype": dtype_name(network.dtype),
-        "device": str(network.device),
-        "plot": None if plot is None else str(plot),
-        **found.to_dict(),
+    parts = (head, _figures(found), _curve(found), Text(_remarks(found, plot)))
+    return Answer({**told, **found.to_dict()}, Group(*parts))
+
+
+@contextlib.contextmanager
+def _picture(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # a kind of picture that matplotlib does not know
+        raise CommandError(f"{path} cannot be drawn: {error}") from error
+
+
+def _asked(tasks: str, lengths: str, depths: str, samples: int) -> dict[str, Any]:
+    """Arguments of `retrieve`, checked before a model is loaded."""
+    from kvmix_fx.evaluation.tasks import check_task
+
+    names = [name.strip() for name in tasks.split(",")]
+    for name in names:
+        check_task(name)
+    return {
+        "tasks": names,
+        "lengths": _numbers("--lengths", lengths, int),
+        "depths": _numbers("--depths", depths, float),
+        "samples": samples,
     }
-    head = f"{model}, {chosen.name}: {chosen.bits_per_element():.2f} bits per element in long contexts"
-    return Answer(content, Group(Text(head), _figures(found), _curve(found), Text(_remarks(found, plot))))
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise CommandError(f"{option} takes numbers separated by commas, got {text!r}") from error
+
+
+def _scores(plain: Retrieval, packed: Retrieval) -> Table:
+    table = Table("task", "tokens", "depth", "unquantized", "packed", title="share of the answers found")
+    for one, other in zip(plain.scores, packed.scores, strict=True):
+        depth = "" if one.depth is None else f"{one.depth:.0%}"
+        table.add_row(one.task, str(one.length), depth, f"{one.value:.0%}", f"{other.value:.0%}")
+    table.caption = f"{plain.scores[0].samples} texts each"
+    return table
 
 
 def _figures(found: Evaluation) -> Table:

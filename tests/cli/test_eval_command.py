@@ -45,3 +45,30 @@ def test_eval_of_too_short_a_text_says_so(kvmix: Kvmix, tiny: Path, text: Path) 
     assert outcome.code == 1
     assert outcome.answer["error"]["type"] == "EvaluationError"
     assert "too short" in outcome.stderr
+
+
+def test_eval_refuses_tasks_it_does_not_know_before_the_model_is_loaded(kvmix: Kvmix, tiny: Path) -> None:
+    for arguments, message in (
+        (("--tasks", "passkeys"), "no task"),
+        (("--tasks", "passkey", "--lengths", "many"), "numbers separated by commas"),
+    ):
+        outcome = kvmix("eval", tiny, *arguments)
+        assert outcome.code == 1
+        assert message in outcome.stderr
+        assert "loading" not in outcome.stderr
+
+
+def test_eval_of_tasks_scores_both_caches(kvmix: Kvmix, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "heat.png"
+    options = ("--tasks", "passkey,common_words", "--lengths", 200, "--depths", "0,1", "--samples", 1)
+    outcome = kvmix("eval", tiny, *options, "--key-bits", 2, "--plot", picture, "--json")
+    assert outcome.code == 0, outcome.stderr
+    for scores in (outcome.answer["retrieval"], outcome.answer["retrieval_16bit"]):
+        assert [(s["task"], s["depth"]) for s in scores] == [
+            ("passkey", 0.0),
+            ("passkey", 1.0),
+            ("common_words", None),
+        ]
+    assert picture.stat().st_size > 1000
+    assert "share of the answers found" in kvmix("eval", tiny, *options, "--key-bits", 2).stdout
