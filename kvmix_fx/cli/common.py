@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,8 +183,9 @@ def load_model(name: str, placement: Placement) -> tuple[PreTrainedModel, PreTra
     if name.lower() == SMOLLM2:
         from kvmix_fx.testing.smollm2 import load_smollm2
 
-        return load_smollm2(dtype, device)
-    with _load_errors(name):
+        with _quiet():
+            return load_smollm2(dtype, device)
+    with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa"
@@ -208,6 +210,23 @@ def _transformers() -> Any:
     except ImportError as error:
         raise MissingPackageError.for_extra("transformers", "hf", "loading a model") from error
     return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back torchao's warnings of libraries for other machines; transformers imports it to load."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager

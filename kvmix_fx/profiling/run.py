@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvmix_fx.errors import CalibrationError
 from kvmix_fx.parallel import check_placement
-from kvmix_fx.plan import LayerPlan, QuantSpec
+from kvmix_fx.plan import LayerPlan, ModelGeometry, QuantSpec
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.profiling.calibration import load_calibration
 from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
@@ -96,10 +96,7 @@ def profile(
         menu = Menu.default(geometry) if menu is None else menu
         for spec in (*menu.keys, *menu.values):
             _check_format(spec, geometry.head_dim)
-        formats = len(menu.keys) + len(menu.values)
-        steps = int(names != [KL])
-        steps += (1 + formats) * (SCALED in names) + (1 + len(observer.layers) * formats) * (KL in names)
-        total = len(calibration.lengths) * steps
+        total = len(calibration.lengths) * _reads(names, menu, len(observer.layers))
         with bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
@@ -116,6 +113,17 @@ def profile(
         measured.unavailable,
         dict(observer.skipped),
     )
+
+
+def reads(signals: Sequence[str], geometry: ModelGeometry) -> int:
+    """How often every prompt is read for these signals with the usual menu; what the bar counts."""
+    return _reads(signals, Menu.default(geometry), geometry.num_layers)
+
+
+def _reads(signals: Sequence[str], menu: Menu, layers: int) -> int:
+    formats = len(menu.keys) + len(menu.values)
+    steps = int(set(signals) != {KL})
+    return steps + (1 + formats) * (SCALED in signals) + (1 + layers * formats) * (KL in signals)
 
 
 def _is_text(data: object) -> bool:
