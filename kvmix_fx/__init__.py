@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvmix_fx import errors
     from kvmix_fx.api import compile, compiled, explain, restore
     from kvmix_fx.cache import QuantizedKVTensor
+    from kvmix_fx.evaluation import evaluate
     from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
     from kvmix_fx.profiling import profile
 
@@ -25,6 +26,7 @@ __all__ = [
     "compile",
     "compiled",
     "errors",
+    "evaluate",
     "explain",
     "profile",
     "restore",
@@ -36,6 +38,7 @@ _HOMES = {
     "QuantizedKVTensor": "kvmix_fx.cache",
     "compile": "kvmix_fx.api",
     "compiled": "kvmix_fx.api",
+    "evaluate": "kvmix_fx.evaluation",
     "explain": "kvmix_fx.api",
     "profile": "kvmix_fx.profiling",
     "restore": "kvmix_fx.api",

@@ -27,6 +27,7 @@ __all__ = [
     "CapacityError",
     "CommandError",
     "DequantizeWarning",
+    "EvaluationError",
     "FormatError",
     "HeadSizeError",
     "HeadSplitError",
@@ -105,6 +106,10 @@ class PresetError(PlanError):
 
 class CalibrationError(KVMixError, ValueError):
     """Calibration text that cannot be read, is too short, or on which the model's loss is not finite."""
+
+
+class EvaluationError(KVMixError, ValueError):
+    """Nothing to evaluate on, or to compare with: a text too short, sizes or tasks that make no sense."""
 
 
 class SignalError(KVMixError, ValueError):

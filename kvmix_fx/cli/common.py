@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,14 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hin
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvmix_fx.errors import CommandError, KVMixError, MissingPackageError, ModelInputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
 
 SMOLLM2 = "smollm2"
 """What the commands call the small model of `kvmix_fx.testing.smollm2`."""
@@ -110,21 +109,6 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-@contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while the block runs; call what is given after each of `total` steps.
-
-    The bar is redrawn at those calls only, never by a thread that would disturb what is measured.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as bar:
-        task = bar.add_task(description, total=total)
-        bar.refresh()
-        yield lambda: bar.update(task, advance=1, refresh=True)
-
-
 def size(nbytes: float) -> str:
     """Bytes for people: "1.50 MiB"."""
     for unit in ("bytes", "KiB", "MiB"):
@@ -199,8 +183,9 @@ def load_model(name: str, placement: Placement) -> tuple[PreTrainedModel, PreTra
     if name.lower() == SMOLLM2:
         from kvmix_fx.testing.smollm2 import load_smollm2
 
-        return load_smollm2(dtype, device)
-    with _load_errors(name):
+        with _quiet():
+            return load_smollm2(dtype, device)
+    with _load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa"
@@ -225,6 +210,23 @@ def _transformers() -> Any:
     except ImportError as error:
         raise MissingPackageError.for_extra("transformers", "hf", "loading a model") from error
     return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back torchao's warnings of libraries for other machines; transformers imports it to load."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for logger in loggers:
+        logger.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 @contextlib.contextmanager
@@ -260,19 +262,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = 
     if ids.shape[1] == 0:
         raise ModelInputError("the prompt holds no tokens; pass at least one")
     return ids.long()
-
-
-def cache_size(cache: Cache) -> tuple[int, int]:
-    """Bytes allocated by a cache, packed or not, and the elements it holds or has room for."""
-    from torch import Tensor
-
-    from kvmix_fx.cache import QuantizedKVTensor
-
-    nbytes = elements = 0
-    for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                packed = isinstance(tensor, QuantizedKVTensor)
-                nbytes += tensor.packed_nbytes if packed else tensor.numel() * tensor.element_size()
-                elements += tensor.numel()
-    return nbytes, elements

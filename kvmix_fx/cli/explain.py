@@ -56,18 +56,23 @@ def explain(model: ModelName, choice: PlanChoice, placement: Placement) -> Answe
 
 
 def _table(report: CompileReport) -> Table:
-    table = Table("graph", "layer", "step", "idiom", "action", "bits", "bytes per token")
-    for number, graph in enumerate(report.graphs):
+    """A row for all sites of a step to which the same is done."""
+    alike: dict[tuple[str, ...], list[int | None]] = {}
+    for graph in report.graphs:
         for site in graph.sites:
-            table.add_row(
-                str(number),
-                "?" if site.layer is None else str(site.layer),
+            row = (
                 {"1": "decode", "?": "?"}.get(site.query_length, "prefill"),
                 site.idiom,
                 site.action,
                 site.label,
                 "" if site.bytes_per_token is None else f"{site.bytes_per_token:.0f}",
             )
+            alike.setdefault(row, []).append(site.layer)
+    table = Table("step", "layers", "idiom", "action", "bits", "bytes per token\nand layer")
+    for (step, *rest), layers in alike.items():
+        known = join_layers(sorted({layer for layer in layers if layer is not None}))
+        unknown = ["?"] if None in layers else []
+        table.add_row(step, ", ".join([known] * bool(known) + unknown), *rest)
     return table
 
 

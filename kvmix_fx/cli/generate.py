@@ -14,19 +14,27 @@ from kvmix_fx.cli.common import (
     ModelName,
     Placement,
     answers,
-    cache_size,
     dtype_name,
     encode,
     load_model,
     note,
-    progress,
     size,
 )
 from kvmix_fx.cli.plan import PlanChoice, summary
 from kvmix_fx.errors import CommandError
+from kvmix_fx.progress import progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvmix_fx.plan import KVPlan
+
+
+LENGTH_TOLD = 8192
+"""Tokens for which the cost of a plan is told beside that of the text just made."""
+
+SHORT_CACHE = 1.5
+"""How many times its bits at length a cache may have before that needs a word."""
 
 
 class CacheChoice(StrEnum):
@@ -60,9 +68,10 @@ def generate(
     import torch
 
     import kvmix_fx
+    from kvmix_fx.cache.sizes import cache_size
 
     network, tokenizer = load_model(model, placement)
-    chosen = choice.build(network)
+    chosen = choice.build(network).for_model(network)
     kvmix_fx.compile(network, chosen)
     ids = encode(tokenizer, prompt, chat).to(network.device)
     capacity = ids.shape[1] + new_tokens
@@ -98,14 +107,33 @@ def generate(
         "cache": cache.value,
         "cache_bytes": nbytes,
         "effective_bits": 8 * nbytes / elements,
+        "effective_bits_long_context": chosen.bits_per_element(),
         "dtype": dtype_name(network.dtype),
         "device": str(network.device),
     }
     note(
         f"{len(tokens)} tokens in {seconds:.1f} s, compilation included; {rewritten} of {total} layers "
-        f"packed by {chosen.name}; cache {size(nbytes)}, {8 * nbytes / elements:.2f} bits per element"
+        f"packed by {chosen.name}"
     )
+    note(_cost(chosen, nbytes, 8 * nbytes / elements, network.dtype.itemsize))
     return Answer(content, None if stream else text)
+
+
+def _cost(plan: KVPlan, nbytes: int, bits: float, itemsize: int) -> str:
+    """What the cache took, why, and what the plan takes at length."""
+    geometry = plan.geometry
+    assert geometry is not None  # of `for_model`
+    elements = 2 * LENGTH_TOLD * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+    later = plan.nbytes(1, LENGTH_TOLD, itemsize=itemsize)
+    lines = [f"cache {size(nbytes)}, {bits:.2f} bits per element"]
+    if bits > SHORT_CACHE * 8 * later / elements:
+        lines[0] += ": so short a cache is mostly raw"
+        lines.append("(recent tokens, a tile that is not full yet, room to grow); only old tokens are packed")
+    lines.append(
+        f"at {LENGTH_TOLD:,} tokens: {size(later)}, unquantized {size(elements * itemsize)}; "
+        f"{plan.bits_per_element():.2f} bits per element in the limit"
+    )
+    return "\n".join(lines)
 
 
 def _cache(choice: CacheChoice, model: Any, plan: Any, capacity: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from kvmix_fx.cli.common import Answer, answers, load_config, size
 from kvmix_fx.errors import CommandError, PlanError, PlanFieldError, PresetError
-from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, join_layers
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, QuantSpec, join_layers
+from kvmix_fx.plan.selection import select_layers
 from kvmix_fx.plan.text import parse_bits
 
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -29,7 +30,8 @@ class PresetChoice:
     """A preset and changes to it, as given on a command line."""
 
     preset: Annotated[
-        str | None, _option(f"{', '.join(PRESETS)}; uniform if only bits are given.", metavar="NAME")
+        str | None,
+        _option(f"{', '.join(PRESETS)}; tiers unless told, uniform if only bits are given.", metavar="NAME"),
     ] = None
     key_bits: Annotated[int | None, _option("Bits of the keys.")] = None
     value_bits: Annotated[int | None, _option("Bits of the values.")] = None
@@ -55,7 +57,7 @@ class PresetChoice:
         arguments = self.arguments()
         if self.preset is not None or arguments:
             return self.changed(_preset(self.preset or "uniform", target, arguments))
-        return self.changed(mixed_plan(target))
+        return self.changed(default_plan(target))
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the preset, by their names in Python."""
@@ -84,7 +86,7 @@ class PresetChoice:
                 raise CommandError(
                     f'--set takes LAYERS:BITS such as "0-3,-1:k4v4" or "last:2:v4", got {change!r}'
                 ) from error
-            plan = plan.with_layers(layers, key=key, value=value)
+            plan = _with_bits(plan, layers, key, value)
         if not self.change:
             return plan
         provenance = dict(plan.provenance) | {"changes": list(self.change)}
@@ -108,16 +110,9 @@ class PlanChoice(PresetChoice):
         return self.changed(read_plan(self.plan).for_model(target))
 
 
-def mixed_plan(target: object) -> KVPlan:
-    """The plan of commands that are not told one: 4-bit keys, 2-bit values, and 4-bit values at the ends.
-
-    The first and the last two layers keep 4-bit values; models of less than eight layers, a quarter of them.
-    """
-    geometry = ModelGeometry.of(target)
-    group_size = 32 if geometry.head_dim % 32 == 0 else 16
-    plan = KVPlan.uniform(geometry, 4, 2, group_size, window=32, sink_length=4, name="mixed K4V2")
-    ends = min(2, geometry.num_layers // 4)
-    return plan.with_layers(f"first:{ends},last:{ends}", value=4) if ends else plan
+def default_plan(target: object) -> KVPlan:
+    """The plan of commands that are not told one: the preset "tiers", about 2.4 bits without calibration."""
+    return KVPlan.preset("tiers", target)
 
 
 def read_plan(name: str) -> KVPlan:
@@ -136,6 +131,22 @@ def summary(plan: KVPlan) -> dict[str, Any]:
         "digest": plan.digest,
         "layers": {join_layers(indices): bits for bits, indices in layers.items()},
     }
+
+
+def _with_bits(plan: KVPlan, layers: str, key: int | None, value: int | None) -> KVPlan:
+    """Other bits in some layers; tiers and rotations that cannot have them make way."""
+
+    def changed(spec: QuantSpec, bits: int | None) -> QuantSpec | int | None:
+        if bits is None or bits == spec.bits or not (spec.tiers or spec.rotation != "none"):
+            return bits
+        if bits == 16:
+            return QuantSpec(bits)
+        return QuantSpec(bits, spec.axis, spec.group_size, spec.scale_dtype) if spec.tiers else bits
+
+    for index in select_layers(layers, len(plan.layers)):
+        layer = plan.layers[index]
+        plan = plan.with_layers(index, key=changed(layer.key, key), value=changed(layer.value, value))
+    return plan
 
 
 def _preset(name: str, target: object, arguments: dict[str, Any]) -> KVPlan:

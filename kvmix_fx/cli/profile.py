@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, load_model
+from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, load_model, note
 from kvmix_fx.errors import CommandError
 
-SHOWN_SIGNALS = 4
-"""Columns of the table; --json has all."""
+if TYPE_CHECKING:
+    from kvmix_fx.profiling import Profile
+
+BACKWARDS = 4
+"""Forwards that the backwards of one prompt take as long as."""
+
+BAR = 16
+"""Characters of the longest bar."""
 
 
 @answers
@@ -43,17 +51,22 @@ def profile(
     """Measure how much each layer's keys and values suffer from quantization."""
     import kvmix_fx
     from kvmix_fx.profiling import DEFAULT_SIGNALS
+    from kvmix_fx.profiling.calibration import LENGTH, PROMPTS
+    from kvmix_fx.profiling.measure import check_signals
 
     for path in (out, plot):
         if path is not None:
             check_target(path, force)
     network, tokenizer = load_model(model, placement)
     text: Any = Path(data) if data is not None and not data.startswith("datasets:") else data
+    signals = signal or DEFAULT_SIGNALS
+    check_signals(signals)
+    _tell_time(network, signals, prompts or PROMPTS, length or LENGTH)
     found = kvmix_fx.profile(
         network,
         text,
         tokenizer=tokenizer,
-        signals=signal or DEFAULT_SIGNALS,
+        signals=signals,
         prompts=prompts,
         length=length,
         window=window,
@@ -65,11 +78,6 @@ def profile(
         except ValueError as error:  # a kind of picture that matplotlib does not know
             raise CommandError(f"{plot} cannot be drawn: {error}") from error
 
-    shown = found.signals[:SHOWN_SIGNALS]
-    table = Table("layer", *(f"{name}\n{role}" for name in shown for role in ("keys", "values")))
-    columns = [numbers for name in shown for numbers in found.per_layer(name)]
-    for layer in range(found.geometry.num_layers):
-        table.add_row(str(layer), *(f"{numbers[layer]:.3g}" for numbers in columns))
     content = {
         "path": str(out),
         "plot": None if plot is None else str(plot),
@@ -82,7 +90,49 @@ def profile(
         "unavailable": dict(found.unavailable),
         "skipped": {str(layer): reason for layer, reason in found.skipped.items()},
     }
-    return Answer(content, Group(table, Text(f"{found.describe()}\nwritten to {out}")))
+    return Answer(content, Group(_table(found), Text(f"{found.describe()}\nwritten to {out}")))
+
+
+def _table(profile: Profile) -> Table:
+    """How sensitive each layer's keys and values are by the best signal: rank, and bars on one scale."""
+    name = profile.signals[0]
+    roles = profile.per_layer(name)
+    largest = max(map(max, roles))
+    ranks = [_ranks(numbers) for numbers in roles]
+    columns = (Column("layer", justify="right"), Column("rank", justify="right"), Column("keys"))
+    table = Table(*columns, Column("rank", justify="right"), Column("values"))
+    for layer in range(profile.geometry.num_layers):
+        cells: list[str] = []
+        for numbers, places in zip(roles, ranks, strict=True):
+            bar = "█" * round(BAR * numbers[layer] / largest) if largest > 0 else ""
+            cells += [str(places[layer]), f"{bar or '▏'} {numbers[layer]:.2g}"]
+        table.add_row(str(layer), *cells)
+    table.caption = f"{name}; rank 1 suffers most. The file and --json have the numbers of all signals."
+    return table
+
+
+def _ranks(numbers: Sequence[float]) -> list[int]:
+    order = sorted(range(len(numbers)), key=lambda n: -numbers[n])
+    return [order.index(n) + 1 for n in range(len(numbers))]
+
+
+def _tell_time(network: Any, signals: Sequence[str], prompts: int, length: int) -> None:
+    """Say roughly how long it will take, from one prompt of tokens that mean nothing."""
+    import torch
+
+    from kvmix_fx.plan import ModelGeometry
+    from kvmix_fx.profiling.run import reads
+
+    ids = torch.zeros((1, length), dtype=torch.int64, device=network.device)
+    started = time.perf_counter()
+    with torch.no_grad():
+        # moved to the host, so that the device has finished
+        network(input_ids=ids, use_cache=True).logits[:, -1].cpu()
+    # the traced model is run layer by layer, its first reads with backwards
+    count = reads(signals, ModelGeometry.of(network)) + BACKWARDS
+    seconds = prompts * count * (time.perf_counter() - started)
+    told = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
+    note(f"reading up to {prompts} prompts of {length} tokens, {count} times: about {told}")
 
 
 def check_target(path: Path, force: bool) -> None:

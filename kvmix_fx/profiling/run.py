@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from kvmix_fx.errors import CalibrationError
 from kvmix_fx.parallel import check_placement
-from kvmix_fx.plan import LayerPlan, QuantSpec
+from kvmix_fx.plan import LayerPlan, ModelGeometry, QuantSpec
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.profiling.calibration import load_calibration
 from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
 from kvmix_fx.profiling.observe import Observer, observing
 from kvmix_fx.profiling.report import ModelIdentity, Profile
+from kvmix_fx.progress import progress as bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,11 +96,8 @@ def profile(
         menu = Menu.default(geometry) if menu is None else menu
         for spec in (*menu.keys, *menu.values):
             _check_format(spec, geometry.head_dim)
-        formats = len(menu.keys) + len(menu.values)
-        steps = int(names != [KL])
-        steps += (1 + formats) * (SCALED in names) + (1 + len(observer.layers) * formats) * (KL in names)
-        total = len(calibration.lengths) * steps
-        with _bar("profiling", total, progress and observer.ranks.rank == 0) as step:
+        total = len(calibration.lengths) * _reads(names, menu, len(observer.layers))
+        with bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
     if measured.forwards:
@@ -116,6 +113,17 @@ def profile(
         measured.unavailable,
         dict(observer.skipped),
     )
+
+
+def reads(signals: Sequence[str], geometry: ModelGeometry) -> int:
+    """How often every prompt is read for these signals with the usual menu; what the bar counts."""
+    return _reads(signals, Menu.default(geometry), geometry.num_layers)
+
+
+def _reads(signals: Sequence[str], menu: Menu, layers: int) -> int:
+    formats = len(menu.keys) + len(menu.values)
+    steps = int(set(signals) != {KL})
+    return steps + (1 + formats) * (SCALED in signals) + (1 + layers * formats) * (KL in signals)
 
 
 def _is_text(data: object) -> bool:
@@ -145,20 +153,6 @@ def _check_vocabulary(model: nn.Module, largest: int) -> None:
 def _check_format(spec: QuantSpec, head_dim: int) -> None:
     """Raise HeadSizeError or FormatError, as making a plan of it would."""
     LayerPlan(spec, spec).formats(head_dim)
-
-
-@contextlib.contextmanager
-def _bar(description: str, total: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not (wanted and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=hidden) as bar:
-        task = bar.add_task(description, total=total)
-        bar.refresh()
-        yield lambda: bar.update(task, advance=1, refresh=True)
 
 
 def _version() -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 import tomllib
@@ -11,9 +12,10 @@ import torch
 from running import PROMPT, WORDS, Kvmix
 
 import kvmix_fx
+from kvmix_fx.cli.common import Placement, load_model, size
 from kvmix_fx.cli.env import EXTRAS
-from kvmix_fx.cli.plan import mixed_plan
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.cli.plan import default_plan
+from kvmix_fx.plan import KVPlan, ModelGeometry
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +79,7 @@ def test_generate_prints_what_the_api_generates_with_either_cache(kvmix: Kvmix, 
 
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    plan = mixed_plan(model).with_layers(0, value=4)
+    plan = default_plan(model).with_layers(0, value=4)
     kvmix_fx.compile(model, plan)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     tokens = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
@@ -147,13 +149,51 @@ def test_explain_tells_every_site(kvmix: Kvmix, tiny: Path) -> None:
         assert site["bytes_per_token"] == 2 * 32 * (5 + 3) / 8
 
 
-def test_explain_shows_a_row_per_site_and_the_reasons(kvmix: Kvmix, tiny: Path) -> None:
+def test_explain_groups_layers_that_are_alike_and_tells_the_reasons(kvmix: Kvmix, tiny: Path) -> None:
     outcome = kvmix("explain", tiny, "--key-bits", 16)
     lines = outcome.stdout.splitlines()
     assert outcome.code == 0
-    assert sum("K16V16" in line for line in lines) == 4
-    assert sum("decode" in line for line in lines) == 2
+    assert [line.split("│")[1:3] for line in lines if "K16V16" in line] == [
+        [" prefill ", " 0-1    "],
+        [" decode  ", " 0-1    "],
+    ]
     assert lines[-2:] == ["0 of 2 layers are rewritten", "layers 0-1: the plan keeps this layer at 16 bits"]
+    shown = kvmix("explain", tiny, "--key-bits", 4, "--set", "1:k2").stdout
+    assert sum("K2V4" in line for line in shown.splitlines()) == 2
+    assert sum("K4V4" in line for line in shown.splitlines()) == 2
+
+
+def test_generate_tells_why_a_short_cache_is_no_smaller_and_what_a_long_one_takes(
+    kvmix: Kvmix, tiny: Path
+) -> None:
+    short = kvmix("generate", tiny, "--prompt", "the cat", "--new-tokens", 4).stderr
+    assert "so short a cache is mostly raw" in short
+    plan = KVPlan.preset("tiers", ModelGeometry(2, 2, 32))
+    assert f"{plan.bits_per_element():.2f} bits per element in the limit" in short
+    assert size(plan.nbytes(1, 8192, itemsize=4)) in short
+    assert size(8192 * 2 * 2 * 2 * 32 * 4) in short
+    all_bits = kvmix("generate", tiny, "--prompt", "the cat", "--new-tokens", 4, "--key-bits", 16).stderr
+    assert "short" not in all_bits
+
+
+def test_loading_a_model_keeps_back_what_torchao_warns_of(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def warn(*given: object, **options: object) -> object:
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).warning("a library for another machine")
+        logging.getLogger("torchao").error("a real error")
+        return load(*given, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", warn)
+    load_model(str(tiny), Placement(device="cpu"))
+    logging.getLogger("torchao").warning("after")
+    found = [record.message for record in caplog.records if "torch" in record.name]
+    assert found == ["a real error", "after"]
 
 
 @pytest.mark.parametrize(

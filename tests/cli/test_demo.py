@@ -59,7 +59,14 @@ def test_demo_finds_no_difference_where_nothing_is_packed(kvmix: Kvmix, tiny: Pa
 def test_demo_shows_figures_and_both_texts(kvmix: Kvmix, tiny: Path) -> None:
     arguments = ("--model", tiny, "--prompt", PROMPT, "--new-tokens", 4, "--set", "0:v4")
     shown = " ".join(kvmix("demo", *arguments).stdout.split())
-    for part in ("2 of 2", "float32", "K4V4, K4V2", "tokens/s", "nats over 3 steps", "─ packed cache ─"):
+    for part in (
+        "2 of 2",
+        "float32",
+        "K4/2 of 8/24V4, K4/2 of 8/24V2",
+        "tokens/s",
+        "nats over 3 steps",
+        "─ packed cache ─",
+    ):
         assert part in shown
 
 

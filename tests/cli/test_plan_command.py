@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from running import Kvmix
 
-from kvmix_fx.cli.plan import LENGTHS, PlanChoice, mixed_plan
+from kvmix_fx.cli.plan import LENGTHS, PlanChoice, default_plan
 from kvmix_fx.errors import PlanError
 from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry
 
@@ -33,20 +33,23 @@ def test_new_writes_the_plan_that_the_api_makes(kvmix: Kvmix, tmp_path: Path) ->
     assert outcome.answer["plan"] == written.to_dict()
 
 
-def test_new_without_plan_options_mixes_two_and_four_bits(kvmix: Kvmix, tmp_path: Path) -> None:
+def test_new_without_plan_options_makes_tiers(kvmix: Kvmix, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     assert kvmix("plan", "new", out, *SIZES).code == 0
-    assert KVPlan.load(out) == mixed_plan(GEOMETRY)
-    assert {(layer.key.bits, layer.value.bits) for layer in KVPlan.load(out).layers} == {(4, 2), (4, 4)}
+    assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY) == default_plan(GEOMETRY)
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
-@pytest.mark.parametrize("layers", [1, 3, 4, 30])
-def test_mixed_plan_fits_models_of_any_size(layers: int, head_dim: int) -> None:
-    plan = mixed_plan(ModelGeometry(layers, 2, head_dim))
-    high = [i for i, layer in enumerate(plan.layers) if layer.value.bits == 4]
-    ends = min(2, layers // 4)
-    assert high == [*range(ends), *range(layers - ends, layers)]
+def test_the_plan_of_who_names_none_fits_heads_of_any_size(head_dim: int) -> None:
+    plan = default_plan(ModelGeometry(3, 2, head_dim))
+    assert 2 < plan.bits_per_element() < 3
+    assert all(layer.formats(head_dim) for layer in plan.layers)
+
+
+def test_other_bits_for_keys_in_tiers_replace_the_tiers() -> None:
+    plan = PlanChoice(change=["0:k16v16", "1:k2", "2:k4v4"]).make(GEOMETRY)
+    assert [layer.label for layer in plan.layers[:3]] == ["K16V16", "K2V2", "K4/2 of 16/48V4"]
+    assert plan.layers[3:] == default_plan(GEOMETRY).layers[3:]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -71,7 +74,7 @@ def test_new_names_the_model_but_no_folder(kvmix: Kvmix, tmp_path: Path, tiny: P
 
 
 def test_show_prints_the_table_and_the_content(kvmix: Kvmix, tmp_path: Path) -> None:
-    plan = mixed_plan(GEOMETRY)
+    plan = default_plan(GEOMETRY)
     file = plan.save(tmp_path / "plan.json")
     assert plan.describe() in kvmix("plan", "show", file).stdout
     answer = kvmix("plan", "show", file, "--json").answer
@@ -80,7 +83,7 @@ def test_show_prints_the_table_and_the_content(kvmix: Kvmix, tmp_path: Path) -> 
 
 
 def test_show_reads_a_folder(kvmix: Kvmix, tmp_path: Path) -> None:
-    mixed_plan(GEOMETRY).save_pretrained(tmp_path)
+    default_plan(GEOMETRY).save_pretrained(tmp_path)
     assert kvmix("plan", "show", tmp_path).code == 0
 
 
@@ -90,7 +93,7 @@ def test_show_leaves_unknown_what_depends_on_the_head_size(kvmix: Kvmix, tmp_pat
 
 
 def test_estimate_gives_the_bytes_of_the_plan(kvmix: Kvmix, tmp_path: Path) -> None:
-    plan = mixed_plan(GEOMETRY)
+    plan = default_plan(GEOMETRY)
     file = plan.save(tmp_path / "plan.json")
     arguments = ("--batch", 3, "--length", 100, "--length", 5000, "--itemsize", 4, "--json")
     rows = kvmix("plan", "estimate", file, *arguments).answer["estimates"]
@@ -104,7 +107,7 @@ def test_estimate_gives_the_bytes_of_the_plan(kvmix: Kvmix, tmp_path: Path) -> N
 
 
 def test_estimate_counts_what_one_rank_allocates(kvmix: Kvmix, tmp_path: Path) -> None:
-    plan = mixed_plan(GEOMETRY)  # 2 KV heads
+    plan = default_plan(GEOMETRY)  # 2 KV heads
     file = plan.save(tmp_path / "plan.json")
     whole, mine = (
         kvmix("plan", "estimate", file, "--length", 5000, "--tp", ranks, "--json").answer for ranks in (1, 2)
@@ -121,7 +124,7 @@ def test_estimate_counts_what_one_rank_allocates(kvmix: Kvmix, tmp_path: Path) -
 
 
 def test_estimate_shows_several_lengths_by_default(kvmix: Kvmix, tmp_path: Path) -> None:
-    file = mixed_plan(GEOMETRY).save(tmp_path / "plan.json")
+    file = default_plan(GEOMETRY).save(tmp_path / "plan.json")
     rows = kvmix("plan", "estimate", file, "--json").answer["estimates"]
     assert tuple(row["length"] for row in rows) == LENGTHS
     table = kvmix("plan", "estimate", file).stdout

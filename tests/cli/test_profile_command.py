@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from running import PROMPT, Kvmix
 
 from kvmix_fx.plan import KVPlan
-from kvmix_fx.profiling import Profile
+from kvmix_fx.profiling import Profile, run
+from kvmix_fx.testing.models import tiny_llama
 
 
 @pytest.fixture
@@ -47,6 +51,45 @@ def test_a_profile_is_measured_once_and_solved_for_any_budget(
     plan = KVPlan.load(mine)
     assert plan.nbytes(1, 1000, tp_size=2) <= 80_000 < plan.nbytes(1, 1000)
     assert plan.provenance["budget"]["tp_size"] == 2
+
+
+def test_profile_tells_the_time_beforehand_and_fits_80_columns(
+    kvmix: Kvmix, tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "profile.safetensors"
+    outcome = kvmix("profile", tiny, "--out", out, "--data", text, "--length", 160, "--device", "cpu")
+    assert outcome.code == 0, outcome.stderr
+    assert re.search(r"up to 8 prompts of 160 tokens, \d+ times: about \d+ (seconds|minutes)", outcome.stderr)
+    table = [line for line in outcome.stdout.splitlines() if line.startswith(("┃", "│"))]
+    assert len(table) == 3
+    assert all(len(line) <= 80 and "…" not in line for line in table)
+    keys, values = Profile.load(out).per_layer("fisher_scaled")
+    top = max(keys + values)
+    for layer, line in enumerate(table[1:]):
+        cells = [cell.split() for cell in line.strip("│").split("│")]
+        for (rank,), (bar, number), numbers in ((*cells[1:3], keys), (*cells[3:5], values)):
+            assert int(rank) == 1 + sum(other > numbers[layer] for other in numbers)
+            assert number == f"{numbers[layer]:.2g}"
+            assert len(bar) == max(1, round(16 * numbers[layer] / top))
+
+
+def test_the_bar_counts_what_was_said_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvmix_fx.plan import ModelGeometry
+
+    model, counted = tiny_llama(), []
+
+    @contextlib.contextmanager
+    def bar(description, total, wanted):
+        steps: list[None] = []
+        yield lambda: steps.append(None)
+        counted.append((total, len(steps)))
+
+    monkeypatch.setattr(run, "bar", bar)
+    ids = torch.randint(1, 128, (2, 160))
+    for signals in (("fisher",), ("fisher_scaled", "fisher"), ("kl",)):
+        run.profile(model, ids, signals=signals)
+        expected = 2 * run.reads(signals, ModelGeometry.of(model))
+        assert counted.pop() == (expected, expected)
 
 
 def test_what_cannot_be_done_is_said_before_the_work(kvmix: Kvmix, tiny: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import kvmix_fx
-from kvmix_fx.cli.common import cache_size
+from kvmix_fx.cache.sizes import cache_size
 from kvmix_fx.integrations.transformers import KVMixStaticCache
 from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu
