@@ -28,6 +28,7 @@ __all__ = [
     "CommandError",
     "DequantizeWarning",
     "FormatError",
+    "GraphBreakWarning",
     "HeadSizeError",
     "HeadSplitError",
     "KVMixError",
@@ -36,6 +37,7 @@ __all__ = [
     "ModelInputError",
     "NoSiteError",
     "PlacementError",
+    "PlainCacheWarning",
     "PlanError",
     "PlanFieldError",
     "PlanFileError",
@@ -182,3 +184,11 @@ class MissingPackageError(KVMixError, ImportError):
 
 class DequantizeWarning(UserWarning):
     """An operation unpacked a whole packed cache because it is not defined on packed data."""
+
+
+class GraphBreakWarning(UserWarning):
+    """A model that cannot be traced as one graph is compiled in pieces, which makes its steps slower."""
+
+
+class PlainCacheWarning(UserWarning):
+    """A call of a compiled model returned a plain cache, for gradients were on."""
