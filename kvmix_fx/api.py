@@ -15,7 +15,7 @@ from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
-from kvmix_fx.runtime.step import CompiledStep
+from kvmix_fx.runtime.step import CompiledStep, Delegating
 
 _ATTRIBUTE = "_kvmix"
 
@@ -42,9 +42,19 @@ class Compiled:
     """
 
     def __init__(
-        self, model: nn.Module, plan: KVPlan, backend: KVMixBackend, on_nothing: str, names: Iterable[str]
+        self,
+        model: nn.Module,
+        plan: KVPlan,
+        backend: KVMixBackend,
+        on_nothing: str,
+        names: Iterable[str],
+        inside: nn.Module | None = None,
     ) -> None:
-        """Remember the attributes `names` of the model, which are about to be replaced."""
+        """Remember the attributes `names` of the model, which are about to be replaced.
+
+        `inside`: what is compiled instead, where the model is a wrapper around it.
+        """
+        self.inside = inside
         self.plan = plan
         self.backend = backend
         self.on_nothing = on_nothing
@@ -78,7 +88,8 @@ def compile(
 
     Args:
         model: any module whose forward calls scaled_dot_product_attention on cached keys and
-            values; transformers models work with generate().
+            values; transformers models work with generate(). Of a module around one (peft, your own) the
+            model inside is compiled; calls that go past that one raise NoSiteError.
         plan: bits per layer; checked against the model's config if it has one.
         inner: compiler of the rewritten graph, a Dynamo backend name or callable. None is Inductor
             for decode steps on accelerators, else eager.
@@ -95,8 +106,14 @@ def compile(
         HeadSplitError: its KV heads cannot be shared out among the ranks of tensor parallelism.
         PlacementError: its layers lie on several devices, or are offloaded.
     """
-    from kvmix_fx.integrations import hooks_for
+    from kvmix_fx.integrations import called_models, hooks_for
 
+    if not isinstance(model, nn.Module):
+        inner_model = getattr(model, "model", None)
+        hint = (
+            f": pass its .model, a {type(inner_model).__name__}" if isinstance(inner_model, nn.Module) else ""
+        )
+        raise BackendOptionError(f"kvmix_fx.compile takes a module, got {type(model).__name__}{hint}")
     if on_nothing not in ("raise", "ignore"):
         raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
@@ -109,6 +126,17 @@ def compile(
     backend = KVMixBackend(plan, inner, mode, model=model, note=shortcut.note, **options)
 
     restore(model)
+    inside = called_models(model)
+    if len(inside) > 1:
+        names = " and ".join(type(one).__name__ for one in inside)
+        raise BackendOptionError(
+            f"{type(model).__name__} holds {len(inside)} models, {names}: compile those whose cache is to be "
+            "packed, each with its own plan"
+        )
+    if inside:
+        return _compile_inside(
+            model, inside[0], plan, inner, on_nothing, torch_compile_options, options, mode
+        )
     prepare, attributes = hooks_for(model, plan, shortcut)
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
     step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
@@ -116,6 +144,29 @@ def compile(
     vars(model).update(attributes, forward=step)
     vars(model)[_ATTRIBUTE] = state
     return model
+
+
+def _compile_inside(
+    wrapper: nn.Module,
+    model: nn.Module,
+    plan: KVPlan,
+    inner: Inner,
+    on_nothing: str,
+    torch_compile_options: dict[str, Any],
+    options: dict[str, Any],
+    mode: str | None,
+) -> nn.Module:
+    """Compile what a wrapper calls, and have the wrapper find out whether it does."""
+    compile(
+        model, plan, inner=inner, on_nothing=on_nothing, options=options, mode=mode, **torch_compile_options
+    )
+    state = compiled(model)
+    names = [name for name in ("forward", "generate") if callable(getattr(wrapper, name, None))]
+    mine = Compiled(wrapper, plan, state.backend, on_nothing, names, model)
+    if on_nothing == "raise":
+        vars(wrapper).update({name: Delegating(getattr(wrapper, name), model) for name in names})
+    vars(wrapper)[_ATTRIBUTE] = mine
+    return wrapper
 
 
 def compiled(model: nn.Module) -> Compiled:
@@ -138,6 +189,8 @@ def restore(model: nn.Module) -> nn.Module:
         for name in state.names:
             vars(model).pop(name, None)
         vars(model).update(state.replaced)
+        if state.inside is not None:
+            restore(state.inside)
     return model
 
 

@@ -5,7 +5,9 @@ carries `meta["dynamo_compile_id"]` and `_param_name_to_source`, without which A
 no input as static; `nn_module_stack` names the module of a node; the example value of a packed
 input is a fake QuantizedKVTensor whose buffers are fakes with symbols of their own; a dimension in
 a tensor's `_dynamo_weak_dynamic_indices` is a symbol from the first trace on; an error in a backend
-comes out as `BackendCompilerFailed` with `inner_exception`.
+comes out as `BackendCompilerFailed` with `inner_exception`, code that cannot be traced as `Unsupported` with
+`real_stack`; while a backend runs, the current translator
+holds what the traced code returns (`stack`) and what it changes (`output.side_effects`).
 
 It lies below caches and passes, which both need it. Dynamo itself is imported where it is used first, so
 that a packed cache without a compiler does not wait for it.
@@ -14,6 +16,7 @@ that a packed cache without a compiler does not wait for it.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch._subclasses.fake_tensor import is_fake as is_fake
 from kvmix_fx.errors import KVMixError
 
 _STATIC = "_dynamo_static_input_type"
+_PLACE = "kvmix_place"
 _TOKENS = {2}
 """The dimension of tokens, [B, Hkv, L, D]; one set for all tensors that `mark_tokens` is given."""
 
@@ -62,6 +66,20 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
         raise
 
 
+def graph_break_error() -> type[Exception]:
+    """What tracing raises where a function cannot be one graph and has to be."""
+    from torch._dynamo.exc import Unsupported
+
+    return Unsupported
+
+
+def break_place(error: Exception) -> str:
+    """Where the code is that could not be traced, and what kind of code: for people, one line."""
+    stack = getattr(error, "real_stack", None)
+    kind = str(error).strip().splitlines()[0]
+    return f"{stack[-1].filename}:{stack[-1].lineno}: {kind}" if stack else kind
+
+
 def is_backend(name: str) -> bool:
     """Whether Dynamo knows a backend of this name."""
     return name in torch._dynamo.list_backends(exclude_tags=())
@@ -98,14 +116,108 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def place(node: fx.Node) -> str:
+    """Where a value lies outside the graph, as a path: an input by its source, an output by where it goes.
+
+    "L['past_key_values'].layers[3].keys", say. Which argument of `*args` and which value of several that are
+    returned is written <3>. '' for what is neither input nor output, or cannot be followed.
+    """
+    return str(node.meta.get(_PLACE, ""))
+
+
+def _places(graph: fx.Graph) -> dict[str, str]:
+    """Names of nodes -> their `place`. Outside a backend call inputs only."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    found = {node.name: source_name(node) for node in graph.nodes if getattr(node, "_dynamo_source", None)}
+    try:
+        root: Any = InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        return found
+    found = {**_destinations(root), **found}
+    code = root.f_code
+    if code.co_flags & inspect.CO_VARARGS:
+        several = f"L['{code.co_varnames[code.co_argcount + code.co_kwonlyargcount]}']["
+        for name, path in found.items():
+            if path.startswith(several):
+                found[name] = several[:-1] + "<" + path[len(several) :].replace("]", ">", 1)
+    return found
+
+
+def _destinations(root: Any) -> dict[str, str]:
+    """Names of nodes whose values the code that `root` translates returns or stores -> paths of where to."""
+    from torch._dynamo.variables import ConstantVariable, TensorVariable
+
+    effects = root.output.side_effects
+    found: dict[str, str] = {}
+    seen: set[int] = set()
+
+    def parts(variable: Any) -> list[tuple[str, Any]]:
+        if isinstance(variable, ConstantVariable):
+            return []
+        fields = [(f".{k}", v) for k, v in effects.store_attr_mutations.get(variable, {}).items()]
+        for holder in (variable, getattr(variable, "_base_vt", None)):
+            items = getattr(holder, "items", None)
+            if isinstance(items, dict):
+                fields += [(f"[{_key(k)!r}]", v) for k, v in items.items()]
+            elif isinstance(items, (list, tuple)):
+                fields += [(f"[{i}]", v) for i, v in enumerate(items)]
+        return fields
+
+    def walk(variable: Any, path: str) -> None:
+        if isinstance(variable, TensorVariable):
+            found.setdefault(variable.as_proxy().node.name, path)
+        elif id(variable) not in seen:
+            seen.add(id(variable))
+            for step, part in parts(variable):
+                walk(part, path + step)
+
+    changed = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
+    changed += list(effects.store_attr_mutations)
+    for variable in changed:
+        if name := _existing(variable):
+            walk(variable, name)
+    for variable in root.stack:
+        returned = [] if isinstance(variable, TensorVariable) else parts(variable)
+        for step, part in returned:
+            walk(part, f"result{step}" if step[0] == "." else f"result<{step[1:-1]}>")
+        walk(variable, "result")
+    # new objects that hang on nothing above; outer ones first, for only they know an inner one's place
+    inner = {id(part) for variable in changed for _, part in parts(variable)}
+    for variable in sorted(changed, key=lambda v: id(v) in inner):
+        walk(variable, "new")
+    return found
+
+
+def _key(key: Any) -> Any:
+    """A key of a traced dict; one that is not known while tracing stands for itself."""
+    variable = getattr(key, "vt", key)
+    return variable.as_python_constant() if variable.is_python_constant() else key
+
+
+def _existing(variable: Any) -> str:
+    """The path of an object that was there before the traced code ran, '' for a new one."""
+    try:
+        name = variable.source.name
+        return str(name() if callable(name) else name)
+    except (AttributeError, NotImplementedError):
+        return ""
+
+
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy that may be edited. Dynamo reads its own graph again after the backend returns."""
+    """A copy that may be edited. Dynamo reads its own graph again after the backend returns.
+
+    The copy's nodes know their `place`; those of outputs in a backend call only.
+    """
     graph = fx.Graph()
+    places = _places(gm.graph)
     mapping: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         twin = graph.node_copy(node, lambda n: mapping[n])
         if hasattr(node, "_dynamo_source"):
             twin._dynamo_source = node._dynamo_source
+        if node.name in places:
+            twin.meta[_PLACE] = places[node.name]
         mapping[node] = twin
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)

@@ -29,6 +29,7 @@ __all__ = [
     "DequantizeWarning",
     "EvaluationError",
     "FormatError",
+    "GraphBreakWarning",
     "HeadSizeError",
     "HeadSplitError",
     "KVMixError",
@@ -37,6 +38,7 @@ __all__ = [
     "ModelInputError",
     "NoSiteError",
     "PlacementError",
+    "PlainCacheWarning",
     "PlanError",
     "PlanFieldError",
     "PlanFileError",
@@ -187,3 +189,11 @@ class MissingPackageError(KVMixError, ImportError):
 
 class DequantizeWarning(UserWarning):
     """An operation unpacked a whole packed cache because it is not defined on packed data."""
+
+
+class GraphBreakWarning(UserWarning):
+    """A model that cannot be traced as one graph is compiled in pieces, which makes its steps slower."""
+
+
+class PlainCacheWarning(UserWarning):
+    """A call of a compiled model returned a plain cache, for gradients were on."""

@@ -23,6 +23,23 @@ class Hooks(NamedTuple):
     attributes: dict[str, Any]
 
 
+def called_models(model: nn.Module) -> list[nn.Module]:
+    """The models inside a wrapper that its forward and generate() hand their work on to.
+
+    Empty if `model` is no wrapper. Several: nothing tells which of them is meant.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or isinstance(model, transformers.PreTrainedModel):
+        return []
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) not in inside and isinstance(module, transformers.PreTrainedModel):
+            inside.update(id(part) for part in module.modules())
+            found.append(module)
+    return found
+
+
 def hooks_for(model: nn.Module, plan: KVPlan, shortcut: Shortcut) -> Hooks:
     """The hooks of a `model` about to be compiled.
 

@@ -23,7 +23,7 @@ from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
 from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
 from kvmix_fx.passes.verify import verify
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
 from kvmix_kernels import layout
 from kvmix_kernels.layout import TensorFormat
@@ -31,6 +31,10 @@ from kvmix_kernels.layout import TensorFormat
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
+UNKNOWN_LAYER = (
+    "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list or a "
+    "cache object with one entry per layer, trace the whole model as one graph, or give all layers the same bits"
+)
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
 
@@ -51,11 +55,11 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     drop_causal_masks(copied.graph)
     matched = match(copied.graph)
     sites = matched.sites
-    assign_layers(sites, matched.missed)
+    assign_layers(copied.graph, sites, matched.missed, len(plan.layers))
     for site in sites:
-        _apply_plan(site, plan)
-        if not own_buffers or site.reason == BY_PLAN:
+        if not own_buffers:
             site.buffers = None
+        _apply_plan(site, plan)
     report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
@@ -74,34 +78,49 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     return PassResult(result, report)
 
 
+def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
+    """The part of the plan that is about a site; None if it is not known which that is."""
+    if site.layer is not None:
+        return plan.layers[site.layer] if site.layer < len(plan.layers) else None
+    # where all layers are alike it does not matter which one this is
+    return plan.layers[0] if all(layer == plan.layers[0] for layer in plan.layers) else None
+
+
 def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
-    assert site.layer is not None
+    layer = _layer_plan(site, plan)
+    assert layer is not None
     key = site.buffers.key if site.buffers is not None else site.key_root
-    return plan.layers[site.layer].formats(int(example(key).shape[3]))
+    return layer.formats(int(example(key).shape[3]))
 
 
 def _order(site: Site, plan: KVPlan) -> Tensor | None:
-    assert site.layer is not None
+    layer = _layer_plan(site, plan)
+    assert layer is not None
     key = example(site.buffers.key if site.buffers is not None else site.key_root)
-    return key_order(plan.layers[site.layer], int(key.shape[1]), int(key.shape[3]), key.device)
+    return key_order(layer, int(key.shape[1]), int(key.shape[3]), key.device)
 
 
 def _apply_plan(site: Site, plan: KVPlan) -> None:
-    """Take back the adoption of layers that the plan leaves alone or that cannot be packed."""
-    if site.action == LEAVE and site.layer is not None and site.layer < len(plan.layers):
-        if plan.layers[site.layer].is_raw:
+    """Take back the packing of layers that the plan leaves alone or that cannot be packed."""
+    layer = _layer_plan(site, plan)
+    if site.action == LEAVE and site.buffers is None:
+        if site.layer is not None and layer is not None and layer.is_raw:
             site.reason = BY_PLAN
         return
-    if site.action != ADOPT:
+    if site.action not in (ADOPT, LEAVE):
         return
-    if site.layer is None or site.layer >= len(plan.layers):
+    if layer is None and site.layer is not None:
         raise PlanLayerError(
             f"the model has an attention layer {site.layer} ({site.module}), but the plan has only "
             f"{len(plan.layers)} layers: build the plan from this model"
         )
-    layer = plan.layers[site.layer]
+    if layer is None:
+        site.action, site.reason, site.buffers = LEAVE, UNKNOWN_LAYER, None
+        return
     if layer.is_raw:
-        site.action, site.reason = LEAVE, BY_PLAN
+        site.action, site.reason, site.buffers = LEAVE, BY_PLAN, None
+        return
+    if site.action == LEAVE:
         return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):

@@ -6,6 +6,8 @@ whenever it is not fully rewritten. What nearly is one, and caches that no site 
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.dynamo import example, module_path
-from kvmix_fx.errors import CacheMutationError, CacheReadError
+from kvmix_fx.errors import CacheMutationError, CacheReadError, CacheShapeError
 from kvmix_fx.passes.find.attention import look_for_attention
 from kvmix_fx.passes.find.updates import (
     READ,
@@ -42,7 +44,7 @@ from kvmix_fx.passes.sites import (
 class Missed:
     """A miss, and the writes that it leaves without a reader that is known.
 
-    query_length: tokens of the step, "?" where it does not tell. layer: of the plan, if paths tell.
+    query_length: tokens of the step, "?" where it does not tell. layer: of the plan, if its cache tells.
     """
 
     miss: Miss
@@ -75,11 +77,14 @@ def match(graph: fx.Graph) -> Matched:
     Raises:
         CacheMutationError: a cache of fixed capacity is written in a way that cannot be carried out.
         CacheReadError: one is read and none is written.
+        CacheShapeError: a cache gets tokens of another dtype than it holds.
     """
     packed = packed_inputs(graph)
     writes = find_updates(graph)
     updates = [update for update in writes if isinstance(update, Update)]
     misses = [miss for miss in writes if isinstance(miss, Miss)]
+    for update in updates:
+        _check_dtype(update)
     by_result: dict[fx.Node, Update] = {}
     by_new: dict[fx.Node, Update] = {}
     for update in updates:
@@ -121,6 +126,15 @@ def match(graph: fx.Graph) -> Matched:
             missed.append(Missed(miss, (Update(READ, node, node, None, tensor),)))
     _check_reads(sites, missed, updates)
     return Matched(sites, pairs, missed)
+
+
+def _check_dtype(update: Update) -> None:
+    new = None if update.new is None else example(update.new).dtype
+    if new not in (None, update.tensor.dtype):
+        raise CacheShapeError(
+            f"the model computes keys or values of dtype {new}, the cache holds {update.tensor.dtype}: go on under "
+            "the autocast setting and the weights it was filled with, or start a new cache"
+        )
 
 
 def _check_reads(sites: list[Site], missed: list[Missed], updates: list[Update]) -> None:
@@ -199,7 +213,7 @@ def _site(
     idiom = _plain_idiom(key)
     reason = _why_not_adopt(key, value, outputs)
     if reason:
-        site = Site(call, module, idiom, LEAVE, reason)
+        site = Site(call, module, idiom, LEAVE, reason, key_root=key, value_root=value)
         if key in plain and value in plain:
             site.buffers = PlainBuffers(key, value, plain[key])
         return site
@@ -242,11 +256,12 @@ def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
         if not x.is_floating_point():
             return f"{name} are {x.dtype}, not floating point"
     if key not in outputs or value not in outputs:
-        if _sliced_output(key, outputs):
+        if kept_slices(key, outputs):
             return "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
         return "keys and values do not leave the graph: there is no cache here"
     return ""
 
 
-def _sliced_output(key: fx.Node, outputs: set[fx.Node]) -> bool:
-    return any(user in outputs and user is not key for user in key.users)
+def kept_slices(node: fx.Node, outputs: Collection[fx.Node]) -> list[fx.Node]:
+    """Slices of `node` that leave the graph in its place."""
+    return [user for user in node.users if user in outputs and user.target is operator.getitem]

@@ -115,8 +115,9 @@ class Site:
     """An attention call and the cache it reads.
 
     action: one of the constants above. reason: why not more was done ('' if it was).
-    key_update, value_update: writes to packed inputs. key_root, value_root: plain [B, Hkv, L, D]
-    nodes that leave the graph as the cache (action ADOPT). buffers: plain buffers of the model's
+    layer: of the plan; None without a cache, or where nothing tells. key_update, value_update: writes to
+    packed inputs. key_root, value_root: plain keys and values; where they are packed (action ADOPT) they are
+    [B, Hkv, L, D] and leave the graph as the cache. buffers: plain buffers of the model's
     own that can be packed after this step.
     """
 

@@ -202,7 +202,7 @@ class Observer:
         copied, _ = dynamo.copy_module(gm)
         matched = match(copied.graph)
         sites = matched.sites
-        assign_layers(sites)
+        assign_layers(copied.graph, sites)
         usable = [site for site in sites if site.action == ADOPT and site.layer is not None]
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None

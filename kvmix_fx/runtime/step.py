@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
@@ -13,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from kvmix_fx import dynamo
-from kvmix_fx.errors import TrainingError
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import GraphBreakWarning, NoSiteError, PlainCacheWarning, TrainingError
 from kvmix_fx.runtime.shortcut import Shortcut
 
 RECOMPILE_LIMIT = 64
@@ -64,6 +66,9 @@ class CompiledStep:
     """What a compiled model's `forward` is.
 
     It may be copied and pickled together with the model: a copy runs the copied model, and compiles anew.
+
+    Attributes:
+        calls: how often it has been called.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class CompiledStep:
         self._prepare, self._shortcut, self._check = prepare, shortcut, check
         self._compiled: Callable[..., Any] | None = None
         self._limit: int | None = None
+        self.calls = 0
+        self._warned = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self._model, self._original, self._backend, self._options, self._prepare, self._shortcut)
@@ -102,11 +109,16 @@ class CompiledStep:
     def compile(self) -> Callable[..., Any]:
         """Hand the original forward to torch, which traces it when it is called."""
         options: dict[str, Any] = {"fullgraph": True, **self._options}
+        known = inspect.signature(torch.compile).parameters
         # an argument in newer releases, else a setting that holds during our own calls only
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        if "recompile_limit" in known:
             options.setdefault("recompile_limit", RECOMPILE_LIMIT)
         else:
             self._limit = RECOMPILE_LIMIT
+        if "isolate_recompiles" in known:
+            # else graphs of other plans, of other models of the class and of anybody's own torch.compile
+            # count against one limit
+            options.setdefault("isolate_recompiles", True)
         self._compiled = torch.compile(self._original, backend=self._backend, **options)
         return self._compiled
 
@@ -117,10 +129,17 @@ class CompiledStep:
             TrainingError: the model is in training mode, or gradients are asked for.
             NoSiteError: the first call found nothing to rewrite.
         """
+        if torch.compiler.is_dynamo_compiling():
+            # somebody's torch.compile around this; a graph break, and compiled code of ours inside
+            return _outside_other_graphs(self, args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.calls += 1
         if self._model.training:
             raise TrainingError("this model was compiled for inference: call model.eval()")
         if torch.is_grad_enabled():
-            return self._without_gradients(args, kwargs)
+            return self._with_gradients(args, kwargs)
         call = self._prepare(args, kwargs)
         result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._traced(call)
         call.finish()
@@ -132,7 +151,20 @@ class CompiledStep:
         traced = self._backend.traced
         self._shortcut.listen()
         with dynamo.recompile_limit(self._limit):
-            result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
+            try:
+                result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
+            except dynamo.graph_break_error() as error:
+                if "fullgraph" in self._options:
+                    raise
+                warnings.warn(
+                    f"the model cannot be traced as one graph ({dynamo.break_place(error)}), so it is traced in "
+                    "pieces from now on: decode steps are slower. fullgraph=False says that you know, "
+                    "fullgraph=True makes it an error",
+                    GraphBreakWarning,
+                    stacklevel=3,
+                )
+                self._options = {**self._options, "fullgraph": False}
+                result = dynamo.unwrapped(self.compile(), *call.args, **call.kwargs)
         if self._backend.traced != traced:
             self._check(result)
             # tracing leaves reference cycles that would keep the cache's memory
@@ -140,20 +172,78 @@ class CompiledStep:
         self._shortcut.learn(call.kwargs, result, call.generating)
         return result
 
-    def _without_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gradient mode is on: fine for models without trainable weights, else plain or refused."""
         if not any(p.requires_grad for p in self._model.parameters()):
             with torch.no_grad():
-                return self._model.forward(*args, **kwargs)
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+                return self._call(args, kwargs)
+        given = _by_name(self._original, args, kwargs)
+        past = given.get("past_key_values")
+        if given.get("use_cache") or _is_packed(past):
             raise TrainingError(
                 "gradients cannot flow through a packed KV cache: call the model under torch.no_grad(), or "
                 "with use_cache=False for the plain, unquantized forward"
             )
-        # no cache is asked for, so there is nothing to pack: the model's own forward, with gradients
-        kwargs["use_cache"] = False
-        try:
-            return self._original(*args, **kwargs)
-        except TypeError:
-            kwargs.pop("use_cache")
-            return self._original(*args, **kwargs)
+        result = self._original(*args, **kwargs)
+        if not self._warned and getattr(result, "past_key_values", None) is not None:
+            self._warned = True
+            warnings.warn(
+                "gradients are on, so the cache of this call is plain and exact: call the model under "
+                "torch.no_grad() to have it packed, or with use_cache=False to have none",
+                PlainCacheWarning,
+                stacklevel=3,
+            )
+        return result
+
+
+class Delegating:
+    """A method of a wrapper around a compiled model, which must lead to that model's forward."""
+
+    def __init__(self, original: Callable[..., Any], model: nn.Module) -> None:
+        """`original`: the wrapper's method. `model`: whose forward is a `CompiledStep`."""
+        functools.update_wrapper(self, original)
+        self._original, self._model = original, model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Delegating, (self._original, self._model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original.
+
+        Raises:
+            NoSiteError: it went past the compiled forward, so nothing of it was packed.
+        """
+        step = vars(self._model).get("forward")
+        before = step.calls if isinstance(step, CompiledStep) else -1
+        result = self._original(*args, **kwargs)
+        if isinstance(step, CompiledStep) and step.calls == before:
+            kind = type(self._model).__name__
+            raise NoSiteError(
+                f"this call did not go through the forward of the {kind} that is compiled, so its cache is not "
+                "packed: compile the module that it does call, or call that one's forward"
+            )
+        return result
+
+
+@torch.compiler.disable(reason="kvmix_fx.compile has compiled this model: leave out the outer torch.compile")  # type: ignore[untyped-decorator]
+def _outside_other_graphs(step: CompiledStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return step(*args, **kwargs)
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that have a name, however they were passed."""
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    except TypeError:
+        return kwargs
+    return {**bound.arguments, **kwargs}
+
+
+def _is_packed(cache: Any) -> bool:
+    """Whether a cache, of whatever kind, holds packed tensors or is going to."""
+    if isinstance(cache, (list, tuple)):
+        return any(_is_packed(part) for part in cache)
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    parts += [(layer.keys, layer.values) for layer in getattr(cache, "layers", ()) if hasattr(layer, "keys")]
+    held = isinstance(cache, QuantizedKVTensor) or getattr(cache, "plan", None) is not None
+    return held or any(_is_packed(part) for part in parts if part is not None)

@@ -213,3 +213,40 @@ def test_nothing_else_in_the_package_touches_the_private_surface():
     private = re.compile(r"torch\._dynamo|torch\._guards|torch\._subclasses|(?<!\w)_dynamo_\w+")
     found = [file for file in package.rglob("*.py") if private.search(file.read_text())]
     assert found == [package / "dynamo.py"]
+
+
+class Slot:
+    keys = None
+
+
+class Box:
+    def __init__(self):
+        self.slots = [Slot(), Slot()]
+
+
+def test_a_backend_can_see_where_values_go():
+    """New objects that are returned, objects that were there before, and several returned values."""
+    seen = []
+
+    def backend(gm, example_inputs):
+        copied, _ = dynamo.copy_module(gm)
+        seen.extend(dynamo.place(node) for node in copied.graph.nodes)
+        return gm.forward
+
+    def function(x, box, *more):
+        new = Box()
+        new.slots[1].keys = x + 1
+        box.slots[0].keys = x + 2
+        return x + 3, new, {"a": [x + 4]}, more[1] + x
+
+    args = torch.ones(2), Box(), torch.ones(3, 2), torch.ones(4, 2)
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    assert {place for place in seen if place} == {
+        "L['x']",
+        "L['more']<1>",
+        "L['box'].slots[0].keys",
+        "result<0>",
+        "result<1>.slots[1].keys",
+        "result<2>['a'][0]",
+        "result<3>",
+    }

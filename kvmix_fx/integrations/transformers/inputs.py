@@ -24,13 +24,15 @@ a call of one row has no mask. It is one no longer when a call has more rows, or
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
@@ -87,6 +89,7 @@ class TransformersCalls:
     ) -> None:
         """Keep what the checks need."""
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
+        self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Check the inputs, bring them and the cache into the form the graph expects, choose the lane.
@@ -95,7 +98,11 @@ class TransformersCalls:
             ModelInputError: no tokens. CapacityError: a fixed cache is too small; nothing was written.
             CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
         """
+        args, kwargs = self._by_name(args, kwargs)
         call = TokensCall(args, kwargs, self.inside.calls > 0)
+        if any(kwargs.get(name) for name in _RECORDED):
+            # what the model itself does at such a call, in a way that cannot be traced
+            maybe_install_capturing_hooks(self.model)
         if not _find_tokens(call):
             self._choose_lane(call)
             return call
@@ -107,6 +114,17 @@ class TransformersCalls:
         for check in self._CHECKS:
             check(self, call)
         return call
+
+    def _by_name(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with what has a name passed by it, for caches and masks are looked up so."""
+        names: list[str] = []
+        for parameter in self._parameters[: len(args)]:
+            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name in kwargs:
+                break
+            names.append(parameter.name)
+        return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _own_slices(self, call: TokensCall) -> None:
         """A slice of a longer row brings its place in it into the graph, another one in every step."""
@@ -205,25 +223,64 @@ class TransformersCalls:
 
     def _allocate(self, call: TokensCall) -> None:
         live: Tensor | None = None
+        dtypes: tuple[torch.dtype, torch.dtype] | None = None
         for layer in call.fixed:
             if not layer.is_initialized:
                 geometry = self.plan.geometry
                 assert geometry is not None
-                empty = torch.empty(
-                    (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim),
-                    dtype=self.model.dtype,
-                    device=self.model.device,
-                )
+                shape = (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim)
+                dtypes = dtypes or self._cached_dtypes()
+                empty = [torch.empty(shape, dtype=dtype, device=self.model.device) for dtype in dtypes]
                 if isinstance(layer, KVMixStaticLayer):
                     # one counter for all layers: a step then updates one number
-                    layer.lazy_initialization(empty, empty, live)
+                    layer.lazy_initialization(*empty, live)
                     live = layer.keys.live
                 else:
-                    layer.lazy_initialization(empty, empty)
+                    layer.lazy_initialization(*empty)
+
+    def _has_one_dtype(self) -> bool:
+        """Whether all that a model computes is of the dtype of its weights."""
+        if torch.is_autocast_enabled(self.model.device.type):
+            return False
+        return len({p.dtype for p in self.model.parameters() if p.is_floating_point()}) <= 1
+
+    def _cached_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of keys and values, as the model computes them now."""
+        if not self._has_one_dtype() and not self.model.config.is_encoder_decoder:
+            # weights do not tell, one token does
+            token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            with torch.no_grad():
+                past = type(self.model).forward(self.model, input_ids=token, use_cache=True).past_key_values
+            for layer in getattr(past, "layers", ()):
+                if isinstance(getattr(layer, "keys", None), Tensor):
+                    return layer.keys.dtype, layer.values.dtype
+        return self.model.dtype, self.model.dtype
+
+    def _leave_inference_mode(self, call: TokensCall) -> None:
+        """Copy a packed cache that was made in inference mode, whose tensors could not be written outside."""
+        if torch.is_inference_mode_enabled() or call.cache is None:
+            return
+        copies: dict[int, Tensor] = {}
+
+        def normal(x: Tensor) -> Tensor:
+            if not x.is_inference():
+                return x
+            return copies.setdefault(id(x), x.clone())
+
+        for layer in _layers(call.cache):
+            for name in ("keys", "values", "cumulative_length"):
+                x = getattr(layer, name, None)
+                if isinstance(x, QuantizedKVTensor):
+                    if any(t.is_inference() for t in (*x.cached.tensors, *((x.live,) if x.is_fixed else ()))):
+                        setattr(
+                            layer, name, x.map_buffers(normal, None if x.live is None else normal(x.live))
+                        )
+                elif isinstance(x, Tensor) and isinstance(layer, PromptFirstStaticLayer):
+                    setattr(layer, name, normal(x))
 
     def _check_packed(self, call: TokensCall) -> None:
         checked = False
-        for layer in call.cache.layers if call.cache is not None else ():
+        for layer in _layers(call.cache):
             for name in ("keys", "values"):
                 tensor = getattr(layer, name, None)
                 if not isinstance(tensor, QuantizedKVTensor):
@@ -236,7 +293,8 @@ class TransformersCalls:
                 checked = True
                 mine = (call.batch, self.model.dtype, self.model.device)
                 theirs = (tensor.shape[0], tensor.dtype, tensor.device)
-                if mine != theirs:
+                if mine != theirs and (mine[::2] != theirs[::2] or self._has_one_dtype()):
+                    # else tracing sees what dtype the model really computes, and checks it
                     raise CacheShapeError(
                         f"the model gets (batch, dtype, device) {mine}, the cache holds {theirs}: continue "
                         "with the batch the cache was filled with, or start a new cache"
@@ -259,7 +317,25 @@ class TransformersCalls:
     )
     # What the cache cannot do is found before anything is allocated. In the short lane it is the cache of the
     # step before, and only its room has shrunk.
-    _CHECKS = (_check_plan, _check_room, _mark_plain_layers, _allocate, _check_packed)
+    _CHECKS = (
+        _check_plan,
+        _check_room,
+        _leave_inference_mode,
+        _mark_plain_layers,
+        _allocate,
+        _check_packed,
+    )
+
+
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Arguments that have transformers record what modules compute."""
+
+
+def _layers(cache: Cache | None) -> list[Any]:
+    """The layers of a cache; of both caches of an encoder-decoder."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*_layers(cache.self_attention_cache), *_layers(cache.cross_attention_cache)]
+    return [] if cache is None else list(cache.layers)
 
 
 def _find_tokens(call: TokensCall) -> bool:

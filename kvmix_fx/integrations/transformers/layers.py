@@ -133,7 +133,7 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
             *shape, self.k_head_dim, key_format, self.dtype, self.device, live, order
         )
         self.values = QuantizedKVTensor.empty_fixed(
-            *shape, self.v_head_dim, value_format, self.dtype, self.device, live
+            *shape, self.v_head_dim, value_format, value_states.dtype, self.device, live
         )
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
