@@ -385,7 +385,6 @@ def attend_bulk(
     # channels that are looked at together before the loop: as many as a field of the lowest digit has
     KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
     KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
-    KD: tl.constexpr = digit_count(K.BITS)
     VD: tl.constexpr = digit_count(V.BITS)
     VG: tl.constexpr = V.D // V.GROUP
     SPREAD: tl.constexpr = P.SPREAD
