@@ -7,6 +7,7 @@ import builtins
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvmix_fx
 from kvmix_fx import errors
@@ -59,4 +60,4 @@ def test_nothing_else_is_raised_than_this_family():
 
 def test_an_unknown_word_for_on_nothing_is_an_option_error():
     with pytest.raises(errors.BackendOptionError, match="on_nothing"):
-        kvmix_fx.compile(None, None, on_nothing="warn")
+        kvmix_fx.compile(torch.nn.Identity(), None, on_nothing="warn")

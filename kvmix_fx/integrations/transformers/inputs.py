@@ -230,13 +230,13 @@ class TransformersCalls:
                 assert geometry is not None
                 shape = (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim)
                 dtypes = dtypes or self._cached_dtypes()
-                empty = [torch.empty(shape, dtype=dtype, device=self.model.device) for dtype in dtypes]
+                keys, values = (torch.empty(shape, dtype=dtype, device=self.model.device) for dtype in dtypes)
                 if isinstance(layer, KVMixStaticLayer):
                     # one counter for all layers: a step then updates one number
-                    layer.lazy_initialization(*empty, live)
+                    layer.lazy_initialization(keys, values, live)
                     live = layer.keys.live
                 else:
-                    layer.lazy_initialization(*empty)
+                    layer.lazy_initialization(keys, values)
 
     def _has_one_dtype(self) -> bool:
         """Whether all that a model computes is of the dtype of its weights."""
@@ -271,7 +271,8 @@ class TransformersCalls:
             for name in ("keys", "values", "cumulative_length"):
                 x = getattr(layer, name, None)
                 if isinstance(x, QuantizedKVTensor):
-                    if any(t.is_inference() for t in (*x.cached.tensors, *((x.live,) if x.is_fixed else ()))):
+                    counter = () if x.live is None else (x.live,)
+                    if any(t.is_inference() for t in (*x.cached.tensors, *counter)):
                         setattr(
                             layer, name, x.map_buffers(normal, None if x.live is None else normal(x.live))
                         )
