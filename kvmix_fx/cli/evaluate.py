@@ -150,28 +150,27 @@ def _scores(plain: Retrieval, packed: Retrieval) -> Table:
 
 
 def _figures(found: Evaluation) -> Table:
-    table = Table("against the unquantized cache", "", "standard error")
-    table.add_row("perplexity ratio", *_told(found.perplexity_ratio))
-    table.add_row("  unquantized perplexity", *_told(found.perplexity_16bit, digits=3))
+    table = Table("", "packed", "standard error", "unquantized")
+    ratio, plain = found.perplexity_ratio, found.perplexity_16bit
+    table.add_row("perplexity ratio", *_told(ratio), f"perplexity {plain.value:.2f}")
     table.add_row("KL mean, nats per token", *_told(found.kl_mean))
     for name, share in (("median", 0.5), ("99 %", 0.99), ("99.9 %", 0.999), ("max", 1.0)):
         table.add_row(f"KL {name}", *_told(found.kl_quantile(share)))
     table.add_row("same top token", *_told(found.same_top_share, percent=True))
     table.add_row("RMS probability change", *_told(found.rms_probability_change, percent=True))
-    table.add_row("cache of a chunk", _pair(size(found.cache_bytes), size(found.cache_bytes_16bit)))
-    table.add_row("bits per element there", f"{found.effective_bits:.2f}")
-    speeds = (f"{speed:.1f}" for speed in (found.tokens_per_second, found.tokens_per_second_16bit))
-    table.add_row("tokens/s", _pair(*speeds))
+    table.add_row("cache of a chunk", size(found.cache_bytes), "", size(found.cache_bytes_16bit))
+    bits = found.effective_bits
+    table.add_row(
+        "bits per element", f"{bits:.2f}", "", f"{bits * found.cache_bytes_16bit / found.cache_bytes:.0f}"
+    )
+    speed, plain_speed = found.tokens_per_second, found.tokens_per_second_16bit
+    table.add_row("tokens/s", f"{speed:.1f}", "", f"{plain_speed:.1f}")
     return table
 
 
-def _pair(packed: str, plain: str) -> str:
-    return f"{packed} (unquantized {plain})"
-
-
-def _told(figure: Figure, digits: int = 4, percent: bool = False) -> tuple[str, str]:
+def _told(figure: Figure, percent: bool = False) -> tuple[str, str]:
     def told(value: float) -> str:
-        return f"{value:.2%}" if percent else f"{value:.{digits}f}"
+        return f"{value:.1%}" if percent else f"{value:.4f}"
 
     return told(figure.value), "" if figure.standard_error is None else told(figure.standard_error)
 
