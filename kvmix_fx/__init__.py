@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
     try:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if error.name != "transformers":
+        if (error.name or "").partition(".")[0] != "transformers":
             raise
         from kvmix_fx.errors import MissingPackageError
 
