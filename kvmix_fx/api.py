@@ -11,6 +11,7 @@ from torch import nn
 from kvmix_fx.backend import Inner, KVMixBackend
 from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
 from kvmix_fx.parallel import check_placement
+from kvmix_fx.passes.find.written_out import READS_WEIGHTS
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
@@ -242,6 +243,11 @@ def _check_rewritten(report: CompileReport, result: Any) -> None:
         return
     if not sites:
         nearly = f" ({'; '.join(missed)})" if missed else ""
+        if any(READS_WEIGHTS in reason for reason in missed):
+            raise NoSiteError(
+                f"attention whose weights are asked for is not packed{nearly}: call the first step without "
+                'output_attentions=True, or pass on_nothing="ignore" to run the model unquantized'
+            )
         raise NoSiteError(
             "no attention was found, neither a call of scaled_dot_product_attention nor one written out as "
             f"matmul, softmax, matmul{nearly}: load the model with "

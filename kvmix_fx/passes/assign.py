@@ -1,8 +1,9 @@
 """Decide which layer of the plan each site is: the place of its keys and values in the cache tells.
 
-A cached tensor comes into a graph from somewhere and leaves it for somewhere, "L['past_key_values'].layers[3].keys"
-or "result<1>[3][0]". What the places of keys and values have in common is the layer's place, and its last number
-is the layer. That holds in any piece of a model that is traced by itself, and whatever its modules are called.
+A cached tensor comes into a graph from somewhere and leaves it for somewhere: say,
+"L['past_key_values'].layers[3].keys" or "result<1>[3][0]". What the places of keys and values have in common
+is the layer's place, and its last number is the layer. That holds in any piece of a model that is traced by
+itself, and whatever its modules are called.
 """
 
 from __future__ import annotations

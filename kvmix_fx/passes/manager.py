@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
 UNKNOWN_LAYER = (
-    "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list or a "
-    "cache object with one entry per layer, trace the whole model as one graph, or give all layers the same bits"
+    "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
+    "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
+    "same bits"
 )
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 

@@ -132,8 +132,8 @@ def _check_dtype(update: Update) -> None:
     new = None if update.new is None else example(update.new).dtype
     if new not in (None, update.tensor.dtype):
         raise CacheShapeError(
-            f"the model computes keys or values of dtype {new}, the cache holds {update.tensor.dtype}: go on under "
-            "the autocast setting and the weights it was filled with, or start a new cache"
+            f"the model computes keys or values of dtype {new}, the cache holds {update.tensor.dtype}: go on "
+            "under the autocast setting and the weights it was filled with, or start a new cache"
         )
 
 

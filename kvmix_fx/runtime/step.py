@@ -157,9 +157,9 @@ class CompiledStep:
                 if "fullgraph" in self._options:
                     raise
                 warnings.warn(
-                    f"the model cannot be traced as one graph ({dynamo.break_place(error)}), so it is traced in "
-                    "pieces from now on: decode steps are slower. fullgraph=False says that you know, "
-                    "fullgraph=True makes it an error",
+                    f"the model cannot be traced as one graph ({dynamo.break_place(error)}), so it is "
+                    "traced in pieces from now on: decode steps are slower. fullgraph=False says that you "
+                    "know, fullgraph=True makes it an error",
                     GraphBreakWarning,
                     stacklevel=3,
                 )
@@ -219,8 +219,8 @@ class Delegating:
         if isinstance(step, CompiledStep) and step.calls == before:
             kind = type(self._model).__name__
             raise NoSiteError(
-                f"this call did not go through the forward of the {kind} that is compiled, so its cache is not "
-                "packed: compile the module that it does call, or call that one's forward"
+                f"this call did not go through the forward of the {kind} that is compiled, so its cache is "
+                "not packed: compile the module that it does call, or call that one's forward"
             )
         return result
 

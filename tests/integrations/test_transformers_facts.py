@@ -216,3 +216,15 @@ def test_other_reasons_against_a_fixed_cache(model, monkeypatch):
     assert "assistant" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     assert "2 devices" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
+
+
+def test_a_model_knows_whether_its_recorders_are_installed():
+    """`output_hidden_states` installs hooks on the first call, once, on the inner model or on the outer."""
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    model = tiny_llama(num_hidden_layers=1)
+    assert not hasattr(model.model, "_output_capturing_hooks_installed")
+    maybe_install_capturing_hooks(model)
+    assert model._output_capturing_hooks_installed
+    assert model.model._output_capturing_hooks_installed
+    assert len(model.model.layers[0]._forward_hooks) == 1

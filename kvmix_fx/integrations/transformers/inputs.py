@@ -4,7 +4,7 @@ Rules for masks, in order. The first two are for masks [B, tokens] that hide not
 
 | cache | call | mask | becomes |
 |---|---|---|---|
-| empty, of any kind | n > 1 | [B, n] that hides nothing | None (1) |
+| empty, of any kind | n > 1, positions that go up by one (7) | [B, n] that hides nothing | None (1) |
 | one full row | in generate() | [1, tokens] that hides nothing (2) | None (3) |
 | fixed, empty | any | [B, 1, n, capacity] | [B, 1, n, n] (4) |
 | fixed, not empty | with position_ids (5) | [B, tokens] | [B, capacity] (6) |
@@ -16,6 +16,7 @@ Rules for masks, in order. The first two are for masks [B, tokens] that hide not
    tokens. Of a dict of masks, the one named "full_attention".
 5. Without positions some models count the mask.
 6. One shape for all steps: one graph and one recording.
+7. Or none. Without a mask, positions that start again are the beginning of another text.
 
 n: tokens of the call. "Fixed": with layers of fixed capacity of ours. "One full row": a KVMixStaticCache of
 one sequence without padding, which is remembered from call to call. A cache becomes one when it is empty and
@@ -101,8 +102,7 @@ class TransformersCalls:
         args, kwargs = self._by_name(args, kwargs)
         call = TokensCall(args, kwargs, self.inside.calls > 0)
         if any(kwargs.get(name) for name in _RECORDED):
-            # what the model itself does at such a call, in a way that cannot be traced
-            maybe_install_capturing_hooks(self.model)
+            _install_recorders(self.model)
         if not _find_tokens(call):
             self._choose_lane(call)
             return call
@@ -152,6 +152,7 @@ class TransformersCalls:
             call.n > 1
             and _is_empty(call.kwargs.get("past_key_values"))
             and _hides_nothing(call.kwargs.get("attention_mask"), call.n)
+            and _is_one_text(call.kwargs.get("position_ids"))
         ):
             call.kwargs["attention_mask"] = None
 
@@ -271,11 +272,9 @@ class TransformersCalls:
             for name in ("keys", "values", "cumulative_length"):
                 x = getattr(layer, name, None)
                 if isinstance(x, QuantizedKVTensor):
-                    counter = () if x.live is None else (x.live,)
-                    if any(t.is_inference() for t in (*x.cached.tensors, *counter)):
-                        setattr(
-                            layer, name, x.map_buffers(normal, None if x.live is None else normal(x.live))
-                        )
+                    live = () if x.live is None else (x.live,)
+                    if any(t.is_inference() for t in (*x.cached.tensors, *live)):
+                        setattr(layer, name, x.map_buffers(normal, *map(normal, live)))
                 elif isinstance(x, Tensor) and isinstance(layer, PromptFirstStaticLayer):
                     setattr(layer, name, normal(x))
 
@@ -332,6 +331,18 @@ _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits"
 """Arguments that have transformers record what modules compute."""
 
 
+def _install_recorders(model: PreTrainedModel) -> None:
+    """What the model does itself at a call that records outputs, in a way that cannot be traced.
+
+    A model inside another may have done it before; a second time it would record everything twice.
+    """
+    for one in model.modules():
+        if isinstance(one, PreTrainedModel) and not any(
+            getattr(part, "_output_capturing_hooks_installed", False) for part in one.modules()
+        ):
+            maybe_install_capturing_hooks(one)
+
+
 def _layers(cache: Cache | None) -> list[Any]:
     """The layers of a cache; of both caches of an encoder-decoder."""
     if isinstance(cache, EncoderDecoderCache):
@@ -381,6 +392,15 @@ def _is_empty(cache: Any) -> bool:
 def _hides_nothing(mask: Any, n: int) -> bool:
     """Whether a mask is a tensor [B, n] without padding. Waits for the device."""
     return isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == n and bool(mask.all())
+
+
+def _is_one_text(positions: Any) -> bool:
+    """Whether positions [..., n] go up by one.
+
+    Without a mask models take positions that start again for the beginning of another text, which does not
+    see the one before it. With a mask of ones they do not.
+    """
+    return positions is None or (isinstance(positions, Tensor) and bool((positions.diff() == 1).all()))
 
 
 def _to_capacity(mask: Any, capacity: int) -> Any:

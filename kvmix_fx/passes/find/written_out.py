@@ -26,6 +26,9 @@ from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.views import called, heads_root
 from kvmix_fx.passes.sites import AttentionCall, Miss
 
+READS_WEIGHTS = "something else reads the weights"
+"""Why attention whose weights are returned is none."""
+
 _MATMUL = {torch.matmul, operator.matmul, "matmul"}
 _SOFTMAX = {torch.softmax, F.softmax, "softmax"}
 _TANH = {torch.tanh, F.tanh, "tanh"}
@@ -113,7 +116,7 @@ def _why_no_softmax(weights: Any) -> str:
     if _is(weights, _DROPOUT) and not _is_idle_dropout(weights):
         return "weights are dropped at random (model.eval() ends that)"
     if (_is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)) and not _alone(weights):
-        return "something else reads the weights"
+        return READS_WEIGHTS
     if not _is(weights, _SOFTMAX):
         return f"{called(weights)} lies between softmax and values"
     if _rank(weights) != 4:
