@@ -47,7 +47,8 @@ PROVIDERS = (
     "k3v4 g128", "k2v2 g64", "k4v4 g64", "k2v2 g32", "k4v4 g32",
     "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
     "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded", "k2v2 g128 capped", "k4v4 g128 capped",
-    "tiers 25/75", "tiers 50/50", "tiers 25/50/25", "tiers 25/75 g32", "tiers 25/75 w128", "tiers 25/75 padded",
+    "tiers 25/75", "tiers 50/50", "tiers 25/50/25", "tiers 25/75 g32", "tiers 25/75 w128",
+    "tiers 25/75 padded",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -67,7 +68,7 @@ CAPPED = "capped"
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Formats of "k2v2 g64 w128" (bits, group of keys and values, recent window, by default 0) or "tiers 25/75"."""
+    """Formats of "k2v2 g64 w128" (bits, groups, recent window, by default 0) or "tiers 25/75 g64 w128"."""
     words = [word for word in provider.split() if word not in (*MASKS, CAPPED)]
     text = " ".join(words)
     if words[0] == TIERS:
@@ -76,7 +77,7 @@ def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
 
 
 def _tiered(shares: str, more: LayerText, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Keys with so many percent of their channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
+    """Keys with so many percent of the channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
     window = more.window or 0
     channels = [head_dim * int(share) // 100 for share in shares.split("/")]
     keys = make_format(

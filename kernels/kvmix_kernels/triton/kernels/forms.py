@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-
 ROTATED, ORDERED = 1, 2
 """What packed channels are, in `Form.TURNED`; 0 where they are the model's."""
 
