@@ -68,7 +68,7 @@ CAPPED = "capped"
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Formats of "k2v2 g64 w128" (bits, group, recent window, by default 0) or of "tiers 25/75"."""
+    """Formats of "k2v2 g64 w128" (bits, groups, recent window, by default 0) or "tiers 25/75 g64 w128"."""
     words = [word for word in provider.split() if word not in (*MASKS, CAPPED)]
     text = " ".join(words)
     if words[0] == TIERS:
@@ -77,7 +77,7 @@ def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
 
 
 def _tiered(shares: str, more: LayerText, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Keys with so many percent of channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
+    """Keys with so many percent of the channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
     window = more.window or 0
     channels = [head_dim * int(share) // 100 for share in shares.split("/")]
     keys = make_format(

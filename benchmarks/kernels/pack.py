@@ -8,6 +8,7 @@ The buffers are compared with the reference on the same tokens first.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from benchmarks.kernels.decode_attention import formats
 from benchmarks.kernels.rows import Rows, copy_bandwidth
-from kvmix_kernels import ops
+from kvmix_kernels import layout, ops
 from kvmix_kernels.triton import storage
 from kvmix_kernels.triton.timing import graph_time
 
@@ -40,16 +41,22 @@ def main() -> int:
         for provider in PROVIDERS:
             for part, fmt in zip("KV", formats(provider, D), strict=True):
                 label = f"kvmix {provider} {part}"
-                got = storage.quantize_pack(x[:1, :, :4096], None, fmt.encode())
-                expected = ops._quantize_pack(x[:1, :, :4096], None, fmt.encode())
+                order = None
+                if fmt.order:
+                    # some order, not the time to choose one
+                    fmt = fmt._replace(order=layout.ORDER_PLAN)
+                    order = torch.rand(H, D, device="cuda").argsort(1).to(torch.int32)
+                got = storage.quantize_pack(x[:1, :, :4096], None, fmt.encode(), order)
+                expected = ops._quantize_pack(x[:1, :, :4096], None, fmt.encode(), order)
                 if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
                     print(f"{name:24} {label:28} WRONG", flush=True)
                     wrong = 1
                     continue
-                out = storage.quantize_pack(x, None, fmt.encode())
+                pack = functools.partial(storage.quantize_pack, x, None, fmt.encode(), order)
+                out = pack()
                 moved = x.numel() * 2 + sum(t.numel() * t.element_size() for t in out)
                 del out
-                timing = graph_time([lambda x=x, fmt=fmt: storage.quantize_pack(x, None, fmt.encode())])
+                timing = graph_time([pack])
                 share = moved / timing.median / bandwidth
                 rows.add(name, label, timing, nbytes=moved, copy_share=share)
         torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ import sys
 import torch
 
 from benchmarks.kernels.append import equal_to_the_reference, step_arguments
+from benchmarks.kernels.decode_attention import formats
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.triton import attention, reading, storage
@@ -36,6 +37,9 @@ FORMS: tuple[tuple[int, int, int, int, str, str], ...] = (
     (16, 16, 96, 32, "token", "token"),
 )
 """The fast path at several widths and head sizes, the general path, raw tokens."""
+
+TIERS = ((128, "tiers 25/75"), (64, "tiers 25/75"), (256, "tiers 25/75"), (128, "tiers 25/50/25 g32"))
+"""Head sizes, and providers of `decode_attention` with tiers, scales of a byte and rotated values."""
 
 SOFTCAPS = (0.0, 1.0, 0.0)
 """One for each of the masks."""
@@ -84,22 +88,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--form", type=int, action="append", help="place in FORMS; repeatable; default: all")
+    parser.add_argument(
+        "--form", type=int, action="append", help="place in FORMS and TIERS; repeatable; default: all"
+    )
     chosen = parser.parse_args().form
     torch.manual_seed(0)
     failed = 0
-    for index, (k_bits, v_bits, head_dim, group, k_axis, v_axis) in enumerate(FORMS):
-        if chosen and index not in chosen:
-            continue
+    forms = []
+    for k_bits, v_bits, head_dim, group, k_axis, v_axis in FORMS:
         size = layout.WHOLE_HEAD if group >= head_dim else group
         k = make_format(k_bits, k_axis, group if k_axis == "channel" else size, 128, 4, 32)
         v = make_format(v_bits, v_axis, size if v_axis == "token" else group, 128, 4, 32)
+        forms.append((f"k{k_bits}v{v_bits} g{group}", head_dim, k, v))
+    for head_dim, provider in TIERS:
+        k, v = (fmt._replace(sink=4, window=32) for fmt in formats(provider, head_dim))
+        forms.append((provider, head_dim, k, v))
+    for index, (name, head_dim, k, v) in enumerate(forms):
+        if chosen and index not in chosen:
+            continue
         # the last of a tile's tokens leaves the window with this step, so that it flushes
         for tokens in (4 + 2 * 128 + 32 - 1, 77):
             case = Case(2, 2, 4, tokens, head_dim)
             wrong = check(case, k, v)
             failed += bool(wrong)
-            print(f"{case.name} k{k_bits}v{v_bits} g{group}: {', '.join(wrong) or 'right'}", flush=True)
+            print(f"{case.name} {name}: {', '.join(wrong) or 'right'}", flush=True)
     torch.cuda.synchronize()
     return int(failed > 0)
 

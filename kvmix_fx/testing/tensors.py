@@ -74,7 +74,7 @@ def formats(
 
 
 def extras(head_dim: int, axis: str, tiers: bool = True) -> st.SearchStrategy[dict[str, Any]]:
-    """Arguments of `make_format` that only some formats have: rotation, symmetric codes, tiers, a range."""
+    """Arguments of `make_format` that few formats have: rotation, symmetric codes, tiers, narrow ranges."""
     span = st.sampled_from((None, 80))
     if axis == "token":
         return st.fixed_dictionaries({"rotation": st.just(True), "symmetric": st.booleans(), "span": span})

@@ -26,7 +26,7 @@ steps = st.builds(
 gpus = st.sampled_from(("default", "NVIDIA_H100_80GB_HBM3"))
 
 
-@given(formats(64, plain=True), formats(64, plain=True), steps, gpus)
+@given(formats(64), formats(64), steps, gpus)
 def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
     plan = attend_plan(k, v, step, gpu)
     assert plan.columns * plan.column_blocks >= step.rows > plan.columns * (plan.column_blocks - 1)
@@ -41,17 +41,20 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
         # the offsets of a share fit into its scratch, in whole parts
         assert plan.room >= share
         assert plan.room % plan.part == 0
+        assert plan.scratch == plan.room + (step.D if k.order else 0)
         assert plan.tokens % plan.keys.group == 0 or plan.keys.group % plan.tokens == 0
     else:
-        assert plan.bulk_splits == plan.room == 0
+        assert plan.bulk_splits == plan.room == plan.scratch == 0
+    # rows that are rotated back have to be whole
+    assert plan.merge_blocks == 1 or not plan.merge_rotated
 
 
-@given(formats(64, plain=True), formats(64, plain=True), steps)
+@given(formats(64), formats(64), steps)
 def test_only_scores_that_grow_with_products_take_the_fast_path(k, v, step):
     assert not attend_plan(k, v, step._replace(positive=False), "default").bulk
 
 
-@given(formats(64, plain=True), steps)
+@given(formats(64), steps)
 def test_raw_tokens_alone_are_never_read_as_packed(v, step):
     raw = make_format(16)
     assert not attend_plan(raw, raw, step, "default").rest_packed

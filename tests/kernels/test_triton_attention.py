@@ -23,7 +23,7 @@ from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton import configs
-from kvmix_kernels.triton.launch_plan import has_bulk_path
+from kvmix_kernels.triton.launch_plan import FEW_SPLITS, Step, attend_plan, has_bulk_path
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -273,6 +273,58 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
     assert has_bulk_path(k, v, D, 1)
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
+
+
+@pytest.mark.parametrize(
+    ("D", "tiers"),
+    [
+        (64, ((4, 16), (2, 48))),
+        (128, ((4, 32), (2, 96))),
+        (128, ((4, 64), (2, 64))),
+        (128, ((4, 32), (2, 64), (0, 32))),
+        (96, ((4, 24), (2, 64), (0, 8))),
+        (80, ((4, 72), (2, 8))),
+        (256, ((4, 64), (2, 192))),
+    ],
+)
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_the_bulk_path_of_tiers_and_rotated_values(D: int, tiers: Ranges, mask: str) -> None:
+    """Tiers read as one field and others, odd counts of words, values of whole heads and of groups."""
+    k = make_format(4, "channel", 32, 32, 4, 8, "byte", tiers=tiers, order="prompt")
+    config = configs.AttendConfig(tokens=64, spread=2, programs=4, rest_tokens=16)
+    for more in ({"group_size": 0, "symmetric": True}, {"group_size": 16}):
+        v = make_format(2, "token", tile=32, sink=4, window=8, scale_dtype="byte", rotation=True, **more)
+        assert has_bulk_path(k, v, D, 1) is (D // (more["group_size"] or D) <= 8)
+        check(k, v, B=2, Hkv=2, group=2, Lq=1, D=D, Dv=D, L=170, mask=mask, extra=40, config=config)
+
+
+def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:
+    k = make_format(4, "channel", 32, 32, 0, 0, "byte", tiers=((4, 16), (2, 48)), order="prompt")
+    v = make_format(2, "token", 0, 32, 0, 0, "byte", rotation=True, symmetric=True)
+    config = configs.AttendConfig(tokens=32, programs=100, rest_tokens=16)
+    plan = attend_plan(k, v, Step(1, 2, 64, 64, 450, 1, True, False, False), "default", config)
+    assert plan.bulk_splits > FEW_SPLITS
+    assert plan.merge_blocks == 1
+    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=450, spread=4.0, config=config)
+
+
+@pytest.mark.parametrize("wrong", ["order", "basis"])
+def test_another_order_or_basis_would_show(wrong: str) -> None:
+    """A control: the comparison is not blind to what the formats add."""
+    k = make_format(4, "channel", 32, 32, 0, 0, "byte", tiers=((4, 16), (2, 48)), order="prompt")
+    v = make_format(2, "token", 0, 32, 0, 0, "byte", rotation=True, symmetric=True)
+    g = torch.Generator().manual_seed(0)
+    keys, stored = (filled(1, 1, 64, 96, 96, fmt, torch.float32, 0.0, g) for fmt in (k, v))
+    query = torch.randn(1, 2, 1, 64, generator=g).to(DEVICE)
+    args = (query, None, None, keys.tensors, stored.tensors, None, None, 96, 0.125, k.encode(), v.encode())
+    expected = ops._attend(*args)
+    assert_close(kernels.attend(*args), expected, TOLERANCE[torch.float32])
+    if wrong == "order":
+        other = (*args[:3], (*keys.tensors[:4], keys.tensors[4].flip(2)), *args[4:])
+    else:
+        other = (*args[:10], v._replace(rotation=0).encode())
+    with pytest.raises(AssertionError):
+        assert_close(kernels.attend(*other), expected, 10 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(

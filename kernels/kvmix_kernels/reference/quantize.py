@@ -126,7 +126,7 @@ def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorForm
 
 
 def ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
-    """Largest less smallest number of each group of tokens, float32 [B, H, groups, D]; 0 where none counts."""
+    """Largest less smallest number of each group of tokens, float32 [B, H, groups, D]; 0 if none counts."""
     B, H, L, D = x.shape
     grouped = x.float().reshape(B, H, L // fmt.group_size, fmt.group_size, D)
     usable = grouped.isfinite()

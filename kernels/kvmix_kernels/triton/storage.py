@@ -83,6 +83,9 @@ def _cut(fmt: TensorFormat, D: int, elements: int) -> _Cut:
     group = form_plan(fmt, D).group
     together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
     held = max(count * padded, next_power_of_2(D))
+    if len(fmt.tiers) > 1 and D > 128:
+        # every field has pointers of its own, too many for the registers
+        held *= 2
     tokens = max(1, min(next_power_of_2(together), elements // held))
     parts = fmt.tile // group if fmt.axis == AXIS_CHANNEL else -(-fmt.tile // tokens)
     return _Cut(count, words, padded, tokens, parts)
@@ -177,7 +180,8 @@ def quantize_pack(
     if cached.order is not None:
         cached.order.copy_(torch.arange(D, dtype=torch.int32, device=x.device))
         cached.take_order(hint)
-        reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)
+        if fmt.order == layout.ORDER_PROMPT and hint is not None:
+            reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, x)
     rows = max(1, 4096 // next_power_of_2(D))
     jobs = tiles * cut.parts + -(-slots // rows)
@@ -229,7 +233,7 @@ def append_(
         for cached in caches:
             layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], length, Lq)
     new_keys, new_values = inner_dense(new_keys), inner_dense(new_values)
-    if start is None and k.order == layout.ORDER_PROMPT and query is not None:
+    if start is None and k.order == layout.ORDER_PROMPT and k.packed_tiles(length) == 0:
         seen = reference.valid_tokens(mask, B)
         reference.order_from_prompt(caches[0], new_keys, seen, length, query, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, new_keys)
@@ -245,7 +249,7 @@ def append_(
         held = elements * warps
         if flush is not FRESH_TILES and (k.order or v.rotation):
             # with channels from everywhere, or exchanged, programs of so many registers would be alone
-            held //= 2
+            held //= 4 if k.order else 2
         cut_k, cut_v = (_cut(f, size, held) for f, size in ((k, D), (v, Dv)))
         tiles = max(cut.parts * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvmix_kernels.triton.kernels.fields import (
     ORDERED,
+    ROTATED,
     as_offset,
     digit_above,
     digit_bits,
@@ -286,15 +287,25 @@ def _sweep(
                 v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
             else:
                 v_step = narrow_step(tl.load(v.scale + v_row * VG + g))
-            if V.SYMMETRIC:
-                v_zero = v_step.to(tl.float32)
-            else:
+            if not V.SYMMETRIC:
                 v_zero = as_offset(tl.load(v.zero + v_row * VG + g), v_step.to(tl.float32))
+            step = v_step.to(tl.float32)
             if v_step.dtype != tl.float16:
-                v_step = (v_step.to(tl.float32) * v_unit).to(tl.float16)
-            shift = tl.sum(tl.reshape(weight * v_zero[:, None], [TOKENS // 8, 8, N]), 0)
+                v_step = (step * v_unit).to(tl.float16)
+            product = half * v_step[:, None]
+            if V.TURNED == ROTATED or V.SYMMETRIC:
+                # codes count from their middle: what rounding the weights makes of their mean is alike in all
+                # channels, which rotated back is one channel
+                share = product.to(tl.float32) * -middle(V.BITS)
+                if v.scale.dtype.element_ty != tl.float16 and v.scale.dtype.element_ty != tl.uint8:
+                    share = share * (1.0 / v_unit)
+                if not V.SYMMETRIC:
+                    share += weight * (v_zero + step * middle(V.BITS))[:, None]
+            else:
+                share = weight * v_zero[:, None]
+            shift = tl.sum(tl.reshape(share, [TOKENS // 8, 8, N]), 0)
             new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
-            scaled = scaled + (half * v_step[:, None],)
+            scaled = scaled + (product,)
         shifts = new_shifts
         new_outs = ()
         for d in tl.static_range(VD):
@@ -341,7 +352,7 @@ def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr)
 def _store_digit(
     partial_ptr, outs, shifts, share, column_ok, unit, N: tl.constexpr, X: tl.constexpr, DIGIT: tl.constexpr, SPREAD: tl.constexpr
 ):  # fmt: skip
-    """What a digit adds to the partial output; the lowest one brings the offsets, from `shifts`."""
+    """What a digit adds to the partial output; the lowest one brings the offsets, `shifts`."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, X.D)
     WIDTH: tl.constexpr = fold_width(OWN, X.D)
@@ -354,10 +365,7 @@ def _store_digit(
             summed = outs[FIRST + field_sum(OWN, X.D, X.GROUP, f, g)]
             summed = summed * (unit * (field_factor(OWN, X.D, f) * 2.0 ** digit_above(X.BITS, DIGIT)))
             if DIGIT == 0:
-                shift = tl.sum(shifts[g], 0)
-                if X.SYMMETRIC:
-                    shift = shift * -middle(X.BITS)
-                summed += shift[None, :]
+                summed += tl.sum(shifts[g], 0)[None, :]
             if g == field_first(OWN, X.D, X.GROUP, f):
                 out = summed
             else:
