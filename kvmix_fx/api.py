@@ -109,14 +109,14 @@ def compile(
     """
     from kvmix_fx.integrations import called_models, hooks_for
 
+    if on_nothing not in ("raise", "ignore"):
+        raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if not isinstance(model, nn.Module):
         inner_model = getattr(model, "model", None)
         hint = (
             f": pass its .model, a {type(inner_model).__name__}" if isinstance(inner_model, nn.Module) else ""
         )
         raise BackendOptionError(f"kvmix_fx.compile takes a module, got {type(model).__name__}{hint}")
-    if on_nothing not in ("raise", "ignore"):
-        raise BackendOptionError(f'on_nothing must be "raise" or "ignore", got {on_nothing!r}')
     if model.training:
         raise TrainingError("kvmix_fx.compile is for inference: call model.eval() first")
     check_placement(model)
