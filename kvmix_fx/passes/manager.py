@@ -105,7 +105,7 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
     """Take back the packing of layers that the plan leaves alone or that cannot be packed."""
     layer = _layer_plan(site, plan)
     if site.action == LEAVE and site.buffers is None:
-        if site.layer is not None and layer is not None and layer.is_raw:
+        if layer is not None and layer.is_raw:
             site.reason = BY_PLAN
         return
     if site.action not in (ADOPT, LEAVE):
