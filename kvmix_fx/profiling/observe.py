@@ -208,8 +208,8 @@ class Observer:
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None
         }
         if not usable:
-            missed = {one.miss.reason for one in matched.missed}
-            reasons = "; ".join(sorted({*self.skipped.values(), *missed})) or (
+            given = {site.reason for site in sites} | {one.miss.reason for one in matched.missed}
+            reasons = "; ".join(sorted(given - {""})) or (
                 'no attention was found; load the model with attn_implementation="sdpa"'
             )
             raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")

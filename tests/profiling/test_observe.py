@@ -35,7 +35,8 @@ def test_a_round_trip_is_what_a_packed_tensor_holds(spec: QuantSpec, tokens: int
     fmt, _ = layer.formats(32)
     x = torch.randn(2, 2, tokens * layer.tile_length, 32, generator=torch.Generator().manual_seed(seed)) * 3
     want = QuantizedKVTensor.from_hp(x, fmt).dequantize()
-    torch.testing.assert_close(round_trip(x, spec), want, rtol=0, atol=1e-6)
+    # one side may round a product before it adds the offset: two units in the last place of float32
+    torch.testing.assert_close(round_trip(x, spec), want, rtol=2**-22, atol=1e-6)
 
 
 def test_padding_does_not_widen_a_group() -> None:
