@@ -213,7 +213,10 @@ def _site(
     idiom = _plain_idiom(key)
     reason = _why_not_adopt(key, value, outputs)
     if reason:
-        site = Site(call, module, idiom, LEAVE, reason, key_root=key, value_root=value)
+        # a first step that attends to its own tokens while plain buffers take them
+        taken = {update.new: update.past for update in plain.values()}
+        roots = {"key_root": taken.get(key, key), "value_root": taken.get(value, value)}
+        site = Site(call, module, idiom, LEAVE, reason, **roots)
         if key in plain and value in plain:
             site.buffers = PlainBuffers(key, value, plain[key])
         return site

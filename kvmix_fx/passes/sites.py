@@ -117,8 +117,8 @@ class Site:
     action: one of the constants above. reason: why not more was done ('' if it was).
     layer: of the plan; None without a cache, or where nothing tells. key_update, value_update: writes to
     packed inputs. key_root, value_root: plain keys and values; where they are packed (action ADOPT) they are
-    [B, Hkv, L, D] and leave the graph as the cache. buffers: plain buffers of the model's
-    own that can be packed after this step.
+    [B, Hkv, L, D] and leave the graph as the cache; else they or the buffers that take them, if any do.
+    buffers: plain buffers of the model's own that can be packed after this step.
     """
 
     call: AttentionCall
