@@ -73,90 +73,93 @@ def launches(case: dict[str, Any]) -> list[Launch]:
 
 def case(
     op: str, capability: int, bits: int | str, head_dim: int = 128, group: int = 128, **more: object
-) -> Any:
-    """A parameter of the test; `bits` of keys and values, or a provider of the benchmark with tiers."""
-    values = {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
-    return pytest.param(values, id=" ".join(map(str, values.values())))
+) -> dict[str, Any]:
+    """What to compile; `bits` of keys and values, or a provider of the benchmark with tiers."""
+    return {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
 
 HOPPER = "NVIDIA_H100_80GB_HBM3"
 
 
-@pytest.mark.parametrize(
-    "cases",
-    [
-        *(case("attend", gpu, bits, gpu="default") for gpu in (80, 100) for bits in (2, 3, 4, 16)),
-        *(case("attend", gpu, 2, group=32, gpu="default", mask=True) for gpu in (80, 100)),
-        case("attend", 90, 2, gpu=HOPPER),
-        case("attend", 90, 2, gpu=HOPPER, registers=232),
-        case("attend", 90, 3, gpu=HOPPER),
-        case("attend", 90, 3, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, gpu=HOPPER, mask=True),
-        case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
-        case("attend", 90, 2, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 3, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, head_dim=64, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 2, group=64, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
-        case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
-        case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True),
-        case("attend", 90, 8, gpu=HOPPER, mask=True),
-        case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
-        case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
-        case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
-        case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
-        case("attend", 90, 16, gpu=HOPPER),
-        *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
-        *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
-        *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
-        *(case("dequantize", gpu, 3) for gpu in (80, 90, 100)),
-        *(case("attend", gpu, "tiers 25/75", gpu="default") for gpu in (80, 100)),
-        *(
-            case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128)
-            for size in (64, 128, 256)
-        ),
-        case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True),
-        case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True),
-        case("attend", 90, "tiers 25/50/25", gpu=HOPPER),
-        *(
-            case("append_", gpu, "tiers 25/75", head_dim=size)
-            for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
-        ),
-        case("append_", 90, "tiers 25/75", queries=64, mask=True),
-        *(
-            case("quantize_pack", gpu, "tiers 25/75", head_dim=size)
-            for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
-        ),
-        case("quantize_pack", 90, "tiers 25/50/25"),
-        case("dequantize", 90, "tiers 25/75"),
-    ],
-)
-def test_kernels_compile_without_spilling(cases: dict[str, Any]) -> None:
+CASES = [
+    *(case("attend", gpu, bits, gpu="default") for gpu in (80, 100) for bits in (2, 3, 4, 16)),
+    *(case("attend", gpu, 2, group=32, gpu="default", mask=True) for gpu in (80, 100)),
+    case("attend", 90, 2, gpu=HOPPER),
+    case("attend", 90, 2, gpu=HOPPER, registers=232),
+    case("attend", 90, 3, gpu=HOPPER),
+    case("attend", 90, 3, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, gpu=HOPPER, mask=True),
+    case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
+    case("attend", 90, 2, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 3, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, head_dim=64, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 2, group=64, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
+    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True),
+    case("attend", 90, 8, gpu=HOPPER, mask=True),
+    case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
+    case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
+    case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
+    case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
+    case("attend", 90, 16, gpu=HOPPER),
+    *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
+    *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
+    *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
+    *(case("dequantize", gpu, 3) for gpu in (80, 90, 100)),
+    *(case("attend", gpu, "tiers 25/75", gpu="default") for gpu in (80, 100)),
+    *(
+        case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128)
+        for size in (64, 128, 256)
+    ),
+    case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True),
+    case("attend", 90, "tiers 25/50/25", gpu=HOPPER),
+    *(
+        case("append_", gpu, "tiers 25/75", head_dim=size)
+        for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
+    ),
+    case("append_", 90, "tiers 25/75", queries=64, mask=True),
+    *(
+        case("quantize_pack", gpu, "tiers 25/75", head_dim=size)
+        for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
+    ),
+    case("quantize_pack", 90, "tiers 25/50/25"),
+    case("dequantize", 90, "tiers 25/75"),
+]
+PROCESSES = 12
+"""A process that imports torch costs as much as what one case compiles."""
+
+
+@pytest.mark.parametrize("first", range(PROCESSES))
+def test_kernels_compile_without_spilling(first: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     )
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(cases)],
+        [sys.executable, __file__, json.dumps(CASES[first::PROCESSES])],
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     spills = json.loads(done.stdout.splitlines()[-1])
-    assert spills, "nothing was compiled"
-    assert not any(spills.values()), spills
+    assert len(spills) == len(CASES[first::PROCESSES])
+    assert all(spills.values()), f"nothing was compiled for some of {spills}"
+    assert not any(number for case in spills.values() for number in case.values()), spills
+
+
+def spills_of(chosen: dict[str, Any]) -> dict[str, int]:
+    """Bytes spilled by each kernel of a case."""
+    return {
+        f"{index} {launch.kernel.__name__}": spilled_bytes(compiled(launch, chosen["capability"]))
+        for index, launch in enumerate(launches(chosen))
+    }
 
 
 if __name__ == "__main__":
-    chosen = json.loads(sys.argv[1])
-    print(  # noqa: T201  the parent process reads it
-        json.dumps(
-            {
-                f"{index} {launch.kernel.__name__}": spilled_bytes(compiled(launch, chosen["capability"]))
-                for index, launch in enumerate(launches(chosen))
-            }
-        )
-    )
+    found = {" ".join(map(str, one.values())): spills_of(one) for one in json.loads(sys.argv[1])}
+    print(json.dumps(found))  # noqa: T201  the parent process reads it
