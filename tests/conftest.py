@@ -36,3 +36,4 @@ def _fresh_compiler() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
