@@ -94,13 +94,13 @@ def test_heads_are_counted_before_anything_is_traced(model, plan, monkeypatch):
 
 
 def test_graphs_under_a_process_group_are_recorded_only_on_demand(monkeypatch):
-    from kvmix_fx.passes import replay
+    from kvmix_fx.runtime import recording
 
     model = tiny_llama(num_hidden_layers=1)
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
     ids = torch.randint(1, 100, (2, 40))
-    monkeypatch.setattr(replay, "REPLAY_DEVICES", ("cpu",))
-    monkeypatch.setattr(replay, "record_cuda", lambda run, own: replay.Recording(run(*own), lambda: None))
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
+    monkeypatch.setattr(recording, "record_cuda", lambda run, own: recording.Recording(run(*own), lambda: None))
 
     def decode(**options):
         kvmix_fx.compile(model, plan, **options)
