@@ -100,7 +100,9 @@ def test_graphs_under_a_process_group_are_recorded_only_on_demand(monkeypatch):
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
     ids = torch.randint(1, 100, (2, 40))
     monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
-    monkeypatch.setattr(recording, "record_cuda", lambda run, own: recording.Recording(run(*own), lambda: None))
+    monkeypatch.setattr(
+        recording, "record_cuda", lambda run, own: recording.Recording(run(*own), lambda: None)
+    )
 
     def decode(**options):
         kvmix_fx.compile(model, plan, **options)
