@@ -135,6 +135,7 @@ def test_rotation_is_orthonormal_and_its_own_inverse(D):
     turned = scales.rotate(x)
     torch.testing.assert_close(scales.rotate(turned), x)
     torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
+    torch.testing.assert_close(scales.rotate_sums(x), turned)
     one = torch.zeros(1, D, dtype=torch.float64)
     one[0, 0] = 1
     block = layout.hadamard_block(D)

@@ -30,7 +30,7 @@ from kvmix_kernels.cpu import native
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.reference.quantize import split_planes
-from kvmix_kernels.reference.scales import load_scale, load_zero, rotate
+from kvmix_kernels.reference.scales import load_scale, load_zero, rotate_sums
 from kvmix_kernels.reference.storage import runs
 
 CHUNK_ELEMENTS = 1 << 20
@@ -149,7 +149,7 @@ def _weighted_sum(weights: Tensor, cached: Cached, new: Tensor | None, length: i
     if cached.order is not None:
         packed = torch.empty_like(packed).scatter_(2, _places(cached, packed), packed)
     if fmt.rotation:
-        packed = rotate(packed)
+        packed = rotate_sums(packed)
     return out.add_(packed) if apart else out
 
 
@@ -157,7 +157,7 @@ def _as_packed(q: Tensor, cached: Cached) -> Tensor:
     """Queries [B * H, R, D] as the packed tokens' channels lie: in their order, or rotated as they are."""
     if cached.order is not None:
         q = q.gather(2, _places(cached, q))
-    return rotate(q) if cached.format.rotation else q
+    return rotate_sums(q) if cached.format.rotation else q
 
 
 def _places(cached: Cached, like: Tensor) -> Tensor:
