@@ -10,12 +10,14 @@ from torch import Tensor
 
 from kvmix_kernels import layout
 from kvmix_kernels.errors import FormatError
-from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.layout import BUFFER_NAMES, TensorFormat
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 """As `layout.SCALE_DTYPES`."""
 ZERO_DTYPES = (*SCALE_DTYPES[:3], torch.int8)
 """Of the offsets beside them."""
+RESIDUAL = BUFFER_NAMES.index("residual")
+"""Where every format has its raw tokens."""
 
 
 class Cached(NamedTuple):
@@ -58,7 +60,7 @@ class Cached(NamedTuple):
     @property
     def residual(self) -> Tensor:
         """Raw tokens, [B, H, slots, D]."""
-        return self.tensors[3]
+        return self.tensors[RESIDUAL]
 
     @property
     def order(self) -> Tensor | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
-from kvmix_kernels.cached import Cached, allocate, shapes
+from kvmix_kernels.cached import RESIDUAL, Cached, allocate, shapes
 from kvmix_kernels.cpu import attention as cpu_attention
 from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat
@@ -175,7 +175,8 @@ def _fake_attend(
     value_format: list[int],
     softcap: float = 0.0,
 ) -> Tensor:
-    return query.new_empty((*query.shape[:3], Cached.of(values, value_format).residual.shape[3]))
+    # not `Cached.of`: a trace asks this often, and the buffers were checked when they were made
+    return query.new_empty((*query.shape[:3], values[RESIDUAL].shape[3]))
 
 
 def _fake_dequantize(

@@ -55,11 +55,12 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
         )
     end = length + x.shape[2]
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
-    per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
-    step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
-    order_from_prompt(cached, x, valid, length, query)
-    for tile in range(old, new, step):
-        _flush(cached, x, valid, length, tile, min(new, tile + step))
+    if new > old:
+        order_from_prompt(cached, x, valid, length, query)
+        per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
+        step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
+        for tile in range(old, new, step):
+            _flush(cached, x, valid, length, tile, min(new, tile + step))
     if length < fmt.sink and not fmt.is_raw:
         stop = min(fmt.sink, end)
         residual[:, :, length:stop] = x[:, :, : stop - length]
