@@ -97,8 +97,7 @@ def compile(
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
             `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA
-            graphs in every mode, unless options={"cuda_graphs": False}; in one of several processes
-            of a process group only with options={"cuda_graphs": True}.
+            graphs in every mode, unless options={"cuda_graphs": False}.
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.

@@ -17,7 +17,7 @@ from torch import fx
 
 from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.parallel import process_group_size
+from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
@@ -64,8 +64,8 @@ class KVMixBackend:
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
             cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. None
-                does so unless several processes work together, whose communication would be recorded too.
-                The report says which graphs are.
+                does so, in one of several processes only if the recordings can be released before their
+                process group is destroyed. The report says which graphs are.
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
             inductor_options: settings of torch._inductor.config for these graphs only.
@@ -121,6 +121,8 @@ class KVMixBackend:
             compiled = deferred.wrap(compiled)
         record = None if result.report.replay else recording.record_cuda
         note = None if record is None else self.note
+        if record is not None and process_group_size() > 1:
+            before_groups_end(recording.release_all)
         return Boundary(result.rewritten.recipe, compiled, self.model, record, note)
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
@@ -133,10 +135,11 @@ class KVMixBackend:
             return "switched off"
         if len(devices) != 1 or devices.pop().type not in recording.REPLAY_DEVICES:
             return "not on one CUDA device"
-        if self.cuda_graphs is None and (processes := process_group_size()) > 1:
+        if self.cuda_graphs is None and process_group_size() > 1 and not tells_of_end():
             return (
-                f"one of {processes} processes, whose communication has not been seen to work when recorded: "
-                'options={"cuda_graphs": True} tries it'
+                "this torch does not say before it destroys a process group, which waits for ever while "
+                'recordings use it: with options={"cuda_graphs": True} steps are recorded, and '
+                "processes must end without destroy_process_group()"
             )
         if not recipe.packed or len(recipe.fixed) != len(recipe.packed):
             return "the cache grows: use a fixed one"

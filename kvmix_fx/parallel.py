@@ -8,7 +8,7 @@ measured over all heads needs the other ranks: `Ranks`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -115,6 +115,27 @@ def process_group_size() -> int:
     if not distributed.is_available() or not distributed.is_initialized():
         return 1
     return distributed.get_world_size()
+
+
+def tells_of_end() -> bool:
+    """Whether this torch says before it destroys the default process group."""
+    world: Any = getattr(torch.distributed.distributed_c10d, "_world", None)
+    return isinstance(getattr(world, "comms", None), list)
+
+
+def before_groups_end(callback: Callable[[], None]) -> None:
+    """Have `callback` called, once, before the default process group is destroyed; see `tells_of_end`."""
+    if tells_of_end():
+        comms: list[Any] = torch.distributed.distributed_c10d._world.comms
+        if not any(isinstance(comm, _Ending) and comm.finalize is callback for comm in comms):
+            comms.append(_Ending(callback))
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Stands among the communicators that torch finalizes first."""
+
+    finalize: Callable[[], None]
 
 
 def check_placement(model: nn.Module) -> None:

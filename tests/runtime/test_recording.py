@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx import dynamo
+from kvmix_fx import dynamo, parallel
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.dynamo import unwrapped
 from kvmix_fx.errors import CapacityError
@@ -389,3 +389,68 @@ def test_plain_loops_over_padded_prompts_are_replayed(on_cpu):
     assert (on_cpu.recorded, on_cpu.replayed) == (1, 28)
     torch.testing.assert_close(fixed, grown, atol=2e-4, rtol=1e-4)
     assert (plain - fixed).abs().max() > 0.02
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_torch_says_before_it_destroys_a_process_group(group):
+    """What the release of recordings leans on."""
+    heard = []
+
+    def callback():
+        heard.append(torch.distributed.is_initialized())
+
+    assert parallel.tells_of_end()
+    for _ in range(2):
+        parallel.before_groups_end(callback)
+    torch.distributed.destroy_process_group()
+    assert heard == [True]
+
+
+def test_recordings_are_released_before_the_process_group_goes(group, recorder):
+    parallel.before_groups_end(recording.release_all)
+    released = []
+
+    def record(run, inputs):
+        return recorder(run, inputs)._replace(release=lambda: released.append(1))
+
+    run = recording.Replayed(lambda weight, cache: [cache.add_(weight)], lambda i: i == 1, record)
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for _ in range(4):
+        run(weight, cache)
+    assert (recorder.recorded, recorder.replayed, released) == (1, 2, [])
+    torch.distributed.destroy_process_group()
+    assert released == [1]
+    # steps go on, and would be recorded anew
+    for _ in range(3):
+        run(weight, cache)
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+    torch.testing.assert_close(cache, torch.full((2,), 7.0))
+
+
+def test_steps_that_cannot_be_released_in_time_are_recorded_only_on_demand(monkeypatch, on_cpu):
+    model = tiny_llama(num_hidden_layers=1)
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
+    ids = torch.randint(1, 100, (2, 40))
+
+    def decode(**options):
+        kvmix_fx.compile(model, plan, **options)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        return kvmix_fx.compiled(model).report.graphs[-1].replay
+
+    monkeypatch.setattr("kvmix_fx.backend.process_group_size", lambda: 2)
+    monkeypatch.setattr("kvmix_fx.backend.tells_of_end", lambda: False)
+    assert "destroy_process_group" in decode()
+    assert decode(options={"cuda_graphs": True}) == ""
+    monkeypatch.setattr("kvmix_fx.backend.tells_of_end", lambda: True)
+    heard = []
+    monkeypatch.setattr("kvmix_fx.backend.before_groups_end", heard.append)
+    assert decode() == ""
+    assert set(heard) == {recording.release_all}
