@@ -87,12 +87,16 @@ def main() -> int:
     """Run all cases; 1 if any provider was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the rows")
-    folder = parser.parse_args().output
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable; default: all")
+    parser.add_argument("--case", action="append", choices=CASES + PROMPTS, help="repeatable; default: all")
+    options = parser.parse_args()
+    folder = options.output
+    chosen, providers = options.case or CASES + PROMPTS, options.provider or PROVIDERS
     rows = Rows("append", folder)
     wrong = 0
-    for name in CASES:
+    for name in filter(chosen.__contains__, CASES):
         case = Case.parse(name)
-        for provider in PROVIDERS:
+        for provider in providers:
             if not agrees(case, provider):
                 print(f"{name:24} kvmix {provider:22} WRONG", flush=True)
                 wrong = 1
@@ -113,8 +117,8 @@ def main() -> int:
             )
             torch.cuda.empty_cache()
     bandwidth = copy_bandwidth()
-    for name in PROMPTS:
-        for provider in PROVIDERS:
+    for name in filter(chosen.__contains__, PROMPTS):
+        for provider in providers:
             wrong |= not prompt_row(rows, Case.parse(name), provider, bandwidth)
             torch.cuda.empty_cache()
     return wrong
