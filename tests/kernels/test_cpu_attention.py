@@ -449,6 +449,29 @@ def test_two_processes_may_need_the_kernel_first(tmp_path):
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".so"]
 
 
+@needs_compiler
+def test_a_library_that_others_could_have_written_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVMIX_CACHE_DIR", str(tmp_path))
+    library = native.build()
+    for _ in range(2):
+        assert native.build() == library
+        library.write_bytes(b"somebody else's")
+        library.chmod(0o666)
+    monkeypatch.setattr(native, "_kernels", [])
+    assert native.kernel() is not None
+    assert library.stat().st_mode & 0o022 == 0
+    library.rename(tmp_path / "elsewhere")
+    library.symlink_to(tmp_path / "elsewhere")
+    native.build()
+    assert not library.is_symlink()
+    if os.geteuid() == 0:
+        os.chown(library, 4321, -1)
+    else:
+        monkeypatch.setattr(native.os, "geteuid", lambda: 4321)
+    with pytest.raises(PermissionError, match="belongs to another user"), native._own(library):
+        pass
+
+
 def test_padding_is_left_out_by_the_step_that_flushes_it():
     """Token by token, with a mask that only matters when a tile is packed, equals all at once."""
     fmt = layout.make_format(2, window=4)

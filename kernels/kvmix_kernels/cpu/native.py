@@ -7,6 +7,7 @@ runs on the threads that torch has.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,12 +292,13 @@ def _load() -> Kernel | None:
     if not sys.platform.startswith("linux") or sys.byteorder != "little":
         return None
     try:
-        function = ctypes.CDLL(str(build())).kvmix_attend
+        with _own(build()) as library:
+            function = ctypes.CDLL(library).kvmix_attend
     except (OSError, AttributeError, subprocess.SubprocessError) as failure:
         said = getattr(failure, "stderr", None) or failure
         warnings.warn(
             f"no compiled kernel for packed caches on CPU, slower PyTorch ops instead: {said}. "
-            "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a writable directory",
+            "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a directory of your own",
             stacklevel=2,
         )
         return None
@@ -317,7 +319,11 @@ def build() -> Path:
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("KVMIX_CACHE_DIR") or Path.home() / ".cache" / "kvmix_fx")
     library = folder / f"attend-{digest}.so"
-    if not library.exists():
+    try:
+        with _own(library):
+            return library
+    except OSError:
+        # not there, or not ours: in a directory that others can write into it could be anything
         folder.mkdir(parents=True, exist_ok=True)
         # other processes may be doing the same: each has its own file until it is whole
         with tempfile.TemporaryDirectory(dir=folder) as own:
@@ -329,8 +335,26 @@ def build() -> Path:
                 check=True,
                 timeout=300,
             )
+            made.chmod(0o755)
             made.replace(library)
     return library
+
+
+@contextlib.contextmanager
+def _own(library: Path) -> Iterator[str]:
+    """A path by which a library can be loaded that nobody else wrote, or can write or exchange meanwhile.
+
+    Raises:
+        OSError: it is missing, or belongs to another user than this one or root, or others may write it.
+    """
+    descriptor = os.open(library, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise PermissionError(f"{library} belongs to another user, or others may write it")
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _compiler() -> list[str]:
