@@ -22,6 +22,7 @@ __all__ = [
     "CacheMutationError",
     "CacheReadError",
     "CacheShapeError",
+    "CacheStateError",
     "CacheVersionError",
     "CalibrationError",
     "CapacityError",
@@ -164,6 +165,10 @@ class CacheMutationError(KVMixError, TypeError):
 
 class CacheReadError(KVMixError, RuntimeError):
     """A compiled graph reads a packed cache whose number of tokens it cannot know."""
+
+
+class CacheStateError(KVMixError, ValueError):
+    """What was saved as a packed tensor is none: something is missing, or does not fit the rest."""
 
 
 class CacheVersionError(KVMixError, ValueError):

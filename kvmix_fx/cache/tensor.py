@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.cache.saved import check_buffers, check_numbers, entry, read_meta
 from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
@@ -315,19 +316,23 @@ class QuantizedKVTensor(torch.Tensor):
         """Inverse of `to_state`.
 
         Raises:
+            CacheStateError: something is missing or does not fit the rest.
             CacheVersionError: it was saved under another packed layout.
         """
-        length, *numbers = state[prefix + "meta"].tolist()
+        length, *numbers = read_meta(state, prefix)
         # version 1 was not written down
         *numbers, version = numbers if len(numbers) > PLAIN_NUMBERS else [*numbers, 1]
-        fmt = TensorFormat.decode(numbers)
-        if not layout.reads(version, fmt.bits):
+        # a later version may have formats that are not known here
+        fmt = check_numbers(numbers) if version <= layout.VERSION else None
+        if fmt is None or not layout.reads(version, fmt.bits):
             raise CacheVersionError(
-                f"this cache of {fmt.label} bits was saved in version {version} of the packed layout, and "
-                f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
+                f"this cache was saved in version {version} of the packed layout, and version "
+                f"{layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
-        cached = Cached(fmt, tuple(state[prefix + name] for name in fmt.buffer_names))
-        return cls(cached, length, state.get(prefix + "live"))
+        cached = Cached(fmt, tuple(entry(state, prefix, name) for name in fmt.buffer_names))
+        live = entry(state, prefix, "live") if prefix + "live" in state else None
+        check_buffers(cached, length, live)
+        return cls(cached, length, live)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
