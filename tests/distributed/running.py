@@ -34,6 +34,11 @@ def start(module, *arguments):
     assert process.returncode == 0, output[-8000:]
 
 
+def torchrun(ranks, module, *arguments):
+    """Run `python -m module arguments` in so many processes."""
+    start("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments)
+
+
 def once(tmp_path_factory, name, make):
     """The folder that `make(folder)` filled: made by the first test that asks, also of other workers."""
     base = tmp_path_factory.getbasetemp()
