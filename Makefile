@@ -32,9 +32,10 @@ lint: setup
 
 test: lint tests
 
-# threads per process are set in tests/conftest.py
+# threads per process are set in tests/conftest.py; worksteal: both processes end together, and tests of one
+# file, which share fixtures, stay together
 tests: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
 gpu-test:

@@ -29,7 +29,7 @@ WORDS = [
     "not",
     "obey",
 ]
-LAYERS = 21
+LAYERS = 6
 """As many as the largest layer that a block names asks for."""
 
 

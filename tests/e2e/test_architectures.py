@@ -24,8 +24,16 @@ def tokens(rows=2, length=90):
     ("name", "attention"), [(n, "sdpa") for n in PACKED] + [(n, "eager") for n in WRITTEN_OUT]
 )
 def test_packed_logits_equal_the_oracle(name, attention, fixed):
-    """Left padded, so that absolute positions and masks are part of the check."""
-    model = tiny_architecture(*(PACKED if attention == "sdpa" else WRITTEN_OUT)[name], attention)
+    """Left padded, so that absolute positions and masks are part of the check.
+
+    Growing caches are tried on two layers, which have to be told apart, and fixed ones on one.
+    """
+    config, overrides = (PACKED if attention == "sdpa" else WRITTEN_OUT)[name]
+    if fixed:
+        overrides = overrides | {"num_hidden_layers": 1, "n_layer": 1}
+        if "layer_types" in overrides:
+            overrides["layer_types"] = overrides["layer_types"][:1]
+    model = tiny_architecture(config, overrides, attention)
     plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
     ids, mask = tokens(), torch.ones(2, 90, dtype=torch.long)
     ids[0, :11], mask[0, :11] = 0, 0

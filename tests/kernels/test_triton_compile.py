@@ -131,7 +131,7 @@ CASES = [
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
 ]
-PROCESSES = 12
+PROCESSES = 6
 """A process that imports torch costs as much as what one case compiles."""
 
 
