@@ -13,6 +13,7 @@ from kvmix_kernels.errors import (
     HeadSizeError,
     KernelMemoryError,
     KVMixError,
+    TuningFileError,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "SignalError",
     "SignalUnavailable",
     "TrainingError",
+    "TuningFileError",
 ]
 
 

@@ -35,7 +35,9 @@ def test_help_needs_no_heavy_import() -> None:
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("generate",), ("explain",), ("plan", "new"), ("env",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("generate",), ("explain",), ("plan", "new"), ("env",), ("tune",)]
+)
 def test_every_command_has_help(kvmix: Kvmix, command: tuple[str, ...]) -> None:
     outcome = kvmix(*command, "--help")
     assert outcome.code == 0
@@ -52,6 +54,13 @@ def _environment() -> dict[str, str]:
     import os
 
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_needs_a_gpu(kvmix: Kvmix) -> None:
+    outcome = kvmix("tune")
+    assert outcome.code == 1
+    assert "measured on a GPU" in outcome.stderr
 
 
 def test_env_tells_versions_and_device(kvmix: Kvmix) -> None:

@@ -302,7 +302,7 @@ def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:
     k = make_format(4, "channel", 32, 32, 0, 0, "byte", tiers=((4, 16), (2, 48)), order="prompt")
     v = make_format(2, "token", 0, 32, 0, 0, "byte", rotation=True, symmetric=True)
     config = configs.AttendConfig(tokens=32, programs=100, rest_tokens=16)
-    plan = attend_plan(k, v, Step(1, 2, 64, 64, 450, 1, True, False, False), "default", config)
+    plan = attend_plan(k, v, Step(1, 2, 64, 64, 450, 1, True, False, False), configs.Gpu(), config)
     assert plan.bulk_splits > FEW_SPLITS
     assert plan.merge_blocks == 1
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=450, spread=4.0, config=config)

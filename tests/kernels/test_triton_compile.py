@@ -49,9 +49,9 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             pytest.MonkeyPatch.context() as patch,
             recorded(attention, "attend_kernel", "combine_kernel") as found,
         ):
-            patch.setattr(configs, "device_name", lambda _: case["gpu"])
+            patch.setattr(configs, "gpu_of", lambda _: configs.Gpu(case["gpu"]))
             columns = min(max(8, 4 * Lq), launch_plan.MAX_BULK_COLUMNS)
-            config = configs.attend_config(case["gpu"], k, v, D, group, columns, True, 512)
+            config = configs.attend_config(configs.Gpu(case["gpu"]), k, v, D, group, columns, True, 512)
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),

@@ -32,6 +32,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import KernelMemoryError
+from kvmix_kernels.folders import cache_folder
 from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TIER_BITS, TIER_CHANNELS, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
@@ -317,7 +318,7 @@ def build() -> Path:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
     made_from = (SOURCE.read_text(), *FLAGS, *command, version.stdout, _processor())
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("KVMIX_CACHE_DIR") or Path.home() / ".cache" / "kvmix_fx")
+    folder = cache_folder()
     library = folder / f"attend-{digest}.so"
     try:
         with _own(library):

@@ -94,7 +94,7 @@ def attend(
     alike = {query.dtype, k.residual.dtype, v.residual.dtype, new_k.dtype, new_v.dtype} == {query.dtype}
     half = query.dtype in (torch.float16, torch.bfloat16)
     step = Step(B * Hkv, rows, D, Dv, length, new_count, scale > 0, half, alike and not fields.INTERPRET)
-    plan = attend_plan(k.format, v.format, step, configs.device_name(query), config)
+    plan = attend_plan(k.format, v.format, step, configs.gpu_of(query), config)
     seen = _as_mask(mask, Lq)
     # scores are in units of log 2 where no additive mask forbids it
     unit = 1.0 if seen.kind == 2 else math.log2(math.e)

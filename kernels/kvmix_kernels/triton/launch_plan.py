@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs
-from kvmix_kernels.triton.configs import AttendConfig
+from kvmix_kernels.triton.configs import AttendConfig, Gpu
 from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED
 
 MIN_DOT = layout.FIELD_CHANNELS
@@ -138,10 +138,10 @@ def attend_plan(
     key_format: TensorFormat,
     value_format: TensorFormat,
     step: Step,
-    gpu: str,
+    gpu: Gpu,
     config: AttendConfig | None = None,
 ) -> AttendPlan:
-    """The plan of one launch; `config` overrides the parameters tuned for `gpu`. Kept: every layer asks."""
+    """The plan of one launch; `config` overrides the parameters of `gpu`. Kept: every layer asks."""
     k, v = key_format, value_format
     keys, values = form_plan(k, step.D), form_plan(v, step.Dv)
     bulk = step.positive and has_bulk_path(k, v, step.Dv, step.rows)
