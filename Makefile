@@ -7,7 +7,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests gpu-test clean
+.PHONY: setup demo lint test tests oldest gpu-test clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,12 +30,18 @@ lint: setup
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
-test: lint tests
+test: lint tests oldest
 
 # threads per process are set in tests/conftest.py; worksteal: both processes end together, and tests of one
 # file, which share fixtures, stay together
 tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# what the integration leans on, in the oldest transformers that is supported; `tests` has the newest
+OLDEST := transformers==5.17.0
+oldest: setup
+	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest "$(OLDEST)"
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
 gpu-test:

@@ -349,5 +349,7 @@ def test_a_model_may_be_used_in_many_ways():
         past = model(ids[:, :1].contiguous(), past_key_values=past).past_key_values
         assert past.layers[0].keys.shape[:3] == (2, 2, 69)
         past.reset()
-        assert not past.layers[0].keys.dequantize().any()
+        # later releases of transformers let go of them
+        left = past.layers[0].keys
+        assert left is None or not left.dequantize().any()
     assert len(kvmix_fx.compiled(model).report.graphs) > 8
