@@ -164,11 +164,11 @@ class Tier(NamedTuple):
 class TensorFormat(NamedTuple):
     """How one cached tensor is stored.
 
-    tiers: channels with bits of their own, as they are packed (TIER_BITS), one tier for a uniform format, whose
+    tiers: channels with bits of their own, in the order of TIER_BITS, one tier for a uniform format, whose
     bits are 1, 2, 3, 4, 6, 8 or 16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of
-    one channel) or AXIS_TOKEN (`group_size` consecutive channels of one token); tile: tokens packed together; sink: leading tokens
-    kept raw; window: recent tokens kept raw at least; scale_dtype: index into SCALE_DTYPES; symmetric,
-    rotation: 1 or 0; order: index into ORDERS.
+    one channel) or AXIS_TOKEN (`group_size` consecutive channels of one token); tile: tokens packed
+    together; sink: leading tokens kept raw; window: recent tokens kept raw at least; scale_dtype: index into
+    SCALE_DTYPES; symmetric, rotation: 1 or 0; order: index into ORDERS.
     """
 
     tiers: tuple[Tier, ...]

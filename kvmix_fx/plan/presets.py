@@ -247,7 +247,8 @@ def mixkvq(
 
     When 128 tokens wait they are packed together. A channel's salience is the mean size of the queries so
     far, over all query heads of the group, times the range of its keys; keys are per channel and values per
-    token in groups of 32, with the smallest number as offset and nothing cut off. Raw channels are in bfloat16.
+    token in groups of 32, with the smallest number as offset and nothing cut off. Raw channels are in
+    bfloat16.
 
     Differs from the paper in three ways. Its thresholds of salience, searched for each model, give every tile
     its own counts; here counts are fixed, a sixteenth of the channels raw and an eighth at 4 bits, rounded up
