@@ -214,11 +214,13 @@ def test_orders_of_tiles_come_from_the_tokens_not_from_the_steps(
     seen = torch.ones(2, total, dtype=torch.bool)
     seen[0, : total // 3] = not pads
 
-    def filled(steps):
+    def filled(steps, dirty=False):
         buffers = [
             allocate(2, 2, 64, layout.fixed_tiles(f, total), layout.fixed_slots(f, total), f, dtype, "cpu")
             for f in (fmt, values_format)
         ]
+        if dirty and buffers[0].seen is not None:
+            buffers[0].seen.fill_(1e6)  # of the sequence that it held before
         start = 0
         for n in steps:
             part = slice(start, start + n)
@@ -230,7 +232,7 @@ def test_orders_of_tiles_come_from_the_tokens_not_from_the_steps(
             start += n
         return buffers[0]
 
-    slow, fast = filled(pieces), filled([total])
+    slow, fast = filled(pieces), filled([total], dirty=True)
     for name, a, b in zip(fmt.buffer_names, slow.tensors, fast.tensors, strict=True):
         # raw slots may keep what was overwritten later
         if name not in ("residual", "seen"):

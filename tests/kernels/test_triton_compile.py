@@ -134,14 +134,9 @@ CASES = [
     ),
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
-    *(
-        case("attend", 90, "tiers 25/75 tile", head_dim=size, gpu=HOPPER, mask=size == 128)
-        for size in (64, 128)
-    ),
-    *(case(op, 90, name) for name in ("mixkvq", "kitty") for op in ("append_", "quantize_pack")),
-    case("append_", 90, "mixkvq", queries=64, mask=True),
-    *(case("attend", 90, name, gpu=HOPPER) for name in ("mixkvq", "kitty")),
-    case("dequantize", 90, "mixkvq"),
+    *(case("attend", 90, name, gpu=HOPPER) for name in ("tiers 25/75 tile", "mixkvq")),
+    *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
+    case("append_", 90, "kitty"),
 ]
 PROCESSES = 12
 """A process that imports torch costs as much as what one case compiles."""

@@ -113,7 +113,8 @@ def see_queries(
         return None
     if query is not None and valid is not None:
         query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
-    total, begin = seen.clone(), length
+    # a cache that starts anew has seen nothing, whatever it held
+    total, begin = seen.clone() if length else torch.zeros_like(seen), length
     totals: list[Tensor] = []
     for last in (*map(fmt.flushed_at, range(fmt.packed_tiles(length), fmt.packed_tiles(end))), end):
         if query is not None:

@@ -184,11 +184,11 @@ def _order_tiles(
         if seen is not None and not alone:
             found = torch.empty(B, H, most + 1, D, dtype=seen.dtype, device=x.device)
             see_kernel[(B * H * (most + 1),)](
-                query, found, valid, begin, *query.stride()[:3], *valid_arguments,
+                query, seen, found, valid, begin, *query.stride()[:3], *seen.stride()[:2], *valid_arguments,
                 H, group, L, length, fmt.tile, fmt.sink, fmt.window, most,
                 ON_DEVICE=start is not None, VALID=kind, D=D, TOKENS=tokens,
             )  # fmt: skip
-            totals = found.cumsum_(2).add_(seen.unsqueeze(2))
+            totals = found.cumsum_(2)
             seen.copy_(totals[:, :, -1])
         most = max(most, 1) if alone else most
         if most:
@@ -199,6 +199,7 @@ def _order_tiles(
                 *valid_arguments, H, group, L, length, fmt.sink, fmt.window, fmt.ring, most,
                 ON_DEVICE=start is not None, VALID=kind, BY_QUERIES=seen is not None, ALONE=alone,
                 TILE=fmt.tile, D=D, RAW=fmt.raw_channels, TOKENS=min(tokens, next_power_of_2(fmt.tile)),
+                num_warps=8,
             )  # fmt: skip
 
 
@@ -222,8 +223,6 @@ def quantize_pack(
     if cached.order is not None:
         cached.order.copy_(torch.arange(D, device=x.device))
         cached.take_order(hint)
-        if cached.seen is not None:
-            cached.seen.zero_()
         _order_tiles(cached, x, mask, None, 0, hint if fmt.asks_queries else None)
         if fmt.order == layout.ORDER_PROMPT and hint is not None:
             reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)

@@ -375,15 +375,21 @@ def _tile_offsets(
     offset_ptr, query_ptr, k, first_row, groups, scale, column_ok, N: tl.constexpr, X: tl.constexpr
 ):
     """Products of queries and offsets of each group, where orders are of tiles."""
-    channel = tl.arange(0, X.DP)
-    ok = column_ok[None, :] & (channel < X.D)[:, None]
+    COUNT: tl.constexpr = fold_channels(digit_bits(X.BITS, 0), X.D)
+    channel = tl.arange(0, fold_width(digit_bits(X.BITS, 0), X.D))
+    channel_ok = channel < COUNT
+    ok = column_ok[None, :] & channel_ok[:, None]
     for group in range(groups):
         row = first_row + group * X.GROUP
-        q = _in_tile(query_ptr, k.order + row // k.tile * X.D, 0, channel, ok, X)
-        at = row // X.GROUP * X.D + channel
-        step = narrow_step(tl.load(k.scale + at, mask=channel < X.D, other=0)).to(tl.float32)
-        zero = as_offset(tl.load(k.zero + at, mask=channel < X.D, other=0), step)
-        tl.store(offset_ptr + group * N + tl.arange(0, N), tl.sum(q * zero[:, None], 0) * scale)
+        offset = tl.zeros([N], tl.float32)
+        # a few channels at a time: all of them spill
+        for f in tl.range(0, X.D, COUNT):
+            q = _in_tile(query_ptr, k.order + row // k.tile * X.D, f, channel, ok, X)
+            at = row // X.GROUP * X.D + f + channel
+            step = narrow_step(tl.load(k.scale + at, mask=channel_ok, other=0)).to(tl.float32)
+            zero = as_offset(tl.load(k.zero + at, mask=channel_ok, other=0), step)
+            offset += tl.sum(q * zero[:, None], 0)
+        tl.store(offset_ptr + group * N + tl.arange(0, N), offset * scale)
 
 
 @triton.jit

@@ -952,13 +952,14 @@ def _flushed_at(tile_index, tile, sink, window):
 
 @triton.jit(do_not_specialize=["heads", "group", "count", "length", "tile", "sink", "window", "most"])
 def see_kernel(
-    query_ptr, totals_ptr, valid_ptr, start_ptr, query_sb, query_sh, query_sl, valid_sb, valid_ss, hidden_below,
-    heads, group, count, length, tile, sink, window, most,
+    query_ptr, seen_ptr, totals_ptr, valid_ptr, start_ptr, query_sb, query_sh, query_sl, seen_sb, seen_sh,
+    valid_sb, valid_ss, hidden_below, heads, group, count, length, tile, sink, window, most,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Sizes of new queries between the lengths at which tiles are due, totals [batch * heads, most + 1, D].
 
-    Grid: stretches, fastest, x heads x batch: up to the first tile that is due, to the next, to the end.
+    Grid: stretches, fastest, x heads x batch: up to the first tile that is due, to the next, to the end. The first
+    brings what was seen before; a cache that starts anew has seen nothing, whatever it held.
     """
     pid = tl.program_id(0)
     stretch = pid % (most + 1)
@@ -977,6 +978,8 @@ def see_kernel(
         group, D, TOKENS, VALID,
     )  # fmt: skip
     channel = tl.arange(0, next_power_of_2(D))
+    seen_ptr += batch * seen_sb + (owner % heads).to(tl.int64) * seen_sh
+    total += tl.load(seen_ptr + channel, mask=(channel < D) & (stretch == 0) & (live > 0), other=0.0)
     tl.store(totals_ptr + pid.to(tl.int64) * D + channel, total, mask=channel < D)
 
 
@@ -1013,7 +1016,7 @@ def order_kernel(
     if BY_QUERIES:
         if ALONE:
             seen_at = seen_ptr + batch * seen_sb + head * seen_sh + channel
-            total = tl.load(seen_at, mask=channel_ok, other=0.0)
+            total = tl.load(seen_at, mask=channel_ok & (live > 0), other=0.0)
             if fits:
                 total += _query_sizes(
                     query_ptr + batch * query_sb + head * group * query_sh, query_sh, query_sl,
