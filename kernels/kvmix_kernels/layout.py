@@ -11,7 +11,7 @@ stored in the buffers that `TensorFormat.buffer_names` lists, in that order ever
     zero_point  scale dtype  [B, Hkv, *grid]                  value of code 0, added after scaling
     residual    model dtype  [B, Hkv, sink + ring, D]         raw tokens: sink, then recent window
     order       int32        [B, Hkv, D]                      channels as packed; with tiers alone
-                uint8        [B, Hkv, tiles, D]               of each tile, if it has one of its own
+                uint8        [B, Hkv, tiles, D]               of each tile; int16 for more than 256 channels
     exact       bfloat16     [B, Hkv, tiles * tile, raw]      channels of 16 bits; with a tier of them alone
     seen        float64      [B, Hkv, D]                      sizes of all queries so far; ORDER_TILE alone
 

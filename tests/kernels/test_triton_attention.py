@@ -299,6 +299,12 @@ def test_the_bulk_path_of_tiers_and_rotated_values(D: int, tiers: Ranges, mask: 
         check(k, v, B=2, Hkv=2, group=2, Lq=1, D=D, Dv=D, L=170, mask=mask, extra=40, config=config)
 
 
+def test_values_with_orders_of_tiles_take_the_reference_and_say_so() -> None:
+    v = make_format(4, "channel", 16, 32, 0, 0, tiers=((4, 16), (2, 48)), order="tile_keys")
+    with pytest.warns(UserWarning, match="slow reference"):
+        check(make_format(16), v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=70, extra=40)
+
+
 def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:
     k = make_format(4, "channel", 32, 32, 0, 0, "byte", tiers=((4, 16), (2, 48)), order="prompt")
     v = make_format(2, "token", 0, 32, 0, 0, "byte", rotation=True, symmetric=True)

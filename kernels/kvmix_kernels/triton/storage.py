@@ -206,7 +206,7 @@ def _order_tiles(
 def quantize_pack(
     x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
 ) -> list[Tensor]:
-    """The op `quantize_pack`: one launch, x is read once. An order from the prompt is chosen ahead of it."""
+    """The op `quantize_pack`: one launch, x is read once. Orders of channels are chosen ahead of it."""
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     warps = _pack_warps(fmt, D)

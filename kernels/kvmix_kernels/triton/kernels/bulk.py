@@ -194,10 +194,10 @@ def _sweep(
 ):  # fmt: skip
     """`steps` steps of TOKENS tokens from group `begin` of the share; returns (top, total, shifts, outs) after them.
 
-    `asked`: pointers of the queries' columns, and what they and those of raw channels are multiplied with; of
-    keys with orders of tiles, `queries` are those of a tile and are not read. MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
+    MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
     of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
-    up by itself. A step has as many groups or one.
+    up by itself. A step has as many groups or one. `asked`: pointers of the queries of each column, their factor
+    and that of raw channels, for what is made of them in every step.
     """
     KD: tl.constexpr = digit_count(K.BITS)
     VD: tl.constexpr = digit_count(V.BITS)

@@ -1051,7 +1051,7 @@ def order_kernel(
         order_ptr += batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D
         # how many come before a channel is its place
         SOME: tl.constexpr = min(32, next_power_of_2(D))
-        for begin in range(0, next_power_of_2(D), SOME):
+        for begin in tl.static_range(0, next_power_of_2(D), SOME):
             some = begin + tl.arange(0, SOME)
             own = tl.gather(score, some, 0)
             before = score[None, :] > own[:, None]
