@@ -979,7 +979,8 @@ def see_kernel(
     )  # fmt: skip
     channel = tl.arange(0, next_power_of_2(D))
     seen_ptr += batch * seen_sb + (owner % heads).to(tl.int64) * seen_sh
-    total += tl.load(seen_ptr + channel, mask=(channel < D) & (stretch == 0) & (live > 0), other=0.0)
+    before = tl.where((stretch == 0) & (live > 0), D, 0)
+    total += tl.load(seen_ptr + channel, mask=channel < before, other=0.0)
     tl.store(totals_ptr + pid.to(tl.int64) * D + channel, total, mask=channel < D)
 
 
@@ -1016,7 +1017,7 @@ def order_kernel(
     if BY_QUERIES:
         if ALONE:
             seen_at = seen_ptr + batch * seen_sb + head * seen_sh + channel
-            total = tl.load(seen_at, mask=channel_ok & (live > 0), other=0.0)
+            total = tl.load(seen_at, mask=channel < tl.where(live > 0, D, 0), other=0.0)
             if fits:
                 total += _query_sizes(
                     query_ptr + batch * query_sb + head * group * query_sh, query_sh, query_sl,
