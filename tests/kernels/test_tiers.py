@@ -313,6 +313,16 @@ def test_another_order_of_a_tile_would_show():
     assert far.norm() > 3 * near.norm()
 
 
+def test_ops_declare_the_buffers_of_orders_of_tiles_and_raw_channels():
+    fmt, raw = by_tile("tile"), make_format(16)
+    x, query = values("normal", (1, 2, 40, 64), 11), values("normal", (1, 4, 40, 64), 12)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.quantize_pack, (x, None, fmt.encode(), query), test_utils=tests)
+    keys, stored = ops.quantize_pack(x, None, fmt.encode(), query), ops.quantize_pack(x, None, raw.encode())
+    step = (keys, stored, x[:, :, :9], x[:, :, :9], None, None, 40, fmt.encode(), raw.encode())
+    torch.library.opcheck(ops.append_, (*step, query[:, :, :9]), test_utils=tests)
+
+
 def test_orders_of_tiles_and_raw_channels_are_counted():
     plain = make_format(4, "channel", 32, 128, tiers=((4, 16), (2, 112)), order="prompt")
     assert layout.bits_per_packed_element(plain, 128) == 2.25 + 1
