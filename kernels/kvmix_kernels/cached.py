@@ -75,7 +75,9 @@ class Cached(NamedTuple):
     @property
     def seen(self) -> Tensor | None:
         """Sums of the sizes of all queries so far, float64 [B, H, D]; None where no order needs them."""
-        return self.tensors[-1] if self.format.order == layout.ORDER_TILE else None
+        if self.format.order != layout.ORDER_TILE:
+            return None
+        return self.tensors[6 if self.format.raw_channels else 5]
 
     @property
     def per_token(self) -> tuple[Tensor, ...]:
