@@ -24,14 +24,17 @@ from kvmix_kernels.triton import attention, storage
 from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time, nbytes, random_cache
 
 CASES = ("b64 h8x4 n8192 d128", "b16 h32x1 n4096 d128", "b1 h8x4 n131072 d128", "b1 h8x4 n8192 d128")
-PROVIDERS = ("k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128", "tiers 25/75 w128")
+PROVIDERS = (
+    "k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128",
+    "tiers 25/75 w128", "tiers 25/75 tile w128", "mixkvq",
+)  # fmt: skip
 PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 
 
 def step_arguments(args: list[object]) -> list[object]:
     """Arguments of `append_` from those of `attend` for the same step."""
-    _, *new, keys, values, _, start, length, _, key_format, value_format = args[:11]
-    return [keys, values, *new, None, start, length, key_format, value_format]
+    query, *new, keys, values, _, start, length, _, key_format, value_format = args[:11]
+    return [keys, values, *new, None, start, length, key_format, value_format, query]
 
 
 def prompt_arguments(case: Case, provider: str) -> list[object]:
@@ -41,7 +44,11 @@ def prompt_arguments(case: Case, provider: str) -> list[object]:
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in "kv")
     caches = [random_cache(case, fmt, case.tokens, torch.bfloat16).tensors for fmt in formats_]
     start = torch.zeros((), dtype=torch.int64, device="cuda")
-    return [*caches, keys, values, None, start, case.tokens, *(fmt.encode() for fmt in formats_)]
+    step = [*caches, keys, values, None, start, case.tokens, *(fmt.encode() for fmt in formats_)]
+    if formats_[0].by_tile:
+        shape = (case.batch, case.tokens, case.heads * case.group, case.head_dim)
+        step.append(torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2))
+    return step
 
 
 def equal_to_the_reference(args: list[object]) -> bool:

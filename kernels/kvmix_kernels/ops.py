@@ -59,7 +59,7 @@ def _quantize_pack(
     `mask` is the attention mask of the step that made the tokens: what its last row hides is
     padding and does not widen any group. `hint` is what an order of channels comes from where the format
     has one: the order itself, [H, D] or [B, H, D], if it is the plan's, and the queries of the step,
-    [B, Hq, L, D], if it is the prompt's.
+    [B, Hq, L, D], if it is the prompt's or a tile's.
 
     Raises:
         FormatError: the plan's order is missing, or is none of this head.
@@ -69,7 +69,7 @@ def _quantize_pack(
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     cached = allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
     cached.take_order(hint)
-    query = hint if fmt.order == layout.ORDER_PROMPT else None
+    query = hint if fmt.asks_queries else None
     storage.append(cached, x, storage.valid_tokens(mask, B), 0, query)
     return list(cached.tensors)
 
@@ -100,9 +100,10 @@ def _append_(
     both = Cached.of(keys, key_format), Cached.of(values, value_format)
     for cached in both:
         layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], live, count)
-    # only a flush asks which tokens are padding
-    flushes = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
-    valid = storage.valid_tokens(mask, new_keys.shape[0]) if flushes else None
+    # only a flush asks which tokens are padding, and a sum of queries
+    asks = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
+    asks = asks or both[0].seen is not None
+    valid = storage.valid_tokens(mask, new_keys.shape[0]) if asks else None
     storage.append(both[0], new_keys, valid, live, query)
     storage.append(both[1], new_values, valid, live)
 
@@ -199,7 +200,8 @@ _library.impl("attend", _attention(cpu_attention.attend), "CPU")
 
 
 def _takes_float64(args: Sequence[object]) -> bool:
-    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)))
+    # of buffers the raw tokens tell
+    flat = (a[RESIDUAL] if isinstance(a, (list, tuple)) and len(a) > RESIDUAL else a for a in args)
     return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 

@@ -66,6 +66,9 @@ def prepare_append(cached: Cached, lease: Lease, extra: int) -> tuple[Cached, St
         return enlarge(cached, tiles, slots), Store()
     if fmt.packed_tiles(length + extra) > fmt.packed_tiles(length):
         cached = cached.replace(residual=cached.residual.clone())
+    if cached.seen is not None:
+        # older tensors keep the sum of their own queries
+        cached = cached.replace(seen=cached.seen.clone())
     return cached, lease.store
 
 

@@ -78,15 +78,19 @@ def check_buffers(cached: Cached, length: int, live: Tensor | None) -> None:
         raise CacheStateError(f"a saved cache does not fit its own format: {problem}") from None
     if not fmt.is_raw and slots != fmt.residual_slots:
         raise _damaged("residual", residual, f"{fmt.residual_slots} slots")
-    if cached.order is not None:
-        channels = torch.arange(head_dim, dtype=cached.order.dtype, device=cached.order.device)
-        if not torch.equal(cached.order.sort(-1).values, channels.expand_as(cached.order)):
-            raise CacheStateError("the order of channels in a saved cache is no permutation: it is damaged")
     if live is not None:
         if live.dim() or live.dtype != torch.int64:
             raise _damaged("live", live, "one int64")
         if not 0 <= int(live) <= length:
             raise CacheStateError(f"a saved cache with room for {length} tokens says it holds {int(live)}")
+        length = int(live)
+    order = cached.order
+    if order is not None:
+        if fmt.by_tile:
+            order = order[:, :, : fmt.packed_tiles(length)]
+        channels = torch.arange(head_dim, dtype=order.dtype, device=order.device)
+        if not torch.equal(order.sort(-1).values, channels.expand_as(order)):
+            raise CacheStateError("the order of channels in a saved cache is no permutation: it is damaged")
 
 
 def read_meta(state: Mapping[str, Any], prefix: str) -> list[int]:

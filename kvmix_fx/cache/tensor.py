@@ -90,7 +90,7 @@ class QuantizedKVTensor(torch.Tensor):
             setattr(self, name, buffer)
         if is_fake(self.residual):
             return
-        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.tensors[:3]))
+        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.per_token))
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 
@@ -145,8 +145,8 @@ class QuantizedKVTensor(torch.Tensor):
         cached = allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=device)
-        if order is not None and cached.order is not None:
-            cached.order.copy_(order)
+        if order is not None:
+            cached.take_order(order)
         return cls(cached, capacity, live)
 
     def dequantize(self) -> Tensor:

@@ -213,7 +213,7 @@ class _Rewriter:
                 (
                     *(self.buffers[k.past], self.buffers[v.past], k.new, v.new, mask, start),
                     *(length, k.tensor.format.encode(), v.tensor.format.encode()),
-                    *((query,) if k.tensor.format.order == layout.ORDER_PROMPT else ()),
+                    *((query,) if k.tensor.format.asks_queries else ()),
                 ),
             )
         for update in (k, v):
@@ -260,7 +260,7 @@ class _Rewriter:
 
     def _hint(self, site: Site, fmt: TensorFormat) -> tuple[fx.Node, ...]:
         """What the order of channels of a tensor in this format comes from; nothing where it has none."""
-        if fmt.order == layout.ORDER_PROMPT:
+        if fmt.asks_queries:
             return (site.call.query,)
         order = self.orders(site) if fmt.order == layout.ORDER_PLAN else None
         if order is None:

@@ -30,7 +30,7 @@ Axis: TypeAlias = Literal["channel", "token"]
 GroupSize: TypeAlias = int | Literal["head"]
 ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32", "byte"]
 
-Order: TypeAlias = Literal["none", "plan", "prompt"]
+Order: TypeAlias = Literal["none", "plan", "prompt", "tile", "tile_keys"]
 Rotation: TypeAlias = Literal["none", "hadamard"]
 
 WINDOW_KINDS = ("fixed",)
@@ -51,10 +51,11 @@ class QuantSpec:
         group_size: elements that share a scale and an offset; "head", with axis "token" only, means all
             channels of the head.
         scale_dtype: dtype in which scales and offsets are stored; "byte" takes 8 bits for each.
-        tiers: channels of keys with bits of their own, as (bits, channels): 4 bits first, then 2 and 0
-            (dropped: the group's mean is kept). They add up to the head, and `bits` is then 4.
-        order: with tiers, who says which channels come first: "plan" (`channel_order`) or "prompt", chosen
-            from queries and keys when a cache is first packed.
+        tiers: channels of keys with bits of their own, as (bits, channels): 16 bits (raw, in bfloat16),
+            then 4, 2 and 0 (dropped: the group's mean is kept). They add up to the head, `bits` is then 4.
+        order: with tiers, who says which channels come first: "plan" (`channel_order`), "prompt", chosen
+            from queries and keys when a cache is first packed, or every tile for itself, from all queries so
+            far and its keys ("tile") or from its keys alone ("tile_keys").
         channel_order: for "plan", the channels of every KV head in their order, as `encode_order` writes.
         rotation: "hadamard" rounds values in a rotated basis, or "none".
         symmetric: of rotated values, codes without an offset.

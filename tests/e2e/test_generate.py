@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+from kvmix_fx.plan import QuantSpec
 from kvmix_fx.testing.graphs import count_ops
 from kvmix_fx.testing.models import tiny_llama
-from kvmix_kernels import ops
+from kvmix_kernels import layout, ops
 
 from .oracle import OracleCache, worst
 
@@ -322,6 +324,46 @@ def test_layers_at_16_bits_beside_packed_ones(raw, rows, kind):
     # the masks of plain layers ask the first layer for its size; that must not unpack it
     assert not any(count_ops(gm, ops.dequantize) for gm in graphs)
     assert any(count_ops(gm, ops.attend) for gm in graphs)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+def test_tiles_are_ordered_by_the_queries_of_all_steps(kind):
+    """The first layer's queries and keys are those of the plain model: its tiles must be ordered by them."""
+    model = tiny_llama(num_hidden_layers=1)
+    ids = prompt(2)
+    keys = QuantSpec(4, "channel", 16, tiers=((16, 8), (4, 8), (2, 16)), order="tile")
+    plan = kvmix_fx.KVPlan.uniform(model, 2).with_layers("all", key=keys, window=8)
+    kvmix_fx.compile(model, plan, inner="eager")
+    options = {"cache_implementation": "static"} if kind == "static" else {}
+    out = generate(model, ids, **options)
+    packed = out.past_key_values.layers[0].keys
+    stored = packed.stored_tokens()
+    assert stored == ids.shape[1] + NEW - 1
+
+    heard = []
+
+    def listen(module, query, key, *args, **kwargs):
+        heard.append((query, key))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("listening", listen)
+    plain = tiny_llama(num_hidden_layers=1)
+    plain.set_attn_implementation("listening")
+    with torch.no_grad():
+        plain(out.sequences[:, :stored])
+    (query, key), fmt = heard[0], packed.format
+    tiles = fmt.packed_tiles(stored)
+    assert tiles == 3  # of which the prompt packs one
+    orders = {}
+    for order in (layout.ORDER_TILE, layout.ORDER_TILE_KEYS):
+        wanted = ops.quantize_pack(key, None, fmt._replace(order=order).encode(), query)
+        orders[order] = wanted[4][:, :, :tiles]
+    same = {
+        order: (packed.cached.order[:, :, :tiles] == other).float().mean() for order, other in orders.items()
+    }
+    # two channels that are nearly as important may change places
+    assert same[layout.ORDER_TILE] > 0.95
+    assert same[layout.ORDER_TILE_KEYS] < 0.6  # the control: without the queries it is another order
 
 
 def test_a_model_may_be_used_in_many_ways():

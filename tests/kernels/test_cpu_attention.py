@@ -73,7 +73,7 @@ def cases(draw, longest=200):
         storage.append(buffers, x[:, :, :length], None, 0, query)  # which chooses an order of channels
         return buffers, x[:, :, length:] if new else None
 
-    key_format, value_format = draw(formats(D)), draw(formats(D))
+    key_format, value_format = draw(formats(D)), draw(formats(D, keys=False))
     (keys, new_keys), (stored_values, new_values) = (
         stored(key_format, family, seed + 1),
         stored(value_format, draw(st.sampled_from(FAMILIES)), seed + 2),

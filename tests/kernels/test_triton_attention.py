@@ -69,7 +69,7 @@ def filled(
     cache = allocate(
         B, H, D, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity), fmt, dtype, DEVICE
     )
-    if cache.order is not None:
+    if cache.order is not None and not fmt.by_tile:
         cache.order.copy_(torch.rand(B, H, D, generator=g).argsort(2))
     storage.append(cache, x.to(dtype).to(DEVICE), None, 0)
     return cache
@@ -184,7 +184,7 @@ def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.Data
             sink, window = data.draw(st.sampled_from((0, 3, 20))), data.draw(st.sampled_from((0, 7, 64)))
         more = {"bits": bits}
         if bits != layout.RAW_BITS and data.draw(st.booleans()):
-            more |= data.draw(extras(size, axis))
+            more |= data.draw(extras(size, axis, keys=not formats))
         scale_dtype = data.draw(st.sampled_from(layout.SCALE_DTYPES))
         formats.append(
             make_format(
@@ -232,7 +232,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
         )
         more = {"bits": data.draw(st.sampled_from(layout.WIDTHS))}
         if data.draw(st.booleans()):
-            more |= data.draw(extras(D, axis))
+            more |= data.draw(extras(D, axis, keys=axis == "channel"))
         both.append(
             make_format(
                 axis=axis, group_size=size, tile=2 * group, sink=sink, window=window,
@@ -282,6 +282,7 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
         (128, ((4, 32), (2, 96))),
         (128, ((4, 64), (2, 64))),
         (128, ((4, 32), (2, 64), (0, 32))),
+        (128, ((16, 8), (4, 16), (2, 104))),
         (96, ((4, 24), (2, 64), (0, 8))),
         (80, ((4, 72), (2, 8))),
         (256, ((4, 64), (2, 192))),
@@ -296,6 +297,12 @@ def test_the_bulk_path_of_tiers_and_rotated_values(D: int, tiers: Ranges, mask: 
         v = make_format(2, "token", tile=32, sink=4, window=8, scale_dtype="byte", rotation=True, **more)
         assert has_bulk_path(k, v, D, 1) is (D // (more["group_size"] or D) <= 8)
         check(k, v, B=2, Hkv=2, group=2, Lq=1, D=D, Dv=D, L=170, mask=mask, extra=40, config=config)
+
+
+def test_values_with_orders_of_tiles_take_the_reference_and_say_so() -> None:
+    v = make_format(4, "channel", 16, 32, 0, 0, tiers=((4, 16), (2, 48)), order="tile_keys")
+    with pytest.warns(UserWarning, match="slow reference"):
+        check(make_format(16), v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=70, extra=40)
 
 
 def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:

@@ -18,6 +18,8 @@ import torch
 from benchmarks.kernels.compiled import Launch, compiled, recorded, spilled_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ("mixkvq", "kitty")
+"""Providers of the benchmark that say everything."""
 
 
 def launches(case: dict[str, Any]) -> list[Launch]:
@@ -30,7 +32,9 @@ def launches(case: dict[str, Any]) -> list[Launch]:
 
     D, group = case["head_dim"], case["group"]
     if isinstance(case["bits"], str):
-        k, v = formats(f"{case['bits']} g{group} w128", D)
+        text = case["bits"] if case["bits"] in PRESETS else f"{case['bits']} g{group} w128"
+        k, v = formats(text, D)
+        group = k.group_size
     else:
         k = make_format(case["bits"], "channel", group, 128, 0, 128)
         v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
@@ -58,14 +62,14 @@ def launches(case: dict[str, Any]) -> list[Launch]:
                 softcap=case.get("softcap", 0.0), config=None if k.is_raw else limited,
             )  # fmt: skip
     elif case["op"] == "append_":
-        with recorded(storage, "append_kernel") as found:
-            storage.append_(*cache, new, new, mask, start, 8192, k.encode(), v.encode())
+        with recorded(storage, "append_kernel", "see_kernel", "order_kernel") as found:
+            storage.append_(*cache, new, new, mask, start, 8192, k.encode(), v.encode(), query)
     elif case["op"] == "dequantize":
         with recorded(reading, "dequantize_kernel") as found:
             for part, fmt in zip(cache, (k, v), strict=True):
                 reading.dequantize(part, start, 8192, fmt.encode())
     else:
-        with recorded(storage, "pack_kernel") as found:
+        with recorded(storage, "pack_kernel", "see_kernel", "order_kernel") as found:
             for fmt in (k, v):
                 storage.quantize_pack(torch.empty(1, 8, 4096, D, **like), None, fmt.encode())
     return found
@@ -130,6 +134,9 @@ CASES = [
     ),
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
+    *(case("attend", 90, name, gpu=HOPPER) for name in ("tiers 25/75 tile", "mixkvq")),
+    *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
+    case("append_", 90, "kitty"),
 ]
 PROCESSES = 6
 """A process that imports torch costs as much as what one case compiles."""

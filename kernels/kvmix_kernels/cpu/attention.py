@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -68,6 +69,9 @@ def attend(
     out = native.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
     if out is not None:
         return out
+    if any(cached.format.by_tile or cached.format.raw_channels for cached in (keys, values)):
+        _say_reference(D > native.MAX_HEAD_DIM)
+        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
     # grouped heads share their keys: fold the group into the rows of one product
     q = (query.float() * scale).reshape(B * Hkv, rows, D)
     scores = _scores(q, keys, new_keys, length)
@@ -88,6 +92,16 @@ def attend(
         weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0)
     out = _weighted_sum(weights, values, new_values, length)
     return out.view(B, Hq, Lq, Dv).to(query.dtype)
+
+
+@cache
+def _say_reference(too_wide: bool) -> None:
+    why = f"heads of more than {native.MAX_HEAD_DIM} channels" if too_wide else "no C kernel that takes them"
+    warnings.warn(
+        f"keys with orders of tiles or raw channels take the slow reference here: {why}. An order from the "
+        "plan or the prompt is faster",
+        stacklevel=3,
+    )
 
 
 def _scores(q: Tensor, cached: Cached, new: Tensor | None, length: int) -> Tensor:

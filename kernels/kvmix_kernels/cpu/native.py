@@ -57,9 +57,10 @@ _MASKS = {**_FLOATS, torch.bool: 3}
 _CODES = {torch.int16: 4}
 _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
-_ORDERS = {torch.int32: 7}
+_ORDERS = {**_CODES, **_BYTES, torch.int32: 7}
+_EXACT = {torch.bfloat16: 1}
 _CALL = struct.Struct("=11q2d7q")
-_TENSORS = struct.Struct("=30q")
+_TENSORS = struct.Struct("=35q")
 _NO_MEMORY = 1
 
 Kernel = Callable[[bytes], int]
@@ -91,6 +92,8 @@ def attend(
     group = Hq // Hkv if Hkv else 0
     new = 0 if new_keys is None else new_keys.shape[2]
     fits = 0 < group * Lq <= MAX_ROWS and group * Hkv == Hq and B > 0 and length >= 0
+    # sums of values are turned back once, in an order that all tiles share
+    fits = fits and not (values.format.by_tile or values.format.raw_channels)
     if not fits or (new_keys is None) != (new_values is None):
         return None
     q = _describe(query, (B, Hq, Lq, D), _FLOATS)
@@ -144,7 +147,7 @@ def _describe_cache(
     if placed is None:
         return None
     fmt = cached.format
-    codes = step = zero_point = order = _NONE
+    codes = step = zero_point = order = exact = _NONE
     if placed.rows:
         scales, offsets = (_BYTES, _QUARTERS) if fmt.scale_dtype == BYTE_SCALES else (_FLOATS, _FLOATS)
         codes = _describe(cached.qdata, (B, H, placed.rows, placed.words), _CODES)
@@ -158,16 +161,22 @@ def _describe_cache(
             zero_point = found
         if cached.order is not None:
             found = None
-            if cached.order.dim() == 3:
-                found = _describe(cached.order.unsqueeze(2), (B, H, 1, D), _ORDERS)
+            if cached.order.dim() == 3 + fmt.by_tile:
+                orders = cached.order if fmt.by_tile else cached.order.unsqueeze(2)
+                found = _describe(orders, (B, H, placed.orders, D), _ORDERS)
             if found is None:
                 return None
             order = found
+        if cached.exact is not None:
+            found = _describe(cached.exact, (B, H, placed.rows, fmt.raw_channels), _EXACT)
+            if found is None:
+                return None
+            exact = found
     residual = _describe(cached.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
     if residual is None or fresh is None:
         return None
-    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order) + placed.rest
+    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order, *exact) + placed.rest
 
 
 class _Placed(NamedTuple):
@@ -176,6 +185,7 @@ class _Placed(NamedTuple):
     rows: int
     words: int
     grid: tuple[int, int]
+    orders: int
     slots: int
     rest: bytes
 
@@ -221,7 +231,9 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, rotated, center, block]
+    orders = tiles if fmt.by_tile else 1
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group]
+    numbers += [fmt.tile if fmt.by_tile else 0, orders, fmt.raw_channels, rotated, center, block]
     numbers += [count, *digits, len(parts)]
     for part in parts:
         numbers += part
@@ -230,6 +242,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         rows=tiles * fmt.tile,
         words=words,
         grid=layout.scale_grid(fmt, head_dim, tiles),
+        orders=orders,
         slots=max((p[3] + p[2] - p[1] for p in parts if p[0] == _RESIDUAL), default=0),
         rest=struct.pack(f"={len(numbers)}q", *numbers),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
+from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import (
     check_grids,
@@ -85,6 +87,10 @@ def attend(
         return out
     if length + new_count == 0:
         return out.zero_()
+    if v.format.by_tile or v.format.raw_channels:
+        warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
+        live = length if start is None else int(start)
+        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap)
     check_grids(k)
     check_grids(v)
 
@@ -120,10 +126,10 @@ def attend(
             MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=softcap > 0,
             K_BITS=plan.keys.bits, K_AXIS=plan.keys.axis, K_GROUP=plan.keys.group, D=D,
             K_BLOCK=plan.keys.block, DP=plan.keys.padded, K_KEPT=plan.keys.kept, K_HIGH=plan.keys.high,
-            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned,
+            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned, K_RAW=plan.keys.raw,
             V_BITS=plan.values.bits, V_AXIS=plan.values.axis, V_GROUP=plan.values.group, DV=Dv,
             V_BLOCK=plan.values.block, DVP=plan.values.padded, V_KEPT=plan.values.kept, V_HIGH=plan.values.high,
-            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned,
+            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned, V_RAW=plan.values.raw,
             REST_PACKED=plan.rest_packed, N=N,
             BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
             PART=plan.part, SINGLE=plan.room <= plan.part, V_ALIGN=plan.v_align,
