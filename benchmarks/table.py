@@ -1,4 +1,4 @@
-"""Print Markdown tables of committed rows; `--write` renews those in both READMEs.
+"""Print Markdown tables of committed rows; `--write` renews those in the documents.
 
 python -m benchmarks.table quality
 python -m benchmarks.table --write
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import support
 from benchmarks.rows import Row, load
 
 HERE = Path(__file__).resolve().parent
@@ -24,13 +25,14 @@ LEADING = ("kvmix default", "best uniform", "mean of 5 random", "kvmix paper rul
 SIZES = ("longest_context", "largest_batch")
 """Metrics of `benchmarks.e2e.capacity`."""
 
-READMES = (HERE / "README.md", HERE.parent / "README.md")
+DOCUMENTS = (*sorted((HERE.parent / "docs").rglob("*.md")), HERE.parent / "README.md")
+"""Where tables may stand."""
 
 
-def markdown(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """A table; all columns but the first aligned right."""
+def markdown(head: Iterable[str], body: Iterable[Iterable[str]], align: str = "---:") -> str:
+    """A table; all columns but the first aligned right, unless told."""
     head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + [align] * (len(head) - 1)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
 
 
@@ -149,10 +151,19 @@ def memory() -> str:
     return "\n\n".join(parts)
 
 
-def generate() -> str:
-    """Decode speed, and the ops that take most of a step."""
-    sizes = {row.case for row in load("generate") if row.metric in SIZES}
-    rows = [row for row in load("generate") if row.unit == "token/s" and row.case not in sizes]
+def cpu() -> str:
+    """Decode speed on CPUs, and the ops that take most of a step."""
+    return _speeds([row for row in load("generate") if row.machine.startswith("cpu-")])
+
+
+def decode() -> str:
+    """Decode speed on GPUs, of every method and run."""
+    return _speeds([row for row in load("generate") if not row.machine.startswith("cpu-")])
+
+
+def _speeds(found: list[Row]) -> str:
+    sizes = {row.case for row in found if row.metric in SIZES}
+    rows = [row for row in found if row.unit == "token/s" and row.case not in sizes]
     body = [
         [
             f"{row.case}, {row.machine}",
@@ -164,7 +175,7 @@ def generate() -> str:
         for row in rows
     ]
     parts = [markdown(["case", "provider", "token/s", "p20 to p80", "against the baseline"], body)]
-    for (case, machine), providers in grouped(row for row in load("generate") if row.unit == "%").items():
+    for (case, machine), providers in grouped(row for row in found if row.unit == "%").items():
         for provider, by in providers.items():
             ops = [
                 [metric.removeprefix("time in ").replace(", ", " | ", 1), f"{row.value:.1f}"]
@@ -276,6 +287,29 @@ def storage() -> str:
     return "\n\n".join(parts)
 
 
+def tiers() -> str:
+    """KL of precision inside a layer, on the planner's chunks and on held-out ones."""
+    cases = {
+        "prose": "smollm2 prose tiers",
+        "code": "smollm2 code tiers",
+        "held out, prose": "smollm2 prose tiers held out",
+        "held out, code": "smollm2 code tiers held out",
+    }
+    found = {
+        row.provider: {} for row in load("quality") if row.case == cases["prose"] and row.metric == "kl_nats"
+    }
+    bits = {}
+    for row in load("quality"):
+        if row.metric == "kl_nats" and row.provider in found and row.case in cases.values():
+            found[row.provider][row.case] = row.value
+            bits[row.provider] = row.effective_bits
+    body = [
+        [provider, number(bits[provider], ".2f"), *(number(by.get(case), ".3f") for case in cases.values())]
+        for provider, by in found.items()
+    ]
+    return markdown(["plan", "bits", *cases], body)
+
+
 def summary() -> str:
     """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
     quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
@@ -299,11 +333,32 @@ def summary() -> str:
     return markdown(head, body)
 
 
+def models() -> str:
+    """Architectures that are tested."""
+    head = ["architecture", "variant", "attn_implementation", "keys and values"]
+    return markdown(head, support.models(), "---")
+
+
+def modes() -> str:
+    """Ways of decoding that are tested."""
+    return markdown(["mode", "generate() is given", "prompts"], support.ways_of_decoding(), "---")
+
+
+def also() -> str:
+    """What else is tested, and where."""
+    return markdown(["works", "shown by"], support.also_works(), "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "modes": modes,
+    "also": also,
     "quality": quality,
     "planner": planner,
+    "tiers": tiers,
     "memory": memory,
-    "generate": generate,
+    "cpu": cpu,
+    "decode": decode,
     "gpu": gpu,
     "capacity": capacity,
     "attention": attention,
@@ -327,14 +382,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", nargs="?", choices=TABLES)
-    parser.add_argument("--write", action="store_true", help="renew the tables of both READMEs")
+    parser.add_argument("--write", action="store_true", help="renew the tables of all documents")
     parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change them")
     options = parser.parse_args()
     if options.write or options.check:
-        old = [path.read_text() for path in READMES]
+        old = [path.read_text() for path in DOCUMENTS]
         new = [renew(text) for text in old]
         if options.write:
-            for path, text in zip(READMES, new, strict=True):
+            for path, text in zip(DOCUMENTS, new, strict=True):
                 path.write_text(text)
         return int(options.check and new != old)
     print("\n\n".join(TABLES[name]() for name in ([options.suite] if options.suite else TABLES)))
