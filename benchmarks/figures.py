@@ -28,7 +28,7 @@ def rows_of(suite: str, case: str, metric: str, machine: str | None = None) -> d
 
 def quality(theme: Theme) -> Figure:
     """KL divergence against bits: what plans of one size cost a small model."""
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.9))
+    figure, axis = pyplot.subplots(figsize=(6.2, 5.8))
     budgets = ("2.5", "2.8", "3.0", "3.5", "4.0")
     found = [rows_of("quality", f"smollm2 prose {bits} bits", "kl_nats") for bits in budgets]
     tiers = rows_of("quality", "smollm2 prose tiers", "kl_nats")
@@ -57,7 +57,7 @@ def quality(theme: Theme) -> Figure:
     axis.set_yticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
     axis.minorticks_off()
     axis.grid()
-    axis.legend(fontsize=9, loc="upper right")
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -99,7 +99,7 @@ def speed(theme: Theme) -> Figure:
             if name in rows
         ]
 
-    figure, axes = pyplot.subplots(4, 1, figsize=(7.2, 6.6))
+    figure, axes = pyplot.subplots(4, 1, figsize=(6.2, 6.6))
     bars(axes[0], theme, entries(read("b16 n8192 +40", "tokens_per_second"), "{:,.0f} tokens/s"),
          "Decode, 16 sequences of 8k tokens")  # fmt: skip
     bars(axes[1], theme, entries(read("b16 n8192 +40", "cache_bytes"), "{:.1f} GiB", 2**30),
@@ -108,16 +108,14 @@ def speed(theme: Theme) -> Figure:
          "Longest context in 80 GB")  # fmt: skip
     bars(axes[3], theme, entries(read("n8192 largest batch in 80 GB", "largest_batch"), "{:,.0f}"),
          "Most sequences of 8k tokens in 80 GB")  # fmt: skip
-    figure.suptitle(
-        "One H100 80GB, Llama-3.1-8B's shape, random weights, bfloat16, torch 2.11", fontsize=11, x=0.5
-    )
-    figure.get_layout_engine().set(hspace=0.08)
+    figure.suptitle("One H100 80GB, Llama-3.1-8B's shape, bfloat16, torch 2.11", fontsize=11, x=0.5)
+    figure.get_layout_engine().set(hspace=0.08, h_pad=0.08)
     return figure
 
 
 def attention(theme: Theme) -> Figure:
     """Attention of one decode step, as times faster than the fastest at 16 bits."""
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.4))
+    figure, axis = pyplot.subplots(figsize=(6.2, 4.4))
     for group, color, marker in ((128, theme.ours, "o"), (64, theme.blue, "s"), (32, theme.green, "^")):
         found = rows_of("decode_attention", CASE, "time", "h100-80gb")
         points = sorted(
@@ -143,7 +141,7 @@ def attention(theme: Theme) -> Figure:
         ylim=(0, None),
         xlabel="bits per cached element, with scales and offsets",
         ylabel="times faster than 16 bits",
-        title="64 sequences of 8k tokens, 8 KV heads of size 128, 32 query heads",
+        title="64 sequences of 8k tokens, 8 KV heads, 32 query heads, size 128",
     )
     axis.grid()
     axis.legend(fontsize=9)
@@ -152,7 +150,7 @@ def attention(theme: Theme) -> Figure:
 
 def cpu(theme: Theme) -> Figure:
     """generate() on two CPU cores, packed and plain."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.7))
+    figure, axes = pyplot.subplots(1, 2, figsize=(6.2, 3.7))
     lengths = (1024, 2048, 4096)
     for axis, batch in zip(axes, (1, 8), strict=True):
         for provider, color, label in (
@@ -181,7 +179,7 @@ def cpu(theme: Theme) -> Figure:
 def memory(theme: Theme) -> Figure:
     """Bytes of a cache as allocated, by plan."""
     found = rows_of("memory", "smollm2-135m b4 n2048 bfloat16", "cache bytes")
-    figure, axis = pyplot.subplots(figsize=(7.2, 3.6))
+    figure, axis = pyplot.subplots(figsize=(6.2, 3.6))
     shown = {"transformers": "16 bits (transformers)"} | {
         name: name.removesuffix(" growing") for name in found if name.endswith(" growing")
     }
