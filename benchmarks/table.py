@@ -224,6 +224,39 @@ def gpu() -> str:
     return markdown(head, body)
 
 
+GLANCE = (
+    ("decode, batch 16, 8k tokens", "b16 n8192 +40", "tokens_per_second", "tokens/s"),
+    ("decode, batch 1, 4k tokens", "b1 n4096 +40", "tokens_per_second", "tokens/s"),
+    ("decode, Llama-2-7B, batch 16, 2k", "llama-2-7b b16 n2048 +40", "tokens_per_second", "tokens/s"),
+    ("cache, batch 16, 8k tokens", "b16 n8192 +40", "cache_bytes", "GiB"),
+    ("longest context in 80 GB", "b1 longest in 80 GB", "longest_context", "tokens"),
+    ("most sequences of 8k tokens in 80 GB", "n8192 largest batch in 80 GB", "largest_batch", ""),
+)
+"""What `glance` shows: words, case (of Llama-3.1-8B's shape unless named), metric, unit."""
+
+
+def glance() -> str:
+    """The leading figures of one kind of machine, against the better of transformers' own caches."""
+    body = []
+    for words, case, metric, unit in GLANCE:
+        case = case if case.startswith("llama") else f"llama-3.1-8b {case}"
+        rows = {
+            row.provider: row
+            for row in load("generate", "h100-80gb")
+            if (row.case, row.metric) == (case, metric)
+        }
+        ours = rows.pop("kvmix k2.2v2.4 g128 w32")
+        best = (min if metric == "cache_bytes" else max)(rows.values(), key=lambda row: row.value)
+        commits = ", ".join(dict.fromkeys(row.commit for row in (ours, best)))
+        cells = (
+            f"{row.value / 2**30:.1f} GiB" if unit == "GiB" else f"{row.value:,.0f} {unit}".strip()
+            for row in (ours, best)
+        )
+        kind = best.provider.removeprefix("transformers ")
+        body.append([words, next(cells), f"{next(cells)} ({kind})", commits])
+    return markdown(["", "kvmix", "best of transformers' caches", "commits"], body)
+
+
 def capacity() -> str:
     """The largest sizes that fit, and decode speed at them."""
     body = []
@@ -360,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "decode": decode,
     "gpu": gpu,
+    "glance": glance,
     "capacity": capacity,
     "attention": attention,
     "storage": storage,

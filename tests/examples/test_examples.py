@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmix_fx.cache import QuantizedKVTensor
 from tests import documents
 
 pytest.importorskip("transformers")
@@ -71,3 +72,19 @@ def test_a_profile_makes_a_plan(capsys):
     assert "planned: " in shown
     assert "uniform K2V2: 3.00 bits" in shown
     assert json.loads(Path("my-plan", "kvmix_plan.json").read_text())
+
+
+def test_the_tour_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
+    pytest.importorskip("matplotlib").use("Agg")
+    pair = documents.model(2), documents.tokenizer()
+    monkeypatch.setattr("kvmix_fx.testing.smollm2.load_smollm2", lambda: pair)
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = {}
+    for number, source in enumerate(code, 1):
+        exec(compile(source, f"tour.ipynb, code cell {number}", "exec"), names)
+    assert all(result.kl_mean.value > 0 for result in names["found"].values())
+    assert isinstance(names["out"].past_key_values.layers[0].keys, QuantizedKVTensor)
+    # what readers see was made by these very cells, in this order
+    counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(code) + 1))
