@@ -130,6 +130,28 @@ def planner() -> str:
     return "\n\n".join(parts)
 
 
+def tiers() -> str:
+    """KL of `benchmarks.planner.tiers`, mean and worst chunk, on the planner's chunks and on others."""
+    cases = [f"smollm2 {text} tiers{part}" for part in ("", " held out") for text in ("prose", "code")]
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in load("quality"):
+        if row.case in cases:
+            found.setdefault(row.provider, {})[row.case, row.metric] = row
+    body = []
+    for provider, by in sorted(found.items(), key=lambda entry: _bits_of(entry[1])):
+        cells = []
+        for case in cases:
+            mean, worst = (by.get((case, f"kl_nats{kind}")) for kind in ("", " worst chunk"))
+            cells.append(f"{mean.value:.4f} ({worst.value:.3f})" if mean and worst else "-")
+        body.append([provider, f"{_bits_of(by):.3f}", *cells])
+    head = ["provider", "bits", "prose", "code", "held out, prose", "held out, code"]
+    return f"KL in nats/token: mean (worst chunk)\n\n{markdown(head, body)}"
+
+
+def _bits_of(by: dict[tuple[str, str], Row]) -> float:
+    return max(row.effective_bits or 0.0 for row in by.values())
+
+
 def memory() -> str:
     """Cache bytes and process peaks."""
     parts = []
@@ -320,27 +342,17 @@ def storage() -> str:
     return "\n\n".join(parts)
 
 
-def tiers() -> str:
-    """KL of precision inside a layer, on the planner's chunks and on held-out ones."""
-    cases = {
-        "prose": "smollm2 prose tiers",
-        "code": "smollm2 code tiers",
-        "held out, prose": "smollm2 prose tiers held out",
-        "held out, code": "smollm2 code tiers held out",
-    }
-    found = {
-        row.provider: {} for row in load("quality") if row.case == cases["prose"] and row.metric == "kl_nats"
-    }
-    bits = {}
-    for row in load("quality"):
-        if row.metric == "kl_nats" and row.provider in found and row.case in cases.values():
-            found[row.provider][row.case] = row.value
-            bits[row.provider] = row.effective_bits
-    body = [
-        [provider, number(bits[provider], ".2f"), *(number(by.get(case), ".3f") for case in cases.values())]
-        for provider, by in found.items()
-    ]
-    return markdown(["plan", "bits", *cases], body)
+def retrieval() -> str:
+    """The share of pass keys found again, by tokens of the text."""
+    rows = [row for row in load("quality") if row.metric == "found"]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    body = []
+    for provider in dict.fromkeys(row.provider for row in rows):
+        by = {row.case: row for row in rows if row.provider == provider}
+        bits = next(iter(by.values())).effective_bits
+        shares = (f"{by[case].value:.1%}" if case in by else "-" for case in cases)
+        body.append([provider, number(bits, ".2f"), *shares])
+    return markdown(["cache", "bits", *(case.removeprefix("smollm2 ") for case in cases)], body)
 
 
 def summary() -> str:
@@ -389,6 +401,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "planner": planner,
     "tiers": tiers,
+    "retrieval": retrieval,
     "memory": memory,
     "cpu": cpu,
     "decode": decode,
