@@ -12,8 +12,8 @@ WORDS = [
     *("<pad>", "<unk>", "<end>", "The", "three", "laws", "of", "robotics", "are", "a", "robot", "may", "not"),
     *("obey", "user", "assistant", ":", "Name", "What", "is", "it"),
 ]
-LAYERS = 6
-"""As many as the largest layer that a page names asks for."""
+LAYERS = 2
+"""As many as the largest layer that a page names asks for. Tracing one takes a second of a test."""
 
 CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}assistant :"
 
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 def model(layers: int = LAYERS) -> Any:
     """A Llama of the tokenizer's vocabulary."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return tiny_llama(num_hidden_layers=layers, vocab_size=len(WORDS), **sizes)
+    return tiny_llama(num_hidden_layers=layers, vocab_size=len(WORDS), head_dim=64, **sizes)
 
 
 def answer_for_every_name(monkeypatch: pytest.MonkeyPatch, layers: int = LAYERS) -> None:

@@ -19,7 +19,7 @@ TEXT = "a robot may obey the three laws of robotics " * 100
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch, tmp_path):
-    documents.answer_for_every_name(monkeypatch, layers=2)
+    documents.answer_for_every_name(monkeypatch, layers=1)
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT)
 
@@ -76,7 +76,7 @@ def test_a_profile_makes_a_plan(capsys):
 
 def test_the_tour_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     pytest.importorskip("matplotlib").use("Agg")
-    pair = documents.model(2), documents.tokenizer()
+    pair = documents.model(1), documents.tokenizer()
     monkeypatch.setattr("kvmix_fx.testing.smollm2.load_smollm2", lambda: pair)
     cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
