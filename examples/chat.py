@@ -26,13 +26,17 @@ def chat(model: Any, tokenizer: Any, said: Iterable[str], new_tokens: int) -> An
     cache = kvmix_fx.KVMixCache(kvmix_fx.compiled(model).plan, model.config)
     ids = torch.empty(1, 0, dtype=torch.long, device=model.device)
     messages: list[dict[str, str]] = []
+    answer = ""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     for line in said:
         before = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
         messages.append({"role": "user", "content": line})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # the turn alone: what was said before stays as the very tokens that are in the cache
-        turn = tokenizer(text[len(before) :], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        # what follows the last answer: all before it stays as the very tokens that are in the cache
+        new = text[before.rindex(answer) + len(answer) :]
+        turn = tokenizer(new, add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = torch.cat([ids, turn.to(ids.device)], 1)
         read = ids.shape[1]
         with torch.inference_mode():
@@ -43,7 +47,9 @@ def chat(model: Any, tokenizer: Any, said: Iterable[str], new_tokens: int) -> An
                 max_new_tokens=new_tokens,
                 streamer=streamer,
             )
-        answer = tokenizer.decode(ids[0, read:], skip_special_tokens=True)
+        if int(ids[0, -1]) in ends:
+            ids = ids[:, :-1]  # it is in the text of the next turn
+        answer = tokenizer.decode(ids[0, read:], skip_special_tokens=True).strip()
         messages.append({"role": "assistant", "content": answer})
     return cache
 
