@@ -129,13 +129,14 @@ def attention(theme: Theme) -> Figure:
         for (bits, ratio), width in zip(points, (2, 3, 4), strict=True):
             axis.annotate(f"K{width}V{width}", (bits, ratio), (4, 5), textcoords="offset points", fontsize=9)
     found = rows_of("decode_attention", CASE, "time", "nvidia-h200")
-    for provider, row in found.items():
-        if provider.startswith("kvmix tiers "):
-            label = "tiers of channels, H200"
-            seen = label in axis.get_legend_handles_labels()[1]
-            axis.plot(row.effective_bits, row.ratio, "D", color=theme.purple, label=None if seen else label)
-            axis.annotate(provider.removeprefix("kvmix tiers "), (row.effective_bits, row.ratio), (0, -14),
-                          textcoords="offset points", fontsize=9, ha="center")  # fmt: skip
+    tiers = sorted((row.effective_bits, row.ratio, name.removeprefix("kvmix tiers "))
+                   for name, row in found.items() if name.startswith("kvmix tiers "))  # fmt: skip
+    axis.plot([bits for bits, _, _ in tiers], [ratio for _, ratio, _ in tiers], "D", color=theme.purple,
+              label="tiers of channels, H200")  # fmt: skip
+    for number, (bits, ratio, name) in enumerate(tiers):
+        # neighbours on different sides, so that they do not touch
+        axis.annotate(name, (bits, ratio), (0, 8 if number % 2 else -14), textcoords="offset points",
+                      fontsize=9, ha="center")  # fmt: skip
     axis.axhline(1, color=theme.plain, linewidth=1, linestyle="--")
     axis.set(
         ylim=(0, None),

@@ -139,13 +139,17 @@ def test_tables_are_those_of_the_rows_models_and_tests():
 def test_figures_can_be_drawn_and_are_those_of_the_rows(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import figures, style
+    from benchmarks.planner.figures import quality
+    from benchmarks.rows import load
 
-    for label, draw in figures.DRAWN.items():
+    rows = load("quality")
+    shown = figures.DRAWN | {"planner-quality": lambda theme: quality(theme, rows)}
+    for label, draw in shown.items():
         for path in style.drawn(label, draw, tmp_path):
             old, new = (style.FIGURES / path.name).read_text(), path.read_text()
             made_by = [re.search(r"Matplotlib v([\d.]+)", text)[1] for text in (old, new)]
             # other versions draw the same otherwise
-            assert old == new or made_by[0] != made_by[1], "python -m benchmarks.figures"
+            assert old == new or made_by[0] != made_by[1], "python -m benchmarks.figures; also of planner"
 
 
 def test_every_public_name_can_be_imported_and_is_listed():
