@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ SHOWN = (
     ("head sizes 64, 80, 96, 128, 256 in half precision", "e2e/test_architectures.py",
      "test_head_sizes_and_half_precision"),
     ("adapters (PEFT) and other wrappers", "e2e/test_wrappers.py", "test_peft_generates_from_a_packed_cache"),
-    ("a copy of a compiled model", "runtime/test_step.py",
-     "test_a_copy_of_a_compiled_model_computes_with_its_own_weights"),
+    ("a copy of a compiled model", "e2e/test_wrappers.py",
+     "test_a_wrapper_is_restored_with_what_is_inside_and_copied_with_it"),
     ("tensor parallelism", "distributed/test_tensor_parallel.py", "test_ranks_equal_one_process"),
 )  # fmt: skip
 """What works besides ways of decoding: in words, and the test that fails if it does not."""
@@ -66,13 +67,19 @@ def ways_of_decoding() -> list[list[str]]:
     """Rows of name, keywords of `generate()`, whether prompts are padded: the cases of test_generate.py."""
     for node in _parsed("e2e/test_generate.py").body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CASES":
-            cases: dict[str, tuple[dict[str, Any], bool]] = ast.literal_eval(node.value)
-            return [
-                [name, ", ".join(f"`{key}={value!r}`" for key, value in given.items()) or "-",
-                 "left padded" if padded else "-"]
-                for name, (given, padded) in cases.items()
-            ]  # fmt: skip
+            return list(_cases(ast.literal_eval(node.value)))
     raise LookupError("tests/e2e/test_generate.py has no CASES any more")
+
+
+def _cases(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Of one level or, where cases share a model, of two."""
+    for name, case in found.items():
+        if isinstance(case, dict):
+            yield from _cases(case)
+            continue
+        given, padded = case
+        words = ", ".join(f"`{key}={value!r}`" for key, value in given.items())
+        yield [name, words or "-", "left padded" if padded else "-"]
 
 
 def also_works() -> list[list[str]]:
