@@ -36,6 +36,9 @@ def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
         return plan
 
 
+_ADVICE = 'load the model with attn_implementation="sdpa", or '
+
+
 class Compiled:
     """What `compile` keeps on a model: plan, report, and the way back.
 
@@ -59,6 +62,7 @@ class Compiled:
         self.plan = plan
         self.backend = backend
         self.on_nothing = on_nothing
+        self.advice = _other_attention(inside or model)
         self.names = list(names)
         self.replaced = {name: vars(model)[name] for name in self.names if name in vars(model)}
 
@@ -70,7 +74,7 @@ class Compiled:
     def check(self, result: Any) -> None:
         """After a graph was traced: something must be packed, or the user must know."""
         if self.on_nothing == "raise":
-            _check_rewritten(self.report, result)
+            _check_rewritten(self.report, result, self.advice)
 
 
 def compile(
@@ -233,7 +237,13 @@ def explain(
     return report
 
 
-def _check_rewritten(report: CompileReport, result: Any) -> None:
+def _other_attention(model: nn.Module) -> str:
+    """How to have attention that is recognized; empty if the model has no other, or has it already."""
+    used = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return "" if used == "sdpa" or not getattr(model, "_supports_sdpa", True) else _ADVICE
+
+
+def _check_rewritten(report: CompileReport, result: Any, advice: str) -> None:
     if any(g.changed for g in report.graphs):
         return
     sites = [site for site in report.sites if site.recognized]
@@ -250,8 +260,8 @@ def _check_rewritten(report: CompileReport, result: Any) -> None:
             )
         raise NoSiteError(
             "no attention was found, neither a call of scaled_dot_product_attention nor one written out as "
-            f"matmul, softmax, matmul{nearly}: load the model with "
-            'attn_implementation="sdpa", or pass on_nothing="ignore" to run it unquantized'
+            f"matmul, softmax, matmul{nearly}: {advice}"
+            'pass on_nothing="ignore" to run the model unquantized'
         )
     if any(site.idiom == "in place" for site in sites):
         return  # plain buffers are packed after this step; should they not be, the report says so

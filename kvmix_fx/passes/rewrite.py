@@ -185,7 +185,7 @@ class _Rewriter:
                 (
                     *(call.query, k.new, v.new, self.buffers[k.past], self.buffers[v.past]),
                     *(call.mask, start, self._length(k.tensor), scale),
-                    *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap),
+                    *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap, call.sinks),
                 ),
             )
         node.meta = dict(call.node.meta)

@@ -76,7 +76,7 @@ class AttentionCall:
     """One scaled-dot-product-attention node with its arguments by name.
 
     softcap: bound of the scores, 0 for none. inside: what only this attention needs of the graph, last first,
-    where it is written out; `node` is then its last product.
+    where it is written out; `node` is then its last product. sinks: logits of a learned sink, [Hq].
     """
 
     node: fx.Node
@@ -89,6 +89,7 @@ class AttentionCall:
     scale: float | None
     softcap: float = 0.0
     inside: tuple[fx.Node, ...] = ()
+    sinks: fx.Node | None = None
 
 
 # what happens to a site

@@ -70,6 +70,11 @@ WRITTEN_OUT: dict[str, Architecture] = {
             "query_pre_attn_scalar": 32,
         },
     ),
+    "gpt-oss": ("GptOssConfig", {"layer_types": ["full_attention"] * 2} | MOE),
+    "granite, swa": (
+        "GraniteSWAConfig",
+        {"layer_types": ["full_attention"] * 2, "attention_multiplier": 32**-0.5},
+    ),
 }
 
 # with the reason
@@ -89,10 +94,15 @@ LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def sharpen(model: nn.Module, factor: float = 4.0) -> nn.Module:
-    """Scale query and key projections, so that attention is not uniform and a damaged cache shows."""
+    """Scale query and key projections, so that attention is not uniform and a damaged cache shows.
+
+    Learned sinks get logits that take a share which shows.
+    """
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv", "wqk")):
             parameter.data.mul_(factor)
+        elif name.endswith("sinks"):
+            parameter.data.copy_(torch.linspace(1, 5, parameter.numel()))
     return model.eval()
 
 
