@@ -55,7 +55,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),
-                softcap=case.get("softcap", 0.0), sink_logits=case.get("sinks"), config=None if k.is_raw else limited,
+                softcap=case.get("softcap", 0.0), sink_logits=case.get("sinks"),
+                config=None if k.is_raw else limited,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel") as found:

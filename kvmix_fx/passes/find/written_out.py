@@ -152,9 +152,8 @@ def _why_no_softmax(weights: Any, found: _Scores) -> str:
     """Why these are not the weights that a softmax over keys gave to one reader; empty if they are."""
     if _is(weights, _DROPOUT) and not _is_idle_dropout(weights):
         return "weights are dropped at random (model.eval() ends that)"
-    if (_is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)) and not _alone(
-        weights, found
-    ):
+    known = _is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)
+    if known and not _alone(weights, found):
         return READS_WEIGHTS
     if not _is(weights, _SOFTMAX):
         return f"{called(weights)} lies between softmax and values"
