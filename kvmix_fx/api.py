@@ -142,7 +142,7 @@ def compile(
         return _compile_inside(
             model, inside[0], plan, inner, on_nothing, torch_compile_options, options, mode
         )
-    prepare, attributes = hooks_for(model, plan, shortcut)
+    prepare, attributes, backend.windows = hooks_for(model, plan, shortcut)
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
     step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
     step.compile()

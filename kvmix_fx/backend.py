@@ -94,6 +94,8 @@ class KVMixBackend:
         self.inner = inner
         self.report = report if report is not None else CompileReport()
         self.note = note
+        # whether somebody goes on with a slice of packed tokens as with a sliding window
+        self.windows = False
         self.__name__ = "kvmix"
 
     @property
@@ -103,7 +105,7 @@ class KVMixBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
-        result = manager.run(gm, self.plan, own_buffers=self.model is not None)
+        result = manager.run(gm, self.plan, own_buffers=self.model is not None, windows=self.windows)
         self.report.graphs.append(result.report)
         if result.rewritten is None:
             return _compile(gm, example_inputs, *self._choose(example_inputs, False))

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind, without_front
 from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
 from kvmix_kernels import layout, ops
@@ -236,6 +236,11 @@ class QuantizedKVTensor(torch.Tensor):
         assert self.lease is not None
         cached = rewind(self.cached, self.lease.length, length)
         return QuantizedKVTensor(cached, length, store=self.lease.store)
+
+    def without_front(self, tiles: int, room: int) -> QuantizedKVTensor:
+        """A growing tensor of its own without its first `tiles` tiles, with room for `room` tokens."""
+        left = self.shape[2] - tiles * self.format.tile
+        return QuantizedKVTensor(without_front(self.cached, tiles, room), left)
 
     def map_buffers(
         self, function: Callable[[Tensor], Tensor], live: Tensor | None = None

@@ -18,7 +18,7 @@ from kvmix_fx.errors import HeadSizeError, PlanLayerError
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.match import Missed, match
+from kvmix_fx.passes.match import SLIDING, Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
 from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
@@ -47,10 +47,11 @@ class PassResult:
     report: GraphReport
 
 
-def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResult:
+def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False, windows: bool = False) -> PassResult:
     """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is.
 
-    own_buffers: whether plain buffers can be exchanged for packed ones after the step.
+    own_buffers: whether plain buffers can be exchanged for packed ones after the step. windows: whether
+    packed tokens of which a graph keeps the last ones are gone on with as a sliding window.
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
@@ -60,6 +61,8 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     for site in sites:
         if not own_buffers:
             site.buffers = None
+        if site.tail is not None and not windows:
+            site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
     report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
     nothing = not report.changed and not any(site.buffers for site in sites)
@@ -90,8 +93,12 @@ def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
 def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
     layer = _layer_plan(site, plan)
     assert layer is not None
-    key = site.buffers.key if site.buffers is not None else site.key_root
-    return layer.formats(int(example(key).shape[3]))
+    if site.tail is not None:
+        layer = layer.in_window()
+    plain = site.buffers
+    both = (plain.key, plain.value) if plain is not None else (site.key_root, site.value_root)
+    key_dim, value_dim = (int(example(x).shape[3]) for x in both)
+    return layer.formats(key_dim, value_dim)
 
 
 def _order(site: Site, plan: KVPlan) -> Tensor | None:
@@ -123,11 +130,21 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         return
     if site.action == LEAVE:
         return
+    if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
+        site.action, site.reason = LEAVE, _raw_window(layer, 1 - site.tail)
+        return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
             layout.check_head_size(fmt, int(example(root).shape[3]))
     except HeadSizeError as error:
         site.action, site.reason = LEAVE, str(error)
+
+
+def _raw_window(layer: LayerPlan, window: int) -> str:
+    return (
+        f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
+        f"{layer.window.length} recent tokens and a tile of {layer.tile_length}"
+    )
 
 
 def _report(site: Site, plan: KVPlan) -> SiteReport:

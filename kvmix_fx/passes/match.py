@@ -39,6 +39,8 @@ from kvmix_fx.passes.sites import (
     Update,
 )
 
+SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
+
 
 @dataclass
 class Missed:
@@ -211,6 +213,9 @@ def _site(
         # a first step that attends to its own tokens while the cache takes them
         return Site(call, module, k.idiom.name, APPEND, key_update=k, value_update=v)
     idiom = _plain_idiom(key)
+    tail = kept_tail(key, value, outputs)
+    if tail is not None:
+        return Site(call, module, idiom, ADOPT, key_root=tail[0], value_root=tail[1], tail=tail[2])
     reason = _why_not_adopt(key, value, outputs)
     if reason:
         # a first step that attends to its own tokens while plain buffers take them
@@ -260,9 +265,35 @@ def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
             return f"{name} are {x.dtype}, not floating point"
     if key not in outputs or value not in outputs:
         if kept_slices(key, outputs):
-            return "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
+            return SLIDING
         return "keys and values do not leave the graph: there is no cache here"
     return ""
+
+
+def kept_tail(
+    key: fx.Node, value: fx.Node, outputs: Collection[fx.Node]
+) -> tuple[fx.Node, fx.Node, Any] | None:
+    """(keys, values, start) where nothing but their last tokens leaves the graph, from one start on."""
+    kept = [kept_slices(node, outputs) for node in (key, value)]
+    if key in outputs or value in outputs or any(len(slices) != 1 for slices in kept):
+        return None
+    (keys,), (values,) = kept
+    starts = [_start_of_tail(node) for node in (keys, values)]
+    fits = starts[0] is not None and starts[0] == starts[1]
+    if not fits or any(example(x).dim() != 4 or not example(x).is_floating_point() for x in (keys, values)):
+        return None
+    return keys, values, starts[0]
+
+
+def _start_of_tail(node: fx.Node) -> Any:
+    """Where x[:, :, start:] starts, also with a whole last dimension; None for other parts."""
+    index: Any = node.args[1]
+    if not isinstance(index, tuple) or len(index) not in (3, 4):
+        return None
+    *others, last = (index[0], index[1], *index[3:], index[2])
+    whole = all(i == slice(None) for i in others)
+    tail = isinstance(last, slice) and last.stop is None and last.step in (None, 1)
+    return last.start if whole and tail else None
 
 
 def kept_slices(node: fx.Node, outputs: Collection[fx.Node]) -> list[fx.Node]:

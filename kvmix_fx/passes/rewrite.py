@@ -246,10 +246,13 @@ class _Rewriter:
             if root in self.adopted:
                 continue
             hint = self._hint(site, fmt)
-            with self.graph.inserting_after(site.call.node):
-                packed = self.graph.call_function(
-                    ops.quantize_pack, (root, site.call.mask, fmt.encode(), *hint)
-                )
+            anchor, mask = site.call.node, site.call.mask
+            if mask is not None and site.tail is not None:
+                index: Any = (Ellipsis, slice(site.tail, None))
+                with self.graph.inserting_after(anchor):
+                    anchor = mask = self.graph.call_function(operator.getitem, (mask, index))
+            with self.graph.inserting_after(anchor):
+                packed = self.graph.call_function(ops.quantize_pack, (root, mask, fmt.encode(), *hint))
             items = []
             after = packed
             for i in range(len(fmt.buffer_names)):

@@ -119,7 +119,8 @@ class Site:
     layer: of the plan; None without a cache, or where nothing tells. key_update, value_update: writes to
     packed inputs. key_root, value_root: plain keys and values; where they are packed (action ADOPT) they are
     [B, Hkv, L, D] and leave the graph as the cache; else they or the buffers that take them, if any do.
-    buffers: plain buffers of the model's own that can be packed after this step.
+    buffers: plain buffers of the model's own that can be packed after this step. tail: the start of the
+    slice, where only the last of the keys and values leave the graph, which `key_root` and `value_root` are.
     """
 
     call: AttentionCall
@@ -133,3 +134,4 @@ class Site:
     key_root: fx.Node | None = None
     value_root: fx.Node | None = None
     buffers: PlainBuffers | None = None
+    tail: Any = None

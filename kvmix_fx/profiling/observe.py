@@ -27,6 +27,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes.assign import assign_layers
+from kvmix_fx.passes.find.views import heads_root
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry
@@ -217,7 +218,7 @@ class Observer:
         projections = {
             (site.layer, role): find_projection(root)
             for site in usable
-            for role, root in zip(ROLES, (site.key_root, site.value_root), strict=True)
+            for role, root in zip(ROLES, _attended(site), strict=True)
             if root is not None and site.layer is not None
         }
         starts = []
@@ -252,9 +253,7 @@ class Observer:
         name = f"kvmix_attention_{layer}"
         gm.add_submodule(name, _TappedAttention(self, layer, call))
         with gm.graph.inserting_before(call.node):
-            node = gm.graph.call_module(
-                name, (call.query, site.key_root, site.value_root, call.mask, call.sinks)
-            )
+            node = gm.graph.call_module(name, (call.query, *_attended(site), call.mask, call.sinks))
         node.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(node)
         for dead in (call.node, *call.inside):
@@ -281,6 +280,11 @@ class Observer:
         layer, role = place
         tap.owners[role] = (layer, found)
         return tap
+
+
+def _attended(site: Site) -> tuple[fx.Node, fx.Node]:
+    """The keys and values that attention reads: all of them, also where a window keeps the last ones."""
+    return heads_root(site.call.key), heads_root(site.call.value)
 
 
 class _TappedAttention(nn.Module):

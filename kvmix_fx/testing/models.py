@@ -77,9 +77,20 @@ WRITTEN_OUT: dict[str, Architecture] = {
     ),
 }
 
+# sliding and chunked windows longer than what a plan keeps raw; with the attention
+WINDOWS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mistral": ("MistralConfig", {"sliding_window": 64}, "sdpa"),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 64} | MOE, "eager"),
+    "llama 4, chunks": (
+        "Llama4TextConfig",
+        {"attention_chunk_size": 64, "intermediate_size_mlp": 128} | MOE,
+        "sdpa",
+    ),
+}
+
 # with the reason
 LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "sliding window"),
+    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "no longer than what the plan keeps"),
     "deepseek-v3, latent cache": (
         "DeepseekV3Config",
         {

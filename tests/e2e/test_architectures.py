@@ -8,9 +8,9 @@ import transformers
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
 from kvmix_fx.passes.sites import LEAVE, NOT_RECOGNIZED
-from kvmix_fx.testing.models import LEFT_ALONE, PACKED, TINY, WRITTEN_OUT, tiny_architecture
+from kvmix_fx.testing.models import LEFT_ALONE, PACKED, TINY, WINDOWS, WRITTEN_OUT, tiny_architecture
 
 from .oracle import OracleCache, steps, worst
 
@@ -72,6 +72,57 @@ def test_what_cannot_be_packed_is_exact_and_says_why(name):
     report = kvmix_fx.compiled(model).report
     assert {s.action for s in report.sites} == {LEAVE}
     assert reason in report.sites[0].reason
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_packed(name):
+    """Left padded; tokens leave the window from the prompt on, and several times later."""
+    config, overrides, attention = WINDOWS[name]
+    model = tiny_architecture(config, overrides, attention)
+    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
+    # before a tile is flushed that an earlier chunk takes part in
+    length = 165 if "chunks" in name else 190
+    ids, mask = tokens(length=length), torch.ones(2, length, dtype=torch.long)
+    ids[0, :11], mask[0, :11] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    plain, _ = decode(model, ids, mask, positions, prompt=110)
+    oracle = OracleCache(plan, mask.bool())
+    # what no later query sees does not widen groups of the prompt either
+    first = torch.tensor([[64 + 11], [64]] if "chunks" in name else [[110 - 64]] * 2)
+    for layer, own in zip(oracle.layers, KVMixCache(plan, model.config).layers, strict=True):
+        if own.is_sliding:
+            layer.valid = layer.valid & (torch.arange(length) >= first)
+    want, _ = decode(model, ids, mask, positions, oracle, prompt=110)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, past = decode(model, ids, mask, positions, KVMixCache(plan, model.config), prompt=110)
+    assert worst(got, want) < 3e-4
+    assert worst(plain, want) > 5e-3
+    assert past.get_seq_length() == length
+    stored = [layer.keys.shape[2] for layer in past.layers if layer.is_sliding]
+    assert stored
+    assert all(63 <= n < 63 + 32 for n in stored)
+    report = kvmix_fx.compiled(model).report
+    assert not report.skipped()
+    assert len(report.graphs) == 2
+
+
+def test_a_model_of_windows_generates_from_a_packed_cache():
+    """8 bits say what the plain model says, 2 bits do not; the default cache, without one handed in."""
+    model = tiny_architecture(*WINDOWS["mistral"][:2])
+    ids = tokens(length=100)
+    settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    plain = model.generate(ids, **settings)
+    differences = []
+    for bits in (8, 2):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, window=8)
+        out = kvmix_fx.compile(model, plan, inner="eager").generate(ids, **settings)
+        layer = out.past_key_values.layers[1]
+        assert isinstance(layer.keys, QuantizedKVTensor)
+        assert layer.keys.format.bits == bits
+        assert out.past_key_values.get_seq_length() == 139
+        differences.append((out.logits[1] - plain.logits[1]).abs().max().item())
+    assert differences[0] < 5e-2 < differences[1]
 
 
 def test_hybrid_models_pack_their_full_attention_layers():

@@ -38,8 +38,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
-from kvmix_fx.integrations.transformers.caches import KVMixStaticCache, pack_static_layers
+from kvmix_fx.integrations.transformers.caches import (
+    KVMixStaticCache,
+    pack_sliding_layers,
+    pack_static_layers,
+)
 from kvmix_fx.integrations.transformers.layers import (
+    KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
     fixed_layers,
@@ -65,7 +70,7 @@ class TokensCall(Call):
     """A call of a transformers model.
 
     tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. cache: `past_key_values`
-    if it is a Cache. fixed: its layers of fixed capacity.
+    if it is a Cache. fixed: its layers of fixed capacity. sliding: its packed layers of a window.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool) -> None:
@@ -75,9 +80,12 @@ class TokensCall(Call):
         self.batch = self.n = 0
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
+        self.sliding: list[KVMixSlidingLayer] = []
 
     def finish(self) -> None:
-        """Count the tokens that fixed layers have got."""
+        """Count the tokens that layers have got."""
+        for window in self.sliding:
+            window.count(self.n)
         for layer in self.fixed:
             layer.host_length += self.n
 
@@ -184,6 +192,14 @@ class TransformersCalls:
         if call.cache is not None:
             call.fixed = fixed_layers(call.cache)
 
+    def _pack_sliding_layers(self, call: TokensCall) -> None:
+        cache = call.cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            pack_sliding_layers(cache, self.plan)
+            call.sliding = [layer for layer in cache.layers if isinstance(layer, KVMixSlidingLayer)]
+
     def _fit_mask(self, call: TokensCall) -> None:
         if not call.fixed:
             return
@@ -225,13 +241,16 @@ class TransformersCalls:
     def _allocate(self, call: TokensCall) -> None:
         live: Tensor | None = None
         dtypes: tuple[torch.dtype, torch.dtype] | None = None
-        for layer in call.fixed:
-            if not layer.is_initialized:
-                geometry = self.plan.geometry
-                assert geometry is not None
-                shape = (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim)
+        for index, layer in enumerate(call.cache.layers if call.cache is not None else ()):
+            if isinstance(layer, PromptFirstStaticLayer) and not layer.is_initialized:
+                assert self.plan.geometry is not None
+                sizes = self.plan.geometry.layer(index)
+                heads = kv_heads_here(self.model, sizes.num_kv_heads)
                 dtypes = dtypes or self._cached_dtypes()
-                keys, values = (torch.empty(shape, dtype=dtype, device=self.model.device) for dtype in dtypes)
+                keys, values = (
+                    torch.empty(call.batch, heads, 0, channels, dtype=dtype, device=self.model.device)
+                    for channels, dtype in zip((sizes.head_dim, sizes.value_dim), dtypes, strict=True)
+                )
                 if isinstance(layer, KVMixStaticLayer):
                     # one counter for all layers: a step then updates one number
                     layer.lazy_initialization(keys, values, live)
@@ -312,6 +331,7 @@ class TransformersCalls:
         _drop_mask_of_one_row,
         _note_single_token,
         _pack_static_layers,
+        _pack_sliding_layers,
         _fit_mask,
         _choose_lane,
     )
