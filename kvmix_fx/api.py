@@ -143,6 +143,7 @@ def compile(
             model, inside[0], plan, inner, on_nothing, torch_compile_options, options, mode
         )
     prepare, attributes, backend.windows = hooks_for(model, plan, shortcut)
+    backend.widens = True
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
     step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
     step.compile()

@@ -245,6 +245,13 @@ attend = torch.ops.kvmix.attend.default
 dequantize = torch.ops.kvmix.dequantize.default
 
 
+def peak(x: Tensor) -> Tensor:
+    """The size of the largest finite element, float32 []; 0 without any."""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.where(x.isfinite(), x, 0).abs().amax().float()
+
+
 def default_scale(head_dim: int) -> float:
     """SDPA's scale when none is given."""
     return 1.0 / math.sqrt(head_dim)

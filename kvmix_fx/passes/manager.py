@@ -6,6 +6,7 @@ drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verif
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ UNKNOWN_LAYER = (
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
     "same bits"
 )
+Ranged = tuple[int | None, int]
+"""A cached tensor: its layer, and 0 for keys or 1 for values."""
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
 
@@ -47,11 +50,18 @@ class PassResult:
     report: GraphReport
 
 
-def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False, windows: bool = False) -> PassResult:
+def run(
+    gm: fx.GraphModule,
+    plan: KVPlan,
+    own_buffers: bool = False,
+    windows: bool = False,
+    wide: Collection[Ranged] = (),
+) -> PassResult:
     """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is.
 
     own_buffers: whether plain buffers can be exchanged for packed ones after the step. windows: whether
-    packed tokens of which a graph keeps the last ones are gone on with as a sliding window.
+    packed tokens of which a graph keeps the last ones are gone on with as a sliding window. wide: tensors
+    whose scales are float32 whatever the plan says.
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
@@ -64,7 +74,9 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False, windows: bo
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
-    report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
+    report = GraphReport(
+        [_report(site, plan, wide) for site in sites] + [_missed(one) for one in matched.missed]
+    )
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
@@ -72,7 +84,7 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False, windows: bo
         copied,
         sites,
         matched.leftover,
-        lambda site: _formats(site, plan),
+        lambda site: _formats(site, plan, wide),
         lambda site: _order(site, plan),
     )
     verify(result, sites)
@@ -90,7 +102,7 @@ def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
     return plan.layers[0] if all(layer == plan.layers[0] for layer in plan.layers) else None
 
 
-def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
+def _formats(site: Site, plan: KVPlan, wide: Collection[Ranged] = ()) -> tuple[TensorFormat, TensorFormat]:
     layer = _layer_plan(site, plan)
     assert layer is not None
     if site.tail is not None:
@@ -98,7 +110,11 @@ def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
     plain = site.buffers
     both = (plain.key, plain.value) if plain is not None else (site.key_root, site.value_root)
     key_dim, value_dim = (int(example(x).shape[3]) for x in both)
-    return layer.formats(key_dim, value_dim)
+    key, value = layer.formats(key_dim, value_dim)
+    return (
+        layout.widened(key) if (site.layer, 0) in wide and not key.is_raw else key,
+        layout.widened(value) if (site.layer, 1) in wide and not value.is_raw else value,
+    )
 
 
 def _order(site: Site, plan: KVPlan) -> Tensor | None:
@@ -147,14 +163,14 @@ def _raw_window(layer: LayerPlan, window: int) -> str:
     )
 
 
-def _report(site: Site, plan: KVPlan) -> SiteReport:
+def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
     formats: tuple[TensorFormat, TensorFormat] | None = None
     shape: Any = None
     if site.key_update is not None and site.value_update is not None:
         formats = (site.key_update.tensor.format, site.value_update.tensor.format)
         shape = site.key_update.tensor.shape
     elif site.action == ADOPT:
-        formats = _formats(site, plan)
+        formats = _formats(site, plan, wide)
         shape = example(site.key_root).shape
     bytes_per_token = None
     if formats is not None:

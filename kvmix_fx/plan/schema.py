@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -276,6 +276,14 @@ class LayerPlan:
         if self.is_raw:
             return window - 1
         return max(window - 1, self.window.length) + self.tile_length - 1
+
+    def widened(self, roles: Collection[int]) -> LayerPlan:
+        """With scales of single precision for keys (role 0), values (1) or both."""
+        key, value = (
+            replace(spec, scale_dtype="float32") if role in roles and not spec.is_raw else spec
+            for role, spec in enumerate((self.key, self.value))
+        )
+        return replace(self, key=key, value=value)
 
     def packs_window(self, window: int) -> bool:
         """Whether anything of a sliding window of so many tokens is packed: more than what stays raw."""

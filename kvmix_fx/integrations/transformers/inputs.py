@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ class TokensCall(Call):
     if it is a Cache. fixed: its layers of fixed capacity. sliding: its packed layers of a window.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool, model: TransformersCalls
+    ) -> None:
         """A call of which nothing is known yet."""
         super().__init__(args, kwargs, generating)
+        self._model = model
         self.tokens: Tensor | None = None
         self.batch = self.n = 0
         self.cache: Cache | None = None
@@ -89,6 +93,10 @@ class TokensCall(Call):
         for layer in self.fixed:
             layer.host_length += self.n
 
+    def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
+        """As `Call.widen`; this call's fixed layers are allocated anew."""
+        self._model.widen(self, found)
+
 
 class TransformersCalls:
     """What a compiled transformers model does before each forward."""
@@ -98,6 +106,7 @@ class TransformersCalls:
     ) -> None:
         """Keep what the checks need."""
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
+        self._wide: set[tuple[int | None, int]] = set()
         self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -108,7 +117,7 @@ class TransformersCalls:
             CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
         """
         args, kwargs = self._by_name(args, kwargs)
-        call = TokensCall(args, kwargs, self.inside.calls > 0)
+        call = TokensCall(args, kwargs, self.inside.calls > 0, self)
         if any(kwargs.get(name) for name in _RECORDED):
             _install_recorders(self.model)
         if not _find_tokens(call):
@@ -122,6 +131,16 @@ class TransformersCalls:
         for check in self._CHECKS:
             check(self, call)
         return call
+
+    def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
+        """Remember the tensors whose scales are wide, and allocate those of this call anew."""
+        self._wide |= set(found)
+        for layer in call.fixed:
+            if not layer.has_tokens:
+                # the step has counted its tokens
+                layer.cumulative_length.zero_()
+                layer.is_initialized &= not isinstance(layer, KVMixStaticLayer)
+        self._allocate(call)
 
     def _by_name(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -252,6 +271,9 @@ class TransformersCalls:
                     for channels, dtype in zip((sizes.head_dim, sizes.value_dim), dtypes, strict=True)
                 )
                 if isinstance(layer, KVMixStaticLayer):
+                    layer.layer_plan = layer.layer_plan.widened(
+                        [role for number, role in self._wide if number == index]
+                    )
                     # one counter for all layers: a step then updates one number
                     layer.lazy_initialization(keys, values, live)
                     live = layer.keys.live
