@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,18 @@ import torch
 from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
-from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
+from kvmix_fx.errors import (
+    BackendOptionError,
+    DequantizeWarning,
+    NoSiteError,
+    PlanGeometryError,
+    TrainingError,
+)
 from kvmix_fx.parallel import check_placement
 from kvmix_fx.passes.find.written_out import READS_WEIGHTS
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
+from kvmix_fx.passes.sites import STORE
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import CompiledStep, Delegating
@@ -63,6 +71,7 @@ class Compiled:
         self.backend = backend
         self.on_nothing = on_nothing
         self.advice = _other_attention(inside or model)
+        self._warned = False
         self.names = list(names)
         self.replaced = {name: vars(model)[name] for name in self.names if name in vars(model)}
 
@@ -73,8 +82,24 @@ class Compiled:
 
     def check(self, result: Any) -> None:
         """After a graph was traced: something must be packed, or the user must know."""
+        self._warn_of_storage()
         if self.on_nothing == "raise":
             _check_rewritten(self.report, result, self.advice)
+
+    def _warn_of_storage(self) -> None:
+        """Say once that steps unpack what no known attention reads, and how to have it read packed."""
+        stored = sorted({str(site.layer) for site in self.report.sites if site.action == STORE})
+        if not stored or self._warned or not self.advice:
+            return
+        self._warned = True
+        missed = dict.fromkeys(site.reason for site in self.report.sites if not site.recognized)
+        warnings.warn(
+            f"the caches of layers {', '.join(stored)} are packed, but every step unpacks them one layer at "
+            f"a time, for what reads them is no known attention ({'; '.join(missed)}): {self.advice}accept "
+            "slower steps",
+            DequantizeWarning,
+            stacklevel=5,
+        )
 
 
 def compile(

@@ -22,7 +22,7 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.match import SLIDING, Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
@@ -181,7 +181,7 @@ def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
         layer=site.layer,
         module=site.module,
         idiom=site.idiom,
-        action=site.action,
+        action=STORE if site.stored and site.action == ADOPT else site.action,
         reason=site.reason,
         key_bits=formats[0].bits if formats else layout.RAW_BITS,
         value_bits=formats[1].bits if formats else layout.RAW_BITS,

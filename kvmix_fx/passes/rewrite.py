@@ -200,6 +200,10 @@ class _Rewriter:
                 ),
             )
         node.meta = dict(call.node.meta)
+        dtype = example(call.node).dtype
+        if dtype != example(call.query).dtype:
+            with self.graph.inserting_before(call.node):
+                node = self.graph.call_method("to", (node, dtype))
         call.node.replace_all_uses_with(node)
         # what is written in place in there has no effect elsewhere
         self.dead += [call.node, *call.inside]

@@ -97,6 +97,7 @@ ATTEND = "packed attention"
 ADOPT = "packed on exit"
 APPEND = "packed append"
 STORAGE = "packed storage only"
+STORE = "packed on exit, for storage only"
 LEAVE = "left at 16 bits"
 # what happens to what is no site
 NOT_RECOGNIZED = "not recognized"
@@ -121,6 +122,8 @@ class Site:
     [B, Hkv, L, D] and leave the graph as the cache; else they or the buffers that take them, if any do.
     buffers: plain buffers of the model's own that can be packed after this step. tail: the start of the
     slice, where only the last of the keys and values leave the graph, which `key_root` and `value_root` are.
+    stored: whether this is no attention, but a cache that none reads which is known; `call` then only says
+    where it is in the graph.
     """
 
     call: AttentionCall
@@ -135,3 +138,4 @@ class Site:
     value_root: fx.Node | None = None
     buffers: PlainBuffers | None = None
     tail: Any = None
+    stored: bool = False

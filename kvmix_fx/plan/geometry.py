@@ -151,11 +151,6 @@ class ModelGeometry:
         """
         encoder = bool(getattr(config, "is_encoder_decoder", False))
         config = _text_config(config)
-        if _first(config, ("kv_lora_rank",)) is not None:
-            raise PlanGeometryError(
-                "this model uses latent attention, whose keys and values differ in head size; "
-                "plans cover one head size for both"
-            )
         num_layers = _size(config, _LAYERS)
         # a configuration whose sizes differ between layers has one of its own for each
         own = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * num_layers  # type: ignore[attr-defined]
@@ -167,6 +162,11 @@ class ModelGeometry:
 
 def _layer(config: object, kind: str, encoder: bool) -> LayerGeometry:
     """What a layer of this type caches under a configuration."""
+    latent = _first(config, ("kv_lora_rank",))
+    if latent is not None and _has_cache(kind):
+        # latent attention caches what keys and values are computed from, and the part of keys with positions
+        rotary = _size(config, ("qk_rope_head_dim",))
+        return LayerGeometry(1, _integer("kv_lora_rank", latent), rotary)
     head_dim = _first(config, _HEAD_DIM)
     if head_dim is None:
         head_dim = _size(config, _WIDTH) // _size(config, _QUERY_HEADS)

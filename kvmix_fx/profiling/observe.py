@@ -204,7 +204,7 @@ class Observer:
         matched = match(copied.graph)
         sites = matched.sites
         assign_layers(copied.graph, sites)
-        usable = [site for site in sites if site.action == ADOPT and site.layer is not None]
+        usable = [s for s in sites if s.action == ADOPT and not s.stored and s.layer is not None]
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None
         }

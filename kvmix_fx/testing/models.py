@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
 }
 # what a configuration would store without the model ever reading it
 NOT_TAKEN = {
+    "BloomConfig": ("num_key_value_heads",),
     "FalconConfig": ("head_dim", "num_key_value_heads"),
     "GPT2Config": ("num_key_value_heads",),
     "GPTNeoXConfig": ("num_key_value_heads",),
@@ -70,7 +71,6 @@ WRITTEN_OUT: dict[str, Architecture] = {
             "query_pre_attn_scalar": 32,
         },
     ),
-    "gpt-oss": ("GptOssConfig", {"layer_types": ["full_attention"] * 2} | MOE),
     "granite, swa": (
         "GraniteSWAConfig",
         {"layer_types": ["full_attention"] * 2, "attention_multiplier": 32**-0.5},
@@ -91,7 +91,12 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], str]] = {
 # with the reason
 LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
     "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "no longer than what the plan keeps"),
-    "deepseek-v3, latent cache": (
+}
+
+# caches that no known attention reads, packed as storage; with the attention
+STORED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "eager"),
+    "deepseek-v3, latents": (
         "DeepseekV3Config",
         {
             "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "q_lora_rank": 32,
@@ -99,7 +104,7 @@ LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
             "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
             "num_experts_per_tok": 2, "head_dim": 16,
         },
-        "do not leave the graph",
+        "sdpa",
     ),
 }  # fmt: skip
 

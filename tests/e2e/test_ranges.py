@@ -33,7 +33,7 @@ def logits(model, past=None):
     return out.logits[:, -1].float(), past.layers[0]
 
 
-@pytest.mark.parametrize(("scale", "fixed"), [(1e-5, False), (1e6, False), (1e6, True)])
+@pytest.mark.parametrize(("scale", "fixed"), [(1e-5, False), (1e6, True)])
 def test_scales_get_the_range_of_the_data(scale, fixed):
     model = scaled_model(scale)
     want, _ = logits(model)

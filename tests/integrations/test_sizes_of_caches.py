@@ -16,6 +16,7 @@ MODELS = {
     "a window that stays raw": ("MistralConfig", {"sliding_window": 40}),
     "heads of two sizes": ("Gemma4TextConfig", {"num_hidden_layers": 6, "sliding_window": 200}),
     "shared caches": ("Gemma3nTextConfig", {"num_hidden_layers": 10, "num_kv_shared_layers": 5}),
+    "latents": ("DeepseekV3Config", {}),
     "layers without a cache": ("Qwen3NextConfig", {"num_hidden_layers": 8}),
 }
 

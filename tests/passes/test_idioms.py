@@ -344,6 +344,16 @@ def with_a_scaled_query(q, k, v, mask, cap=None):
     return torch.softmax(scores, 3).matmul(v)
 
 
+def with_casts(q, k, v, mask, cap=None):
+    """In higher precision, as GPT-J has it."""
+    scores = torch.matmul(q.double(), k.to(torch.float64).transpose(-1, -2)) / 32**0.5
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(F.softmax(scores, dim=-1).to(v.dtype), v)
+
+
 def in_place(q, k, v, mask, cap=None):
     scores = (q @ k.transpose(-1, -2)).mul_(32**-0.5)
     if cap is not None:
@@ -354,7 +364,7 @@ def in_place(q, k, v, mask, cap=None):
 
 
 @pytest.mark.parametrize(
-    "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, in_place]
+    "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, with_casts, in_place]
 )
 @pytest.mark.parametrize("cap", [None, 0.2])
 @pytest.mark.parametrize("masked", [False, True])

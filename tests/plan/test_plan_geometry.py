@@ -71,9 +71,9 @@ def test_a_size_that_answers_with_an_error_is_named():
         ModelGeometry.of(Config(**LLAMA))
 
 
-def test_latent_attention_is_refused():
-    with pytest.raises(PlanGeometryError, match="latent attention"):
-        ModelGeometry.of(SimpleNamespace(**LLAMA, kv_lora_rank=512))
+def test_latent_attention_caches_one_latent_and_the_rotated_part():
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert ModelGeometry.of(SimpleNamespace(**LLAMA, **latent)).layer(27) == LayerGeometry(1, 512, 64)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,6 @@ def test_transformers_configurations(kind, options, sizes):
     assert ModelGeometry.of(getattr(transformers, kind)(**options)) == ModelGeometry(*sizes)
 
 
-def test_latent_attention_of_transformers_is_refused():
-    transformers = pytest.importorskip("transformers", reason="reads configurations of transformers")
-    with pytest.raises(PlanGeometryError, match="latent attention"):
-        ModelGeometry.of(transformers.DeepseekV3Config())
-
-
 def full(heads, size, **more):
     return LayerGeometry(heads, size, size, **more)
 
@@ -116,6 +110,7 @@ MIXED = {
     "BartConfig": [full(16, 64, cross_heads=16)],
     "T5Config": [full(8, 64, cross_heads=8)],
     "WhisperConfig": [full(6, 64, cross_heads=6)],
+    "DeepseekV3Config": [LayerGeometry(1, 512, 64)],
 }
 
 
