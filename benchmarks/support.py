@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvmix_fx.testing.models import LEFT_ALONE, PACKED, WRITTEN_OUT
+from kvmix_fx.testing.models import LEFT_ALONE, PACKED, STORED, WINDOWS, WRITTEN_OUT
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 
@@ -49,6 +49,10 @@ def models() -> list[list[str]]:
         [_title(config), variant or "-", " and ".join(f"`{name}`" for name in ways), "packed"]
         for (config, variant), ways in found.items()
     ]
+    for name, (config, _, attention) in WINDOWS.items():
+        rows.append([_title(config), _variant(name), f"`{attention}`", "packed, windows in growing caches"])
+    for name, (config, _, attention) in STORED.items():
+        rows.append([_title(config), _variant(name), f"`{attention}`", "stored packed, unpacked by every step"])
     for name, (config, _, reason) in LEFT_ALONE.items():
         rows.append([_title(config), _variant(name) or "-", "`sdpa`", f'left at 16 bits, "{reason}"'])
     return rows

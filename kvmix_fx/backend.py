@@ -8,8 +8,9 @@ of every step; True: record steps also under a process group), "report" (a Compi
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -94,6 +95,11 @@ class KVMixBackend:
         self.inner = inner
         self.report = report if report is not None else CompileReport()
         self.note = note
+        # whether somebody goes on with a slice of packed tokens as with a sliding window
+        self.windows = False
+        # whether somebody calls `widened` when scales have too small a range, and the tensors whose have
+        self.widens = False
+        self.wide: frozenset[manager.Ranged] = frozenset()
         self.__name__ = "kvmix"
 
     @property
@@ -103,7 +109,9 @@ class KVMixBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
-        result = manager.run(gm, self.plan, own_buffers=self.model is not None)
+        result = manager.run(
+            gm, self.plan, own_buffers=self.model is not None, windows=self.windows, wide=self.wide
+        )
         self.report.graphs.append(result.report)
         if result.rewritten is None:
             return _compile(gm, example_inputs, *self._choose(example_inputs, False))
@@ -123,7 +131,13 @@ class KVMixBackend:
         note = None if record is None else self.note
         if record is not None and process_group_size() > 1:
             before_groups_end(recording.release_all)
-        return Boundary(result.rewritten.recipe, compiled, self.model, record, note)
+        return Boundary(result.rewritten.recipe, compiled, self.model, record, note, self.widens)
+
+    def widened(self, found: Iterable[manager.Ranged]) -> KVMixBackend:
+        """A backend with the same report that gives the scales of these tensors single precision."""
+        other = copy.copy(self)
+        other.wide = self.wide | frozenset(found)
+        return other
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
         """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""

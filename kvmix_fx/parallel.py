@@ -88,13 +88,13 @@ def local(x: Tensor) -> Tensor:
     return part.to_local() if is_distributed(x) else x  # type: ignore[no-any-return]
 
 
-def kv_heads_here(model: nn.Module, geometry: ModelGeometry) -> int:
-    """KV heads of a layer that this rank keeps.
+def kv_heads_here(model: nn.Module, heads: int) -> int:
+    """KV heads that this rank keeps of a layer which has so many.
 
     Raises:
         HeadSplitError: they cannot be shared out evenly.
     """
-    return geometry.heads_per_rank(Ranks.of(model).size)
+    return ModelGeometry.shared_out(heads, Ranks.of(model).size)
 
 
 def own_heads(heads: Sequence[_Head], count: int) -> Sequence[_Head]:
@@ -153,7 +153,7 @@ def check_placement(model: nn.Module) -> None:
         geometry = ModelGeometry.of(model)
     except PlanGeometryError:
         return  # head counts that differ or are not known are checked by those who need them
-    kv_heads_here(model, geometry)
+    kv_heads_here(model, geometry.num_kv_heads)
 
 
 def _check_device_map(model: nn.Module) -> None:

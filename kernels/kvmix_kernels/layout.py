@@ -609,6 +609,25 @@ def fixed_slots(fmt: TensorFormat, capacity: int) -> int:
     return fmt.sink + -(-capacity // fmt.tile) * fmt.tile if fmt.is_raw else fmt.residual_slots
 
 
+def holds(fmt: TensorFormat, peak: float) -> bool:
+    """Whether the format's scales and offsets have the range of elements up to `peak` in size.
+
+    Scales of half precision or a byte end at 65504, and have fewer bits from 2^-14 down. What counts is that
+    rounding them costs less than a quarter of a step at the far end of a group, for groups that span an
+    eighth of the largest range.
+    """
+    if fmt.is_raw or peak == 0 or SCALE_DTYPES[fmt.scale_dtype] in ("bfloat16", "float32"):
+        return True
+    top = max(1, 2**fmt.bits - 1)
+    least = top * 2.0**-13 if fmt.scale_dtype == BYTE_SCALES else top * top * 2.0**-21
+    return least <= peak <= 30000.0
+
+
+def widened(fmt: TensorFormat) -> TensorFormat:
+    """The same format with scales and offsets of single precision, whose range is that of any model."""
+    return fmt._replace(scale_dtype=SCALE_DTYPES.index("float32"))
+
+
 def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int) -> None:
     """Raise CapacityError unless `count` tokens after `length` fit into buffers with so many rows and slots.
 

@@ -42,7 +42,7 @@ _library.define(
 _library.define(
     "attend(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
-    "float softcap=0.0) -> Tensor",
+    "float softcap=0.0, Tensor? sink_logits=None) -> Tensor",
 )
 _library.define("dequantize(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
@@ -124,9 +124,11 @@ def _attention(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         key_format: list[int],
         value_format: list[int],
         softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         k, v = Cached.of(keys, key_format), Cached.of(values, value_format)
-        return implementation(query, new_keys, new_values, k, v, mask, _live(start, length), scale, softcap)
+        live = _live(start, length)
+        return implementation(query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
 
     return attend
 
@@ -175,6 +177,7 @@ def _fake_attend(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     # not `Cached.of`: a trace asks this often, and the buffers were checked when they were made
     return query.new_empty((*query.shape[:3], values[RESIDUAL].shape[3]))
@@ -242,6 +245,13 @@ quantize_pack = torch.ops.kvmix.quantize_pack.default
 append_ = torch.ops.kvmix.append_.default
 attend = torch.ops.kvmix.attend.default
 dequantize = torch.ops.kvmix.dequantize.default
+
+
+def peak(x: Tensor) -> Tensor:
+    """The size of the largest finite element, float32 []; 0 without any."""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.where(x.isfinite(), x, 0).abs().amax().float()
 
 
 def default_scale(head_dim: int) -> float:

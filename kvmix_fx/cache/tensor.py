@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind, without_front
 from kvmix_fx.cache.saved import check_buffers, check_numbers, entry, read_meta
 from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
@@ -118,10 +118,14 @@ class QuantizedKVTensor(torch.Tensor):
     ) -> QuantizedKVTensor:
         """Quantize and pack the tokens x [B, Hkv, L, D] into a growing tensor.
 
+        Scales become float32 where those of the format do not have the range of the tokens.
+
         `mask`: the attention mask of the step that made them; hidden tokens widen no group. `hint`: what an
         order of channels comes from, see `kvmix_kernels.ops`.
         """
         layout.check_head_size(format, x.shape[3])
+        if not is_fake(x) and ranges_wider(x.dtype, format) and not layout.holds(format, float(ops.peak(x))):
+            format = layout.widened(format)
         return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 
     @classmethod
@@ -238,6 +242,11 @@ class QuantizedKVTensor(torch.Tensor):
         cached = rewind(self.cached, self.lease.length, length)
         return QuantizedKVTensor(cached, length, store=self.lease.store)
 
+    def without_front(self, tiles: int, room: int) -> QuantizedKVTensor:
+        """A growing tensor of its own without its first `tiles` tiles, with room for `room` tokens."""
+        left = self.shape[2] - tiles * self.format.tile
+        return QuantizedKVTensor(without_front(self.cached, tiles, room), left)
+
     def map_buffers(
         self, function: Callable[[Tensor], Tensor], live: Tensor | None = None
     ) -> QuantizedKVTensor:
@@ -283,6 +292,8 @@ class QuantizedKVTensor(torch.Tensor):
         recipe = (
             "raw" if f.is_raw else f"{f.label} bits per {axis} in groups of {f.group_size or self.shape[3]}"
         )
+        named = layout.SCALE_DTYPES[f.scale_dtype]
+        scales = "" if f.is_raw or named == "float16" else f", {named} scales"
         size = (
             ""
             if is_fake(self.residual)
@@ -290,7 +301,7 @@ class QuantizedKVTensor(torch.Tensor):
         )
         return (
             f"QuantizedKVTensor({list(self.shape)}, {self.dtype}, {self.device}, {kind}, {recipe}, "
-            f"sink {f.sink}, window {f.window}{size})"
+            f"sink {f.sink}, window {f.window}{scales}{size})"
         )
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
@@ -341,6 +352,11 @@ class QuantizedKVTensor(torch.Tensor):
         from kvmix_fx.cache.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def ranges_wider(dtype: torch.dtype, format: TensorFormat) -> bool:
+    """Whether tokens of this dtype may have a range that scales of the format do not have."""
+    return dtype != torch.float16 and not layout.holds(format, torch.inf)
 
 
 def _span(where: Any) -> tuple[Any, Any] | None:

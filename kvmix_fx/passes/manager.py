@@ -6,6 +6,7 @@ drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verif
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from kvmix_fx.errors import HeadSizeError, PlanLayerError
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.match import Missed, match
+from kvmix_fx.passes.match import SLIDING, Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
@@ -36,6 +37,8 @@ UNKNOWN_LAYER = (
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
     "same bits"
 )
+Ranged = tuple[int | None, int]
+"""A cached tensor: its layer, and 0 for keys or 1 for values."""
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
 
@@ -47,10 +50,18 @@ class PassResult:
     report: GraphReport
 
 
-def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResult:
+def run(
+    gm: fx.GraphModule,
+    plan: KVPlan,
+    own_buffers: bool = False,
+    windows: bool = False,
+    wide: Collection[Ranged] = (),
+) -> PassResult:
     """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is.
 
-    own_buffers: whether plain buffers can be exchanged for packed ones after the step.
+    own_buffers: whether plain buffers can be exchanged for packed ones after the step. windows: whether
+    packed tokens of which a graph keeps the last ones are gone on with as a sliding window. wide: tensors
+    whose scales are float32 whatever the plan says.
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
@@ -60,8 +71,12 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     for site in sites:
         if not own_buffers:
             site.buffers = None
+        if site.tail is not None and not windows:
+            site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
-    report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
+    report = GraphReport(
+        [_report(site, plan, wide) for site in sites] + [_missed(one) for one in matched.missed]
+    )
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
@@ -69,7 +84,7 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
         copied,
         sites,
         matched.leftover,
-        lambda site: _formats(site, plan),
+        lambda site: _formats(site, plan, wide),
         lambda site: _order(site, plan),
     )
     verify(result, sites)
@@ -87,11 +102,19 @@ def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
     return plan.layers[0] if all(layer == plan.layers[0] for layer in plan.layers) else None
 
 
-def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
+def _formats(site: Site, plan: KVPlan, wide: Collection[Ranged] = ()) -> tuple[TensorFormat, TensorFormat]:
     layer = _layer_plan(site, plan)
     assert layer is not None
-    key = site.buffers.key if site.buffers is not None else site.key_root
-    return layer.formats(int(example(key).shape[3]))
+    if site.tail is not None:
+        layer = layer.in_window()
+    plain = site.buffers
+    both = (plain.key, plain.value) if plain is not None else (site.key_root, site.value_root)
+    key_dim, value_dim = (int(example(x).shape[3]) for x in both)
+    key, value = layer.formats(key_dim, value_dim)
+    return (
+        layout.widened(key) if (site.layer, 0) in wide and not key.is_raw else key,
+        layout.widened(value) if (site.layer, 1) in wide and not value.is_raw else value,
+    )
 
 
 def _order(site: Site, plan: KVPlan) -> Tensor | None:
@@ -123,6 +146,9 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         return
     if site.action == LEAVE:
         return
+    if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
+        site.action, site.reason = LEAVE, _raw_window(layer, 1 - site.tail)
+        return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
             layout.check_head_size(fmt, int(example(root).shape[3]))
@@ -130,14 +156,21 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.action, site.reason = LEAVE, str(error)
 
 
-def _report(site: Site, plan: KVPlan) -> SiteReport:
+def _raw_window(layer: LayerPlan, window: int) -> str:
+    return (
+        f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
+        f"{layer.window.length} recent tokens and a tile of {layer.tile_length}"
+    )
+
+
+def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
     formats: tuple[TensorFormat, TensorFormat] | None = None
     shape: Any = None
     if site.key_update is not None and site.value_update is not None:
         formats = (site.key_update.tensor.format, site.value_update.tensor.format)
         shape = site.key_update.tensor.shape
     elif site.action == ADOPT:
-        formats = _formats(site, plan)
+        formats = _formats(site, plan, wide)
         shape = example(site.key_root).shape
     bytes_per_token = None
     if formats is not None:
@@ -148,7 +181,7 @@ def _report(site: Site, plan: KVPlan) -> SiteReport:
         layer=site.layer,
         module=site.module,
         idiom=site.idiom,
-        action=site.action,
+        action=STORE if site.stored and site.action == ADOPT else site.action,
         reason=site.reason,
         key_bits=formats[0].bits if formats else layout.RAW_BITS,
         value_bits=formats[1].bits if formats else layout.RAW_BITS,

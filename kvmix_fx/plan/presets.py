@@ -209,8 +209,6 @@ def tiers(
     """
     geometry = ModelGeometry.of(target)
     share, value_bits = next((share, width) for below, share, width in TIER_STEPS if bits < below)
-    head_dim = geometry.head_dim
-    high = max(8, head_dim // share // 8 * 8)
     if channel_orders is not None and len(channel_orders) != geometry.num_layers:
         raise PlanLayerError(
             f"{len(channel_orders)} orders of channels for {geometry.num_layers} layers: take them from a "
@@ -219,6 +217,8 @@ def tiers(
     value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
 
     def layer(index: int) -> LayerPlan:
+        head_dim = geometry.layer(index).head_dim
+        high = max(8, head_dim // share // 8 * 8)
         key = QuantSpec(
             4,
             "channel",

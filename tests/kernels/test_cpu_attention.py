@@ -108,7 +108,14 @@ def cases(draw, longest=200):
         length,
         D**-0.5,
         draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
+        draw(st.sampled_from((None, None, *sinks(H * group, seed)))),
     )
+
+
+def sinks(heads, seed):
+    """Logits of a learned sink that leave nearly nothing, nearly all and something of attention."""
+    some = values("normal", (1, 1, 1, heads), seed + 3).flatten()
+    return some + 6, some - 200, some.half(), torch.full((heads,), -torch.inf)
 
 
 def in_float64(case):
@@ -127,7 +134,7 @@ def assert_equals_the_reference(got, case):
     assert got.dtype == low.dtype
     assert got.shape == low.shape
     assert torch.equal(got.isnan(), low.isnan())
-    query, _, _, keys, stored, _, _, scale, _ = case
+    query, _, _, keys, stored, _, _, scale, _, _ = case
     budget = error_budget(low, exact, 4.0) + split_sums_lose(query, keys, stored, scale, exact)
     assert (got.double() - exact).abs().max().item() <= budget
 
@@ -323,6 +330,7 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         {"mask": torch.ones(201, dtype=torch.float64)},
         {"length": 1000},
         {"length": -1},
+        {"sink_logits": torch.zeros(3)},
         {"keys": k._replace(format=fmt._replace(group_size=0))},
         {"keys": k._replace(format=fmt._replace(group_size=24))},
         {"keys": k._replace(format=layout.make_format(4))},

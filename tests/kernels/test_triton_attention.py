@@ -110,6 +110,7 @@ def check(
     new: bool = True,
     spread: float = 0.0,
     softcap: float = 0.0,
+    sinks: bool = False,
     seed: int = 0,
     config: configs.AttendConfig | None = None,
 ) -> None:
@@ -156,6 +157,8 @@ def check(
         k.encode(),
         v.encode(),
         softcap,
+        # from leaving nearly all of attention to leaving nearly nothing
+        torch.linspace(-4, 12, Hkv * group).to(dtype).to(DEVICE) if sinks else None,
     )
     expected = ops._attend(*(a.float() if a is query else a for a in args))
     assert_close(kernels.attend(*args, config=config), expected, TOLERANCE[dtype] * growth(spread))
@@ -212,6 +215,7 @@ def test_attend_equals_the_reference_in_every_geometry(shard: int, data: st.Data
         extra=data.draw(st.sampled_from((0, 0, 40))),
         new=new,
         softcap=data.draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
+        sinks=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 2**31)),
     )
 
@@ -256,6 +260,7 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
         extra=data.draw(st.sampled_from((0, 300))),
         spread=data.draw(st.sampled_from((0.0, 8.0))),
         softcap=data.draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
+        sinks=data.draw(st.booleans()),
         seed=data.draw(st.integers(0, 2**31)),
         config=configs.AttendConfig(
             tokens=data.draw(st.sampled_from((32, 64, 128))),
@@ -312,7 +317,7 @@ def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:
     plan = attend_plan(k, v, Step(1, 2, 64, 64, 450, 1, True, False, False), configs.Gpu(), config)
     assert plan.bulk_splits > FEW_SPLITS
     assert plan.merge_blocks == 1
-    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=450, spread=4.0, config=config)
+    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=450, spread=4.0, sinks=True, config=config)
 
 
 @pytest.mark.parametrize("wrong", ["order", "basis"])

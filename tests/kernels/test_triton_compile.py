@@ -60,6 +60,7 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),
                 softcap=case.get("softcap", 0.0), config=None if k.is_raw else limited,
+                sink_logits=new.new_empty(32) if case.get("sinks") else None,
             )  # fmt: skip
     elif case["op"] == "append_":
         with recorded(storage, "append_kernel", "see_kernel", "order_kernel") as found:
@@ -111,6 +112,7 @@ CASES = [
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 16, gpu=HOPPER),
+    case("attend", 90, 4, head_dim=64, group=64, gpu=HOPPER, sinks=True),
     *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
     *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
     *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),

@@ -82,6 +82,7 @@ typedef struct { float *raw, *packed; } Rows;
 typedef struct {
     Tensor query, mask;
     float *out;  /* [B, H * rows, Dv] */
+    const float *sinks;  /* a score more for each query head, [H * group]; 0: none */
     double scale, softcap;
     int64_t B, H, group, Lq, length, origin, threads;
     Cached keys, values;
@@ -735,9 +736,12 @@ int kvmix_attend(const Call *call) {
 
     for (int64_t i = 0; i < heads * rows; i++) {
         const float *first = work.partial + i / rows * work.splits * partial + i % rows;
+        const int64_t head = i / rows % call->H * call->group + i % rows / call->Lq;
         float highest = LOWEST, total = 0, *out = call->out + i * Dv;
+        if (call->sinks && call->sinks[head] > LOWEST) highest = call->sinks[head];
         for (int64_t s = 0; s < work.splits; s++)
             if (first[s * partial] > highest) highest = first[s * partial];
+        if (call->sinks) total = exponential1(call->sinks[head] - highest);
         memset(out, 0, sizeof(float) * Dv);
         for (int64_t s = 0; s < work.splits; s++) {
             const float *best = first + s * partial, *sums = best - i % rows + 2 * rows + i % rows * Dv;

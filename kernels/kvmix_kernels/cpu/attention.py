@@ -55,6 +55,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
 
@@ -64,9 +65,10 @@ def attend(
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
     rows = Hq // Hkv * Lq
+    rest = (mask, length, scale, softcap, sink_logits)
     if rows > MAX_ROWS or query.dtype == torch.float64:
-        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
-    out = native.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
+        return reference.attend(query, new_keys, new_values, keys, values, *rest)
+    out = native.attend(query, new_keys, new_values, keys, values, *rest)
     if out is not None:
         return out
     if any(cached.format.by_tile or cached.format.raw_channels for cached in (keys, values)):
@@ -86,7 +88,11 @@ def attend(
             by_head.masked_fill_(~part, -torch.inf)
         else:
             by_head.add_(part)
-    weights = torch.softmax(scores, -1)
+    if sink_logits is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        sink = reference.sink_rows(sink_logits, Hkv, Lq).to(scores.dtype).repeat(B, 1).unsqueeze(2)
+        weights = torch.softmax(torch.cat([scores, sink], 2), -1)[..., :-1]
     if mask is not None:
         # a query that may attend to nothing gets zeros
         weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0)

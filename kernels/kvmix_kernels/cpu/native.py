@@ -59,7 +59,7 @@ _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
 _ORDERS = {**_CODES, **_BYTES, torch.int32: 7}
 _EXACT = {torch.bfloat16: 1}
-_CALL = struct.Struct("=11q2d7q")
+_CALL = struct.Struct("=12q2d7q")
 _TENSORS = struct.Struct("=35q")
 _NO_MEMORY = 1
 
@@ -79,6 +79,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
 
@@ -96,6 +97,9 @@ def attend(
     fits = fits and not (values.format.by_tile or values.format.raw_channels)
     if not fits or (new_keys is None) != (new_values is None):
         return None
+    sinks = None if sink_logits is None else sink_logits.float().contiguous()
+    if sinks is not None and sinks.shape != (Hq,):
+        return None
     q = _describe(query, (B, Hq, Lq, D), _FLOATS)
     m = _NONE if mask is None else _describe_mask(mask, (B, Hq, Lq, length + new))
     k = _describe_cache(keys, new_keys, length, (B, Hkv, new, D))
@@ -109,7 +113,8 @@ def attend(
     origin = 0 if keys.format.is_raw else keys.format.sink
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
-    call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
+    sink_address = 0 if sinks is None else sinks.data_ptr()
+    call = _CALL.pack(*q, *m, out.data_ptr(), sink_address, scale, softcap, *sizes)
     failed = function(call + k + v)
     if failed == _NO_MEMORY:
         raise KernelMemoryError("no memory for partial results of attention: use a smaller batch")

@@ -30,6 +30,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T + mask) V over `length` cached tokens and the step's own.
 
@@ -45,6 +46,8 @@ def attend(
         scale: factor of the scores.
         softcap: if above 0, scores x become softcap * tanh(x / softcap) ahead of the mask (Gemma 2,
             arXiv 2408.00118).
+        sink_logits: [Hq], of a learned sink: one more score in each row's softmax, neither scaled nor capped
+            nor masked, with a value of zeros (gpt-oss, arXiv 2508.10925).
 
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
@@ -80,8 +83,18 @@ def attend(
             total = total * shrink + weights.sum(3, keepdim=True)
             out = out * shrink + weights @ v
         best = merged
+    if sink_logits is not None:
+        sink = sink_rows(sink_logits, Hkv, Lq).to(dtype).unsqueeze(2)
+        merged = torch.maximum(best, sink)
+        shrink = torch.exp(best - merged)
+        total, out = total * shrink + torch.exp(sink - merged), out * shrink
     out = out / total.masked_fill(total == 0, 1)
     return out.view(B, Hq, Lq, Dv).to(query.dtype)
+
+
+def sink_rows(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:
+    """A sink's logits [Hq] for the rows of one product, [Hkv, group * Lq]."""
+    return sink_logits.view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1)
 
 
 def _blocks(

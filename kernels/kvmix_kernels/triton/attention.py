@@ -73,6 +73,7 @@ def attend(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
     config: configs.AttendConfig | None = None,
 ) -> Tensor:
     """The op `attend`; `config` overrides the tuned one (for the tuner and tests)."""
@@ -140,7 +141,8 @@ def attend(
             num_warps=plan.warps, maxnreg=plan.registers or None,
         )  # fmt: skip
         combine_kernel[(B * Hkv * rows * plan.merge_blocks,)](
-            partial, stats, out, plan.bulk_splits, plan.splits, plan.column_blocks, rows,
+            partial, stats, out, out if sink_logits is None else sink_logits.contiguous(),
+            plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, Lq, SINKS=sink_logits is not None,
             MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
             num_warps=plan.merge_warps, launch_pdl=early,
