@@ -32,6 +32,7 @@ def check_numbers(numbers: Sequence[int]) -> TensorFormat:
     try:
         fmt = TensorFormat.decode(numbers)
         tiers = [(tier.bits, tier.channels) for tier in fmt.tiers] if len(fmt.tiers) > 1 else []
+        tiers.sort(reverse=True)  # raw channels are packed last, and named first
         again = layout.make_format(
             fmt.bits, fmt.axis, fmt.group_size, fmt.tile, fmt.sink, fmt.window, fmt.scale_dtype,
             tiers=tiers, order=fmt.order, symmetric=bool(fmt.symmetric), rotation=bool(fmt.rotation),

@@ -91,7 +91,7 @@ def attend(
     if v.format.by_tile or v.format.raw_channels:
         warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
         live = length if start is None else int(start)
-        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap)
+        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
     check_grids(k)
     check_grids(v)
 
