@@ -6,7 +6,7 @@ are defined beside it, in `kvmix_kernels.errors`, and offered here too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvmix_kernels.errors import (
     CacheShapeError,
@@ -17,6 +17,9 @@ from kvmix_kernels.errors import (
     KVMixError,
     TuningFileError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "AllocatorError",
