@@ -50,6 +50,7 @@ __all__ = [
     "ProfileError",
     "ProfileFileError",
     "ProfileMismatchError",
+    "RangeWarning",
     "RewriteInvariantError",
     "SignalError",
     "SignalUnavailable",
@@ -197,3 +198,7 @@ class GraphBreakWarning(UserWarning):
 
 class PlainCacheWarning(UserWarning):
     """A call of a compiled model returned a plain cache, for gradients were on."""
+
+
+class RangeWarning(UserWarning):
+    """A plan cuts off part of the range of values that are not rotated, which loses more than it saves."""

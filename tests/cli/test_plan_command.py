@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from running import Kvmix
 
-from kvmix_fx.cli.plan import LENGTHS, PlanChoice, default_plan
+from kvmix_fx.cli.plan import LENGTHS, PlanChoice
 from kvmix_fx.errors import PlanError
-from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, default_plan
 
 SIZES = ("--layers", 6, "--kv-heads", 2, "--head-dim", 64)
 GEOMETRY = ModelGeometry(6, 2, 64)
