@@ -128,6 +128,28 @@ def planner() -> str:
     return "\n\n".join(parts)
 
 
+def tiers() -> str:
+    """KL of `benchmarks.planner.tiers`, mean and worst chunk, on the planner's chunks and on others."""
+    cases = [f"smollm2 {text} tiers{part}" for part in ("", " held out") for text in ("prose", "code")]
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in load("quality"):
+        if row.case in cases:
+            found.setdefault(row.provider, {})[row.case, row.metric] = row
+    body = []
+    for provider, by in sorted(found.items(), key=lambda entry: _bits_of(entry[1])):
+        cells = []
+        for case in cases:
+            mean, worst = (by.get((case, f"kl_nats{kind}")) for kind in ("", " worst chunk"))
+            cells.append(f"{mean.value:.4f} ({worst.value:.3f})" if mean and worst else "-")
+        body.append([provider, f"{_bits_of(by):.3f}", *cells])
+    head = ["provider", "bits", "prose", "code", "held out, prose", "held out, code"]
+    return f"KL in nats/token: mean (worst chunk)\n\n{markdown(head, body)}"
+
+
+def _bits_of(by: dict[tuple[str, str], Row]) -> float:
+    return max(row.effective_bits or 0.0 for row in by.values())
+
+
 def memory() -> str:
     """Cache bytes and process peaks."""
     parts = []
@@ -302,6 +324,7 @@ def summary() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "planner": planner,
+    "tiers": tiers,
     "memory": memory,
     "generate": generate,
     "gpu": gpu,

@@ -69,6 +69,56 @@ def quality(rows: list[Row], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+FAMILIES = {
+    "uniform": {"color": "black", "marker": "s"},
+    "planner untiered": {"color": "tab:orange", "marker": "o"},
+    "kvmix default": {"color": "tab:red", "marker": "o"},
+    "kvmix tiers": {"color": "tab:blue", "marker": "D"},
+    "kvmix tiers, order from the prompt": {"color": "tab:cyan", "marker": "D"},
+    "kvmix tiers, shuffled": {"color": "0.6", "marker": "x"},
+    "kvmix tiers, without tiers": {"color": "tab:brown", "marker": "v"},
+}
+"""Of the providers of `benchmarks.planner.tiers`, by what their names start with; others by their names."""
+
+
+def family(provider: str) -> str:
+    """Providers that differ in bits alone are one line."""
+    for word, name in (
+        ("prompt", "order from the prompt"),
+        ("shuffled", "shuffled"),
+        ("without", "without tiers"),
+    ):
+        if provider.startswith("kvmix tiers") and word in provider:
+            return f"kvmix tiers, {name}"
+    return next((name for name in FAMILIES if provider.startswith(name)), provider)
+
+
+def tiers(rows: list[Row], path: Path) -> None:
+    """KL against bits with precision inside a layer; filled marks on the planner's chunks, open held out."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5.5), sharey=True, layout="constrained")
+    for axis, text in zip(axes, TEXTS, strict=True):
+        for part, style in (("", {}), (" held out", {"fillstyle": "none", "linestyle": ":"})):
+            found = defaultdict(list)
+            for row in rows:
+                if row.metric == "kl_nats" and row.case == f"smollm2 {text} tiers{part}":
+                    found[family(row.provider)].append(row)
+            for name, group in found.items():
+                group.sort(key=lambda row: row.effective_bits)
+                look = {"linestyle": "-", "linewidth": 0.8} | FAMILIES.get(name, {"marker": "*"}) | style
+                axis.plot(
+                    [row.effective_bits for row in group],
+                    [row.value for row in group],
+                    label=None if part else name,
+                    **look,
+                )
+        axis.set(title=text, xlabel="effective bits per element", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("KL, nats per token")
+    axes[1].legend(fontsize="small")
+    figure.suptitle("SmolLM2-135M, packed cache: precision inside a layer (open marks: held-out text)")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def scores(profile: Profile, path: Path) -> None:
     """Every signal by layer, as a share of its largest."""
     figure, axes = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True, layout="constrained")
@@ -119,6 +169,7 @@ def main() -> None:
     pyplot.rcParams["svg.hashsalt"] = "kvmix"  # the same file from the same rows
     profile = Profile.load(RESULTS / "planner" / "profile.safetensors")
     quality(load("quality"), out / "planner-quality.svg")
+    tiers(load("quality"), out / "planner-tiers.svg")
     scores(profile, out / "planner-scores.svg")
     signal, allocator = plans.DEFAULT
     solved = {

@@ -4,8 +4,8 @@ The protocol of `benchmarks.planner.run`, with prompts of 420 tokens, so that wi
 same three tiles of 128 are packed. Orders of channels of presets come from the calibration text that the
 package brings along; those of the planner, its prices and the layers that may drop channels from the
 calibration parts of the two texts. All are judged on others. "held out" are texts that no choice was made on:
-other chunks than the planner's. "planner untiered" chooses among uniform formats alone, "kvmix default" among
-all that were priced.
+other chunks than the planner's. Worst chunks are kept beside the means. "planner untiered" chooses among
+uniform formats alone, "kvmix default" among all that were priced.
 
     python -m benchmarks.planner.tiers                  # 5 minutes of two cores
 """
@@ -65,8 +65,8 @@ def profile_of(model: nn.Module, tokenizer: object) -> Profile:
         print(f"profiling into {PROFILE}", flush=True)
         whole = Menu.default(ModelGeometry.of(model))
         menu = Menu(*(tuple(s for s in specs if s.bits < 8) for specs in (whole.keys, whole.values)))
-        # two pieces of each text: they are read 50 times
-        ids = calibration_chunks(tokenizer)[::2, :CALIBRATION]
+        # a piece of each text: they are read 50 times
+        ids = calibration_chunks(tokenizer)[::4, :CALIBRATION]
         kvmix_fx.profile(model, ids, menu=menu, signals="fisher_scaled").save(PROFILE)
     return Profile.load(PROFILE)
 
