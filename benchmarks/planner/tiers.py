@@ -101,7 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--provider", action="append", help="only those whose names contain this; repeatable")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        help="only the one of this name, or those whose names contain it; repeatable",
+    )
     chosen = parser.parse_args().provider
     model, tokenizer = load_smollm2()
     geometry = ModelGeometry.of(model)
@@ -112,8 +116,9 @@ def main() -> None:
         ids = torch.cat([chunks(tokenizer, name, shift) for name in TEXTS])
         evaluate = Evaluator(model, ids, PROMPT, STEP)
         found: dict[str, Loss] = {}
-        for provider, plan in compared(geometry, orders, profile):
-            if chosen and not any(part in provider for part in chosen):
+        plans = dict(compared(geometry, orders, profile))
+        for provider, plan in plans.items():
+            if chosen and not any(part == provider if part in plans else part in provider for part in chosen):
                 continue
             started = time.perf_counter()
             found[provider] = loss = evaluate(plan)

@@ -47,10 +47,11 @@ def measure_kl(
 def measure_drops(
     observer: Observer, calibration: Calibration, menu: Menu, step: Callable[[], None] = lambda: None
 ) -> dict[int, tuple[Drop, ...]]:
-    """What dropping channels costs: KL(unquantized || the keys of one layer in a format that drops some).
+    """What dropping channels costs: KL(unquantized || some channels of the keys of one layer dropped).
 
-    No cheap signal sees the layer that cannot do without them, and it is another one in each model. One
-    forward from that layer on, per layer and such format.
+    The other channels are exact, so the format's own rounding is not in it. No cheap signal sees the layer
+    that cannot do without its channels, and it is another one in each model. One forward from that layer on,
+    per layer and format that drops some.
 
     Args:
         observer: of the model, with its `orders`.
@@ -63,7 +64,14 @@ def measure_drops(
     """
     places = menu.dropping()
     specs = tuple(menu.keys[n] for n in places)
-    found = _one_by_one(observer, calibration, {"key": specs}, step)
+
+    def dropped(layer: int, x: Tensor, spec: QuantSpec, valid: Tensor) -> Tensor:
+        gone = observer.orders[layer][:, -dict(spec.tiers)[0] :]
+        mask = torch.zeros(x.shape[1], x.shape[3], dtype=torch.bool, device=x.device)
+        mask.scatter_(1, gone.to(x.device), True)
+        return torch.where(mask[:, None], observer.rounded(layer, x, spec, valid), x)
+
+    found = _one_by_one(observer, calibration, {"key": specs}, step, dropped)
     counts = torch.tensor(calibration.lengths, dtype=torch.float64) - observer.first_packed_query
     drops = {}
     for n, place in enumerate(places):
@@ -82,8 +90,13 @@ def _one_by_one(
     calibration: Calibration,
     offered: Mapping[str, tuple[QuantSpec, ...]],
     step: Callable[[], None],
+    changed: Callable[[int, Tensor, QuantSpec, Tensor], Tensor] | None = None,
 ) -> dict[tuple[int, str], Tensor]:
-    """Sums of KL over the predictions of each prompt, [prompts, formats], one tensor and format at a time."""
+    """Sums of KL over the predictions of each prompt, [prompts, formats], one tensor and format at a time.
+
+    changed: what becomes of a tensor, by layer, format and the tokens that count; None for rounding.
+    """
+    changed = observer.rounded if changed is None else changed
     device = next(observer.model.parameters()).device
     first = observer.first_packed_query
     found: dict[tuple[int, str], list[Tensor]] = {}
@@ -104,7 +117,7 @@ def _one_by_one(
                 costs = torch.zeros(len(offered[role]), dtype=torch.float64)
                 for n, spec in enumerate(offered[role]):
                     if not spec.is_raw:
-                        observer.replacements = {(layer, role): observer.rounded(layer, x, spec, valid)}
+                        observer.replacements = {(layer, role): changed(layer, x, spec, valid)}
                         moved = _log_probabilities(observer.read_from(layer, ids), first, length)
                         costs[n] = _divergence(reference, moved)
                     step()
@@ -128,9 +141,9 @@ def scale_prices(
     keys grows faster than the square. So each format is put into the keys (or values) of all layers, which
     takes one forward, and its prices are scaled so that their sum over layers is the measured divergence.
 
-    One layer that cannot do without its channels would spoil the sum of all, so formats that drop channels
-    have the divergence that was measured of each layer, but no less than the price of the same format with
-    those channels at 2 bits: less would be chance.
+    One layer that cannot do without its channels would spoil the sum of all. So a format that drops channels
+    has the price of the same format with those channels at 2 bits, and what dropping them was measured to
+    cost this layer.
 
     Args:
         observer: of the model.
@@ -163,13 +176,14 @@ def scale_prices(
         predicted = torch.tensor(table, dtype=torch.float64).sum(0)
         measured = (sums[role] / total).clamp(min=0)
         factors = torch.where(predicted > 0, measured / predicted, 1.0).tolist()
+        if role == "key":
+            factors = [1.0 if n in dropped else factor for n, factor in enumerate(factors)]
         tables.append([[p * f for p, f in zip(row, factors, strict=True)] for row in table])
     for n, costs in dropped.items():
         kept = keeping(prices.menu.keys[n])
         same = prices.menu.keys.index(kept) if kept in prices.menu.keys else n
-        for layer, cost in enumerate(costs):
-            least = tables[0][layer][same] if same != n else 0.0
-            tables[0][layer][n] = max(cost.mean, least)
+        for row, cost in zip(tables[0], costs, strict=True):
+            row[n] = row[same] + cost.mean
     keys, values = (tuple(map(tuple, table)) for table in tables)
     return Prices(f"{prices.signal}_scaled", prices.menu, keys, values)
 

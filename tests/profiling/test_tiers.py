@@ -20,6 +20,9 @@ from kvmix_fx.plan.budget import Budget
 from kvmix_fx.plan.orders import decode_order, encode_order
 from kvmix_fx.plan.prices import Drop, Menu, Prices, drops, keeping
 from kvmix_fx.profiling import Profile, channel_orders
+from kvmix_fx.profiling.calibration import load_calibration
+from kvmix_fx.profiling.kl import measure_drops
+from kvmix_fx.profiling.observe import Listeners, Observer, observing
 from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.testing.models import tiny_llama
 
@@ -130,10 +133,36 @@ def test_a_profile_of_tiers(measured: Profile, tmp_path: Path) -> None:
     prices = measured.prices["fisher_scaled"]
     for layer, drop in enumerate(measured.drops[2]):
         assert 0 < drop.mean <= drop.worst
-        assert prices.keys[layer][2] == max(drop.mean, prices.keys[layer][1])
+        assert prices.keys[layer][2] == prices.keys[layer][1] + drop.mean
     assert measured.settings["sink_length"] == 4
     assert "2 of 2 layers may have it" in measured.describe()
     assert Profile.load(measured.save(tmp_path / "p.safetensors")) == measured
+
+
+def test_a_drop_is_measured_by_itself() -> None:
+    """Worked out a second way: the means of groups put in by hand, everything else exact."""
+    model, ids = tiny_llama(), tokens(1)
+    text = load_calibration(ids, None)
+    with observing(model), torch.no_grad():
+        observer = Observer(model, sink_length=4)
+        kept: dict[int, torch.Tensor] = {}
+        observer.listeners = Listeners(
+            cached=lambda layer, role, x: kept.setdefault(layer, x) if role == "key" else None
+        )
+        exact = observer.read(ids)[0].log_softmax(-1)
+        observer.listeners = Listeners()
+        observer.orders = {n: torch.arange(32).flip(0).expand(2, 32) for n in (0, 1)}
+        found = measure_drops(observer, text, SMALL)[2]
+        for layer, drop in enumerate(found):
+            means = kept[layer].clone()
+            for group in (slice(4, 132), slice(132, 180)):
+                # the last of the order are channels 7 to 0
+                means[:, :, group, :8] = means[:, :, group, :8].mean(2, keepdim=True)
+            observer.replacements = {(layer, "key"): means}
+            moved = observer.read(ids)[0].log_softmax(-1)
+            kl = (exact.exp() * (exact - moved)).sum(-1)[observer.first_packed_query :].mean()
+            # the mean is stored in quarters of a byte scale
+            assert drop.mean == drop.worst == pytest.approx(float(kl), rel=0.1)
 
 
 def test_a_plan_drops_channels_only_where_that_was_cheap(measured: Profile) -> None:
