@@ -29,7 +29,7 @@ ROLES = ("key", "value")
 
 DEFAULT_ALLOCATOR = "exact"
 
-MAX_DROP_KL = 0.0005
+MAX_DROP_KL = 0.0006
 """Nats per prediction. Layers whose channels cost more when a quarter of them is dropped keep all of them."""
 
 

@@ -39,6 +39,13 @@ def test_new_without_plan_options_makes_tiers(kvmix: Kvmix, tmp_path: Path) -> N
     assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY) == default_plan(GEOMETRY)
 
 
+def test_new_takes_options_that_are_no_whole_numbers(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    options = ("--preset", "tiers", "--option", "bits=2.15", "--option", "drop_layers=1-2")
+    assert kvmix("plan", "new", out, *SIZES, *options).code == 0
+    assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY, bits=2.15, drop_layers="1-2")
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
 def test_the_plan_of_who_names_none_fits_heads_of_any_size(head_dim: int) -> None:
     plan = default_plan(ModelGeometry(3, 2, head_dim))
