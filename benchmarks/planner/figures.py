@@ -114,7 +114,7 @@ def tiers(rows: list[Row], path: Path) -> None:
         axis.set(title=text, xlabel="effective bits per element", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("KL, nats per token")
-    axes[1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=4)
     figure.suptitle("SmolLM2-135M, packed cache: precision inside a layer (open marks: held-out text)")
     figure.savefig(path, metadata={"Date": None})
 

@@ -24,7 +24,7 @@ from kvmix_fx.errors import (
     PlanLayerError,
     RangeWarning,
 )
-from kvmix_fx.plan.checks import check_choice, check_integer, check_type
+from kvmix_fx.plan.checks import check_choice, check_integer, check_positive, check_type
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.orders import checked_tiers, decode_order
 from kvmix_fx.plan.provenance import Provenance
@@ -97,7 +97,13 @@ class QuantSpec:
         check_type("symmetric", self.symmetric, bool)
         check_type("channel_order", self.channel_order, str)
         if self.range_factor is not None:
-            check_type("range_factor", self.range_factor, float)
+            check_positive("range_factor", self.range_factor)
+            if not 0.01 <= self.range_factor <= 1:
+                raise PlanFieldError(
+                    f"range_factor must be from 0.01 to 1, the whole range, got {self.range_factor}",
+                    "range_factor",
+                )
+            object.__setattr__(self, "range_factor", float(self.range_factor))
         object.__setattr__(self, "tiers", checked_tiers(self.tiers))
         if bool(self.channel_order) != (self.order == "plan"):
             raise PlanFieldError(
@@ -116,6 +122,8 @@ class QuantSpec:
                 "so give their number",
                 "group_size",
             )
+        else:
+            self.format(1)
 
     def format(self, tile: int, sink: int = 0, window: int = 0) -> TensorFormat:
         """The storage format under a tile, a sink and a window, all in tokens.

@@ -13,7 +13,9 @@ from kvmix_fx.errors import MissingPackageError, PlanFileError, PlanVersionError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, io
 from kvmix_fx.testing.strategies import plans
 
-PLAN = KVPlan.preset("kv-adaquant", ModelGeometry(3, 2, 64)).with_layers(1, key=8, sink_length=4, tile=64)
+PLAN = KVPlan.preset("kv-adaquant", ModelGeometry(3, 2, 64), key_axis="channel").with_layers(
+    1, key=8, sink_length=4, tile=64
+)
 
 
 def explicit():
