@@ -59,7 +59,7 @@ def hub(monkeypatch):
 def test_the_blocks_run_in_their_order(hub, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     monkeypatch.chdir(tmp_path)
-    Path("calibration.txt").write_text(" ".join(WORDS[2:]) + "\n" + "a robot may obey the three laws " * 300)
+    Path("calibration.txt").write_text(" ".join(WORDS[2:]) + "\n" + "a robot may obey the three laws " * 120)
     # what a block takes for granted
     names = {"torch": torch, "step": lambda x: x + 1}
     seen = []
