@@ -59,6 +59,7 @@ __all__ = [
     "ProfileError",
     "ProfileFileError",
     "ProfileMismatchError",
+    "RangeWarning",
     "RewriteInvariantError",
     "SignalError",
     "SignalUnavailable",
@@ -240,3 +241,7 @@ class NarrowScalesWarning(UserWarning):
 
 class PlainCacheWarning(UserWarning):
     """A call of a compiled model returned a plain cache, for gradients were on."""
+
+
+class RangeWarning(UserWarning):
+    """A plan cuts off part of the range of values that are not rotated, which loses more than it saves."""
