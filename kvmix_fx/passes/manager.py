@@ -32,6 +32,7 @@ from kvmix_kernels.layout import TensorFormat
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
+FIXED_WINDOW = "a window in a cache of fixed capacity stays at 16 bits: growing caches pack it"
 UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
@@ -71,6 +72,8 @@ def run(
     for site in sites:
         if not own_buffers:
             site.buffers = None
+        if windows and plan.geometry is not None and _is_fixed_window(site):
+            site.buffers, site.reason = None, FIXED_WINDOW
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
@@ -92,6 +95,17 @@ def run(
         log.debug("%s", site)
     log.info("kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(sites))
     return PassResult(result, report)
+
+
+def _is_fixed_window(site: Site) -> bool:
+    """Whether a site reads plain buffers of a layer: where others are exchanged, those of a window."""
+    root = site.key_root
+    return (
+        site.action == LEAVE
+        and root is not None
+        and root.op == "placeholder"
+        and dynamo.place(root).endswith("].keys")
+    )
 
 
 def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:

@@ -318,6 +318,12 @@ class LayerPlan:
 
     def packs_window(self, window: int) -> bool:
         """Whether anything of a sliding window of so many tokens is packed: more than what stays raw."""
+        orders = (layout.ORDER_NONE, layout.ORDER_PLAN, layout.ORDER_PROMPT)
+        if any(
+            fmt.order not in orders or set(fmt.buffer_names) - {*layout.BUFFER_NAMES, "order"}
+            for fmt in self._formats()
+        ):
+            return False  # what such formats keep beside codes and scales does not leave with a tile
         return not self.is_raw and window - 1 > self.window.length + self.tile_length
 
     def formats(self, head_dim: int, value_dim: int | None = None) -> tuple[TensorFormat, TensorFormat]:
