@@ -208,7 +208,8 @@ def _site(
     plain: dict[fx.Node, Update],
 ) -> Site:
     module = module_path(call.node)
-    key, value = heads_root(call.key, casts=True), heads_root(call.value, casts=True)
+    known = {*by_result, *by_new, *outputs, *plain}
+    key, value = (_root(node, known, outputs) for node in (call.key, call.value))
     k, v = by_result.get(key), by_result.get(value)
     if k is not None and v is not None:
         reason = _why_not_attend(call, k, v)
@@ -232,6 +233,14 @@ def _site(
             site.buffers = PlainBuffers(key, value, plain[key])
         return site
     return Site(call, module, idiom, ADOPT, key_root=key, value_root=value)
+
+
+def _root(node: fx.Node, known: Collection[fx.Node], outputs: set[fx.Node]) -> fx.Node:
+    """What attention reads, as a cache has it: a cast ahead of both is part of it, one behind it is not."""
+    root = heads_root(node)
+    if root in known or kept_slices(root, outputs):
+        return root
+    return heads_root(node, casts=True)
 
 
 def _why_not_attend(call: AttentionCall, k: Update, v: Update) -> str:
