@@ -67,6 +67,27 @@ class Cached(NamedTuple):
         """Which channel each packed one is, int32 [B, H, D]; None without tiers."""
         return self.tensors[4] if self.format.order else None
 
+    def named(self, name: str) -> Tensor:
+        """A buffer by its name."""
+        return self.tensors[self.format.buffer_names.index(name)]
+
+    @property
+    def low(self) -> Cached:
+        """The tensor without its high tier."""
+        low = self.format.low
+        return Cached(low, self.tensors[: len(low.buffer_names)])
+
+    @property
+    def high(self) -> Cached:
+        """The tokens of the high tier, as a tensor of as many tokens as there are slots."""
+        first = len(self.format.low.buffer_names)
+        return Cached(self.format.high_format, self.tensors[first : first + len(BUFFER_NAMES)])
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens in the high tier, int32 [B, H, Q]; which of them count, `layout` says."""
+        return self.named("positions")
+
     def take_order(self, hint: Tensor | None) -> None:
         """Copy the plan's order of channels, [H, D] or [B, H, D], if the format has one.
 
@@ -89,6 +110,12 @@ class Cached(NamedTuple):
         """D."""
         return int(self.residual.shape[3])
 
+    def zeros(self) -> Cached:
+        """Buffers of the same sizes that hold zeros; a high tier of them is empty."""
+        fmt, (B, H, slots, D) = self.format, self.residual.shape
+        tiles = self.qdata.shape[2] // fmt.tile
+        return allocate(B, H, D, tiles, slots, fmt, self.residual.dtype, self.residual.device)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Cached:
         """The same tensor with `function` of each buffer."""
         return self._replace(tensors=tuple(map(function, self.tensors)))
@@ -109,7 +136,17 @@ def shapes(
         (layout.zero_grid(fmt, head_dim, tiles), ZERO_DTYPES[fmt.scale_dtype]),
         ((slots, head_dim), dtype),
     ]
-    return [*found, ((head_dim,), torch.int32)] if fmt.order else found
+    if fmt.order:
+        found.append(((head_dim,), torch.int32))
+    if fmt.high is not None:
+        found += shapes(fmt.high_format, head_dim, *layout.high_shape(fmt, tiles), dtype)
+        slots = fmt.high.slots(tiles * fmt.tile)
+        found.append(((slots,), torch.int32))
+        if fmt.high.scored:
+            found += [((slots,), torch.float32), ((fmt.ring,), torch.float32)]
+        if fmt.high.balanced:
+            found.append(((head_dim,), torch.float32))
+    return found
 
 
 def allocate(
@@ -137,4 +174,8 @@ def allocate(
     )
     if cached.order is not None:
         cached.order.copy_(torch.arange(head_dim, dtype=torch.int32, device=device))
+    if fmt.high is not None:
+        cached.positions.fill_(-1)
+        if fmt.high.balanced:
+            cached.named("balance").fill_(1)
     return cached

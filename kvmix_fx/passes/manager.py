@@ -21,7 +21,7 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.match import Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
@@ -35,6 +35,11 @@ UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
     "same bits"
+)
+NOT_COUNTED = "which tokens matter is not counted by this step, as its attention is not replaced"
+NO_PROMPT = (
+    "the model's own buffers are packed without the queries that filled them, which a token tier needs: use "
+    "a cache of transformers, or a plan without token_tier"
 )
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
@@ -108,6 +113,9 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         if layer is not None and layer.is_raw:
             site.reason = BY_PLAN
         return
+    update = site.key_update
+    if site.action == STORAGE and update is not None and update.tensor.format.high is not None:
+        site.reason += "; " + NOT_COUNTED
     if site.action not in (ADOPT, LEAVE):
         return
     if layer is None and site.layer is not None:
@@ -121,6 +129,8 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
     if layer.is_raw:
         site.action, site.reason, site.buffers = LEAVE, BY_PLAN, None
         return
+    if site.buffers is not None and layer.token_tier is not None:
+        site.buffers, site.reason = None, NO_PROMPT
     if site.action == LEAVE:
         return
     try:

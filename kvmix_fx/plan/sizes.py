@@ -37,4 +37,7 @@ def mean_bits(fmt: TensorFormat, head_dim: int, length: int | None) -> float:
     if length is None:
         return packed_bits
     packed = fmt.packed_tiles(length) * fmt.tile
-    return (packed * packed_bits + (length - packed) * layout.RAW_BITS) / length
+    total = packed * packed_bits + (length - packed) * layout.RAW_BITS
+    if fmt.high is not None and fmt.high.count:
+        total += min(fmt.high.count, packed) * layout.bits_per_high_element(fmt, head_dim)
+    return total / length

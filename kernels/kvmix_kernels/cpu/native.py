@@ -56,7 +56,7 @@ _CODES = {torch.int16: 4}
 _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
 _ORDERS = {torch.int32: 7}
-_CALL = struct.Struct("=11q2d7q")
+_CALL = struct.Struct("=12q2d7q")
 _TENSORS = struct.Struct("=30q")
 _NO_MEMORY = 1
 
@@ -76,8 +76,12 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
+
+    `sums`, float32 [B, Hq, Lq, 2], gets the best score of each query and the sum of weights against it; the
+    output then stays float32.
 
     Its scratch does not grow with the tokens.
 
@@ -104,11 +108,12 @@ def attend(
     origin = 0 if keys.format.is_raw else keys.format.sink
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
-    call = _CALL.pack(*q, *m, out.data_ptr(), scale, softcap, *sizes)
+    places = out.data_ptr(), 0 if sums is None else sums.data_ptr()
+    call = _CALL.pack(*q, *m, *places, scale, softcap, *sizes)
     failed = function(call + k + v)
     if failed == _NO_MEMORY:
         raise KernelMemoryError("no memory for partial results of attention: use a smaller batch")
-    return None if failed else out.to(query.dtype)
+    return None if failed else out if sums is not None else out.to(query.dtype)
 
 
 def _describe(

@@ -49,6 +49,27 @@ def attend(
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
     """
+    out = attend_lse(query, new_keys, new_values, keys, values, mask, length, scale, softcap)[0]
+    return out.to(query.dtype)
+
+
+def attend_lse(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Cached,
+    values: Cached,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and what merges it with attention over other tokens.
+
+    Returns:
+        The output in the compute dtype, [B, Hq, Lq, Dv], and the logarithm of the sum of all weights,
+        [B, Hq, Lq]; -inf for a query that may attend to nothing.
+    """
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
     group = Hq // Hkv
@@ -81,7 +102,8 @@ def attend(
             out = out * shrink + weights @ v
         best = merged
     out = out / total.masked_fill(total == 0, 1)
-    return out.view(B, Hq, Lq, Dv).to(query.dtype)
+    lse = best + total.log()
+    return out.view(B, Hq, Lq, Dv), lse.view(B, Hq, Lq)
 
 
 def _blocks(
