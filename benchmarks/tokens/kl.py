@@ -1,7 +1,7 @@
 """What token tiers cost in KL, really packed, against eviction, uniform bits and tiers of channels.
 
-The protocol of `benchmarks.planner.tiers`: prompts of 420 tokens, three tiles of 128 packed, 32 tokens judged in
-steps of 16, prose and code; "held out" are chunks that no choice of this project was made on. The policy
+The protocol of `benchmarks.planner.tiers`: prompts of 420 tokens, three tiles of 128 packed, 32 tokens judged
+in steps of 16, prose and code; "held out" are chunks that no choice of this project was made on. The policy
 "oracle" counts the attention of the very tokens that are judged.
 
     python -m benchmarks.tokens.kl                      # 20 minutes of one core
@@ -29,12 +29,14 @@ def main() -> None:
     )
     parser.add_argument("--provider", action="append", help="only those whose names contain this; repeatable")
     parser.add_argument("--chunks", type=int, default=6, help="of each text, at most 12")
+    parser.add_argument("--held-out-only", action="store_true", help="leave the other chunks out")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = load_smollm2()
     plans = list(compared(ModelGeometry.of(model)))
-    for case, shift in (("smollm2 {} tokens held out", HELD_OUT), ("smollm2 {} tokens", 0)):
+    cases = (("smollm2 {} tokens held out", HELD_OUT), ("smollm2 {} tokens", 0))
+    for case, shift in cases[:1] if given.held_out_only else cases:
         ids = torch.cat([chunks(tokenizer, name, shift)[: given.chunks] for name in TEXTS])
         evaluate = Evaluator(model, ids, PROMPT, STEP)
         for provider, plan in plans:

@@ -1,8 +1,8 @@
 """Texts in which something has to be found again, at any length, from a seed and without any data.
 
 The kinds are those of RULER (arXiv 2404.06654) that need no outside text, the pass key of landmark
-attention (arXiv 2305.16300) and the lines of LongChat. The words, the filler and the wording are our own, so scores compare plans
-of one model, not models across papers.
+attention (arXiv 2305.16300) and the lines of LongChat. The words, the filler and the wording are our own, so
+scores compare plans of one model, not models across papers.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.importance import policy_of
 from kvmix_kernels.reference import quantize as q
 from kvmix_kernels.reference.storage import valid_tokens
+from kvmix_kernels.tokens import places
 from kvmix_kernels.tokens.places import Count, balanced_keys, balanced_query, packed_end
 from kvmix_kernels.tokens.scores import of_prompt
 
@@ -49,7 +50,7 @@ def append(
     """
     fmt, n = keys.format, new_keys.shape[2]
     policy = policy_of(fmt)
-    count: Count = length if start is None else start if start.is_cuda else int(start)
+    count = places.count_of(start, length)
     if isinstance(count, int):
         if start is not None and count + n > length:
             raise CapacityError.exceeded(n, count, length)

@@ -8,7 +8,8 @@ from torch import Tensor
 from kvmix_kernels import ops
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.importance import policy_of
-from kvmix_kernels.tokens.places import Count, balanced_keys, balanced_query, columns, in_tier, packed_end
+from kvmix_kernels.tokens import places
+from kvmix_kernels.tokens.places import balanced_keys, balanced_query, columns, in_tier, packed_end
 from kvmix_kernels.tokens.scores import mass, whole
 
 
@@ -46,7 +47,7 @@ def attend(
     Hkv = keys.residual.shape[1]
     fmt, dtype = keys.format, query.dtype
     assert fmt.high is not None
-    count: Count = length if start is None else start if start.is_cuda else int(start)
+    count = places.count_of(start, length)
     query = balanced_query(query, keys)
     new_keys = None if new_keys is None else balanced_keys(new_keys, keys)
     full = None if mask is None else whole(mask, B, Hq)

@@ -11,6 +11,13 @@ from kvmix_kernels.layout import TensorFormat
 Count = Tensor | int
 
 
+def count_of(start: Tensor | None, length: int) -> Count:
+    """Tokens stored, as ops are told: on a GPU they stay there, for the host would have to wait for them."""
+    if start is None:
+        return length
+    return start if start.is_cuda else int(start)
+
+
 def packed_end(fmt: TensorFormat, length: Count) -> Count:
     """`TensorFormat.packed_end`."""
     if not isinstance(length, Tensor):

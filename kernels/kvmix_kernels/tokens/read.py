@@ -7,12 +7,13 @@ from torch import Tensor
 
 from kvmix_kernels import ops
 from kvmix_kernels.cached import Cached
+from kvmix_kernels.tokens import places
 from kvmix_kernels.tokens.places import Count, factors, in_tier
 
 
 def dequantize(cached: Cached, start: Tensor | None, length: int) -> Tensor:
     """All tokens, [B, H, length, D] in the model dtype: of the tier they are in, as the model made them."""
-    count: Count = length if start is None else start if start.is_cuda else int(start)
+    count = places.count_of(start, length)
     tokens = overlaid(
         cached, ops.dequantize(cached.low.tensors, start, length, cached.low.format.encode()), count
     )

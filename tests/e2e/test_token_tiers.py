@@ -1,0 +1,67 @@
+"""generate() with tiers of tokens: with all in a high tier of 16 bits nothing is lost; without, much."""
+
+from __future__ import annotations
+
+import torch
+
+import kvmix_fx
+from kvmix_fx import KVPlan
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.plan import TokenTier
+from kvmix_fx.testing.models import tiny_llama
+
+from .oracle import worst
+
+LENGTH, NEW = 70, 8
+WHOLE = TokenTier(None, 400, recent=0.0, balancer=True)
+
+
+def asked(model, rows=2, hidden=9, **options):
+    ids = torch.randint(1, 120, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :hidden] = 0
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, eos_token_id=-1, **options,
+    )  # fmt: skip
+    return out.logits, out.past_key_values, out.sequences
+
+
+WAYS = {"growing": {}, "beams": {"num_beams": 2}, "chunks": {"prefill_chunk_size": 40}}
+
+
+def test_a_tier_of_all_tokens_loses_nothing():
+    model = tiny_llama()
+    plain = {name: asked(model, **way) for name, way in WAYS.items()}
+    plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=WHOLE)
+    kvmix_fx.compile(model, plan)
+    for name, way in WAYS.items():
+        logits, cache, sequences = asked(model, **way)
+        assert worst(plain[name][0], logits) < 2e-4, name
+        assert torch.equal(plain[name][2], sequences), name
+        keys = cache.layers[1].keys
+        assert isinstance(keys, QuantizedKVTensor)
+        # all packed tokens, but the padding of the first row
+        assert (keys.positions[-1] >= 0).sum(1).tolist() == [64, 64]
+
+
+def test_growing_and_fixed_caches_keep_the_same_tokens():
+    model = tiny_llama()
+    plain = asked(model)[0]
+    plan = KVPlan.preset("mikv", model, window=8)
+    kvmix_fx.compile(model, plan)
+    logits, growing, _ = asked(model)
+    others, fixed, _ = asked(model, cache_implementation="static")
+    assert worst(logits, others) < 1e-5
+    # the control: most tokens are at two bits
+    assert worst(plain, logits) > 1e-3
+    for a, b in zip(growing.layers, fixed.layers, strict=True):
+        # a fifth of the packed ones in each head
+        kept = [[sorted(p[p >= 0].tolist()) for p in row] for row in a.keys.positions]
+        assert kept == [[sorted(p[p >= 0].tolist()) for p in row] for row in b.keys.positions]
+        assert all(len(head) == 64 // 5 for row in kept for head in row)
+    nbytes = sum(t.packed_nbytes for layer in growing.layers for t in (layer.keys, layer.values))
+    assert nbytes == plan.nbytes(2, LENGTH + NEW - 1, itemsize=4)
+    report = str(kvmix_fx.compiled(model).report)
+    assert "packed on exit" in report
+    assert "packed attention" in report
