@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="512", help="tokens, separated by commas")
     parser.add_argument("--depths", default="0.1,0.35,0.6", help="from 0 to 1, separated by commas")
     parser.add_argument("--samples", type=int, default=4, help="texts per length and depth")
-    parser.add_argument("--provider", action="append", help="only those whose names contain this; repeatable")
+    parser.add_argument("--provider", action="append", help="only those of this name; repeatable")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -44,7 +44,7 @@ def main() -> None:
     plans = [("unquantized", plain)]
     for name, plan in compared(geometry):
         unknown = "oracle" in name  # of questions that are still to come
-        if not unknown and (not given.provider or any(part in name for part in given.provider)):
+        if not unknown and (not given.provider or name in given.provider):
             plans.append((name, plan))
 
     def ids(text: str) -> Tensor:

@@ -129,8 +129,8 @@ class QuantizedKVTensor(torch.Tensor):
         layout.check_head_size(format, x.shape[3])
         if format.high is not None:
             raise TokenTierError(
-                "keys and values with a high tier are packed together, for the tokens in it are the same: "
-                "use kvmix_fx.cache.tiers.pack"
+                "keys and values with a high tier are packed together, by a prompt of a compiled model, "
+                "which tells what matters: use kvmix_fx.compile, or kvmix_fx.cache.tiers.pack"
             )
         return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 

@@ -105,14 +105,14 @@ def _lines(rng: random.Random, depth: float) -> Draft:
     names = [f"{kind}-{thing}" for kind in KINDS for thing in THINGS]
     rng.shuffle(names)
     numbers = _numbers(rng, 5, len(names))
-    lines = [f"line {name}: the number is {number}." for name, number in zip(names, numbers, strict=True)]
+    lines = [f"Line {name}: the number is {number}." for name, number in zip(names, numbers, strict=True)]
 
     def context(n: int) -> str:
         others = [lines[1 + i % (len(lines) - 1)] for i in range(n)]
         others.insert(round(depth * n), lines[0])
         return "\n".join(("Below is a record of lines. Remember the number of each.", *others))
 
-    return Draft(context, f"\nThe number in line {names[0]} is", (numbers[0],))
+    return Draft(context, f"\nLine {names[0]}: the number is", (numbers[0],))
 
 
 INTRODUCTION = "Numbers of things are hidden in the text below. Remember them."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import kvmix_fx
@@ -16,12 +17,12 @@ LENGTH, NEW = 70, 8
 WHOLE = TokenTier(None, 400, recent=0.0, balancer=True)
 
 
-def asked(model, rows=2, hidden=9, **options):
-    ids = torch.randint(1, 120, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
+def asked(model, rows=2, hidden=9, max_new=NEW, **options):
+    ids = torch.randint(1, 120, (rows, LENGTH), generator=torch.Generator().manual_seed(3)).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :hidden] = 0
     out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, output_logits=True,
+        ids, attention_mask=mask, max_new_tokens=max_new, do_sample=False, output_logits=True,
         return_dict_in_generate=True, eos_token_id=-1, **options,
     )  # fmt: skip
     return out.logits, out.past_key_values, out.sequences
@@ -65,3 +66,22 @@ def test_growing_and_fixed_caches_keep_the_same_tokens():
     report = str(kvmix_fx.compiled(model).report)
     assert "packed on exit" in report
     assert "packed attention" in report
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_replayed_steps_read_and_fill_both_tiers(inner):
+    model = tiny_llama().to("cuda")
+    plain = asked(model, max_new=60)[0]
+    errors = {}
+    for name, tier in (("all", WHOLE), ("few", TokenTier(None, 2)), ("faithful", TokenTier())):
+        plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=tier)
+        logits = []
+        for replayed in (True, False):
+            kvmix_fx.compile(model, plan, inner=inner, options={"cuda_graphs": None if replayed else False})
+            logits.append(asked(model, max_new=60)[0])
+            kvmix_fx.restore(model)
+        assert worst(*logits) < 1e-3
+        errors[name] = worst(plain, logits[0])
+    assert errors["all"] < errors["few"] / 10

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
-from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier, WindowRule
 from kvmix_fx.plan.orders import encode_order
 from kvmix_fx.testing.strategies import layer_plans, plans
 from kvmix_kernels import layout
@@ -202,6 +202,7 @@ CHANGES = {
     "window.length": {"window": WindowRule(length=33)},
     "sink_length": {"sink_length": 4},
     "tile": {"tile": 64},
+    "token_tier": {"token_tier": TokenTier(0.1)},
 }
 
 
