@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvmix_fx.cache.growth import prepare_append
 from kvmix_fx.cache.tensor import QuantizedKVTensor
@@ -74,6 +76,10 @@ def append(
     length, extra = keys.lease.length, new_keys.shape[2]
     k, k_store = prepare_append(keys.cached, keys.lease, extra)
     v, v_store = prepare_append(values.cached, values.lease, extra)
+    slots, more = keys.cached.positions.shape[2], k.positions.shape[2] - keys.cached.positions.shape[2]
+    if mass is not None and mass.shape[2] and more:
+        # buffers have grown since it was counted, and with them the tier
+        mass = torch.cat([pad(mass[:, :, :slots], (0, more)), mass[:, :, slots:]], 2)
     append_tiers_(
         *(k.tensors, v.tensors, new_keys.to(keys.dtype), new_values.to(values.dtype), mask, None, length),
         *(k.format.encode(), v.format.encode(), None, mass, 1.0),

@@ -11,6 +11,7 @@ import torch
 from kvmix_fx.cache import QuantizedKVTensor, tiers
 from kvmix_fx.errors import TokenTierError
 from kvmix_kernels import layout
+from kvmix_kernels.tokens.ops import attend_tiers
 from kvmix_kernels.tokens.places import in_tier
 
 HIGH = layout.make_high(25, policy="norm", recent=0, balanced=True)
@@ -62,6 +63,24 @@ def test_forks_and_parents_keep_their_own_tier():
     assert same(numbers(first), numbers(again))
     assert not same(numbers(first), numbers(second))
     assert (members(first[0]) == (KEY.packed_tiles(180) * 16) // 4).all()
+
+
+def test_steps_go_on_where_buffers_grow():
+    high = HIGH._replace(policy=layout.POLICIES.index("accumulated"))
+    key, value = KEY._replace(high=high), VALUE._replace(high=high._replace(scored=0, balanced=0))
+    g = torch.Generator().manual_seed(5)
+    k, v, q = (torch.randn(1, 2, 180, 32, generator=g) for _ in range(3))
+    both = tiers.pack(k[:, :, :120], v[:, :, :120], (key, value), q[:, :, :120])
+    slots = both[0].positions.shape[2]
+    for i in range(120, 180):
+        new = k[:, :, i : i + 1], v[:, :, i : i + 1]
+        buffers = both[0].cached.tensors, both[1].cached.tensors
+        _, mass = attend_tiers(
+            *(q[:, :, i : i + 1], *new, *buffers, None, None, i, 0.2, key.encode(), value.encode())
+        )
+        both = tiers.append(*both, *new, mass)
+    assert both[0].positions.shape[2] > slots
+    assert (members(both[0]) == (KEY.packed_tiles(180) * 16) // 4).all()
 
 
 def test_a_rollback_empties_slots_and_restores_the_window_from_the_tier():
