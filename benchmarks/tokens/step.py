@@ -28,14 +28,12 @@ def main() -> None:
     for policy in ("accumulated", "last", "norm"):
         plans[f"mikv 2/16 {policy}"] = KVPlan.preset("mikv", geometry, policy=policy)
     for length in (1000, 4000):
-        case, rows = f"b1 h{KV_HEADS}x{GROUP} n{length} d{HEAD} tokens", []
+        case, rows = f"b1 h{KV_HEADS}x{GROUP} n{length} d{HEAD}", []
         for name, plan in plans.items():
             prompt, step = measured(plan, length)
             bits = plan.bits_per_element()
             for metric, value in (("prompt packed", prompt * 1e6), ("step", step * 1e6)):
-                rows.append(
-                    make_row("decode_attention", case, name, metric, value, "us", effective_bits=bits)
-                )
+                rows.append(make_row("token_tiers", case, name, metric, value, "us", effective_bits=bits))
             print(f"{case} {name:24} prompt {prompt * 1e3:.1f} ms, step {step * 1e6:.0f} us", flush=True)
         save(rows)
 
