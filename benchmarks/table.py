@@ -1,4 +1,4 @@
-"""Print Markdown tables of committed rows; `--write` renews those in both READMEs.
+"""Print Markdown tables of committed rows; `--write` renews those in the documents.
 
 python -m benchmarks.table quality
 python -m benchmarks.table --write
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import support
 from benchmarks.rows import Row, load
 
 HERE = Path(__file__).resolve().parent
@@ -24,13 +25,14 @@ LEADING = ("kvmix default", "best uniform", "mean of 5 random", "kvmix paper rul
 SIZES = ("longest_context", "largest_batch")
 """Metrics of `benchmarks.e2e.capacity`."""
 
-READMES = (HERE / "README.md", HERE.parent / "README.md")
+DOCUMENTS = (*sorted((HERE.parent / "docs").rglob("*.md")), HERE.parent / "README.md")
+"""Where tables may stand."""
 
 
-def markdown(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """A table; all columns but the first aligned right."""
+def markdown(head: Iterable[str], body: Iterable[Iterable[str]], align: str = "---:") -> str:
+    """A table; all columns but the first aligned right, unless told."""
     head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + [align] * (len(head) - 1)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in body)])
 
 
@@ -128,6 +130,28 @@ def planner() -> str:
     return "\n\n".join(parts)
 
 
+def tiers() -> str:
+    """KL of `benchmarks.planner.tiers`, mean and worst chunk, on the planner's chunks and on others."""
+    cases = [f"smollm2 {text} tiers{part}" for part in ("", " held out") for text in ("prose", "code")]
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in load("quality"):
+        if row.case in cases:
+            found.setdefault(row.provider, {})[row.case, row.metric] = row
+    body = []
+    for provider, by in sorted(found.items(), key=lambda entry: _bits_of(entry[1])):
+        cells = []
+        for case in cases:
+            mean, worst = (by.get((case, f"kl_nats{kind}")) for kind in ("", " worst chunk"))
+            cells.append(f"{mean.value:.4f} ({worst.value:.3f})" if mean and worst else "-")
+        body.append([provider, f"{_bits_of(by):.3f}", *cells])
+    head = ["provider", "bits", "prose", "code", "held out, prose", "held out, code"]
+    return f"KL in nats/token: mean (worst chunk)\n\n{markdown(head, body)}"
+
+
+def _bits_of(by: dict[tuple[str, str], Row]) -> float:
+    return max(row.effective_bits or 0.0 for row in by.values())
+
+
 def memory() -> str:
     """Cache bytes and process peaks."""
     parts = []
@@ -149,10 +173,19 @@ def memory() -> str:
     return "\n\n".join(parts)
 
 
-def generate() -> str:
-    """Decode speed, and the ops that take most of a step."""
-    sizes = {row.case for row in load("generate") if row.metric in SIZES}
-    rows = [row for row in load("generate") if row.unit == "token/s" and row.case not in sizes]
+def cpu() -> str:
+    """Decode speed on CPUs, and the ops that take most of a step."""
+    return _speeds([row for row in load("generate") if row.machine.startswith("cpu-")])
+
+
+def decode() -> str:
+    """Decode speed on GPUs, of every method and run."""
+    return _speeds([row for row in load("generate") if not row.machine.startswith("cpu-")])
+
+
+def _speeds(found: list[Row]) -> str:
+    sizes = {row.case for row in found if row.metric in SIZES}
+    rows = [row for row in found if row.unit == "token/s" and row.case not in sizes]
     body = [
         [
             f"{row.case}, {row.machine}",
@@ -164,7 +197,7 @@ def generate() -> str:
         for row in rows
     ]
     parts = [markdown(["case", "provider", "token/s", "p20 to p80", "against the baseline"], body)]
-    for (case, machine), providers in grouped(row for row in load("generate") if row.unit == "%").items():
+    for (case, machine), providers in grouped(row for row in found if row.unit == "%").items():
         for provider, by in providers.items():
             ops = [
                 [metric.removeprefix("time in ").replace(", ", " | ", 1), f"{row.value:.1f}"]
@@ -211,6 +244,39 @@ def gpu() -> str:
         "peak, MiB",
     ]
     return markdown(head, body)
+
+
+GLANCE = (
+    ("decode, batch 16, 8k tokens", "b16 n8192 +40", "tokens_per_second", "tokens/s"),
+    ("decode, batch 1, 4k tokens", "b1 n4096 +40", "tokens_per_second", "tokens/s"),
+    ("decode, Llama-2-7B, batch 16, 2k", "llama-2-7b b16 n2048 +40", "tokens_per_second", "tokens/s"),
+    ("cache, batch 16, 8k tokens", "b16 n8192 +40", "cache_bytes", "GiB"),
+    ("longest context in 80 GB", "b1 longest in 80 GB", "longest_context", "tokens"),
+    ("most sequences of 8k tokens in 80 GB", "n8192 largest batch in 80 GB", "largest_batch", ""),
+)
+"""What `glance` shows: words, case (of Llama-3.1-8B's shape unless named), metric, unit."""
+
+
+def glance() -> str:
+    """The leading figures of one kind of machine, against the better of transformers' own caches."""
+    body = []
+    for words, case, metric, unit in GLANCE:
+        case = case if case.startswith("llama") else f"llama-3.1-8b {case}"
+        rows = {
+            row.provider: row
+            for row in load("generate", "h100-80gb")
+            if (row.case, row.metric) == (case, metric)
+        }
+        ours = rows.pop("kvmix k2.2v2.4 g128 w32")
+        best = (min if metric == "cache_bytes" else max)(rows.values(), key=lambda row: row.value)
+        commits = ", ".join(dict.fromkeys(row.commit for row in (ours, best)))
+        cells = (
+            f"{row.value / 2**30:.1f} GiB" if unit == "GiB" else f"{row.value:,.0f} {unit}".strip()
+            for row in (ours, best)
+        )
+        kind = best.provider.removeprefix("transformers ")
+        body.append([words, next(cells), f"{next(cells)} ({kind})", commits])
+    return markdown(["", "kvmix", "best of transformers' caches", "commits"], body)
 
 
 def capacity() -> str:
@@ -276,6 +342,19 @@ def storage() -> str:
     return "\n\n".join(parts)
 
 
+def retrieval() -> str:
+    """The share of pass keys found again, by tokens of the text."""
+    rows = [row for row in load("quality") if row.metric == "found"]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    body = []
+    for provider in dict.fromkeys(row.provider for row in rows):
+        by = {row.case: row for row in rows if row.provider == provider}
+        bits = next(iter(by.values())).effective_bits
+        shares = (f"{by[case].value:.1%}" if case in by else "-" for case in cases)
+        body.append([provider, number(bits, ".2f"), *shares])
+    return markdown(["cache", "bits", *(case.removeprefix("smollm2 ") for case in cases)], body)
+
+
 def summary() -> str:
     """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
     quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
@@ -299,12 +378,35 @@ def summary() -> str:
     return markdown(head, body)
 
 
+def models() -> str:
+    """Architectures that are tested."""
+    head = ["architecture", "variant", "attn_implementation", "keys and values"]
+    return markdown(head, support.models(), "---")
+
+
+def modes() -> str:
+    """Ways of decoding that are tested."""
+    return markdown(["mode", "generate() is given", "prompts"], support.ways_of_decoding(), "---")
+
+
+def also() -> str:
+    """What else is tested, and where."""
+    return markdown(["works", "shown by"], support.also_works(), "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "models": models,
+    "modes": modes,
+    "also": also,
     "quality": quality,
     "planner": planner,
+    "tiers": tiers,
+    "retrieval": retrieval,
     "memory": memory,
-    "generate": generate,
+    "cpu": cpu,
+    "decode": decode,
     "gpu": gpu,
+    "glance": glance,
     "capacity": capacity,
     "attention": attention,
     "storage": storage,
@@ -327,14 +429,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", nargs="?", choices=TABLES)
-    parser.add_argument("--write", action="store_true", help="renew the tables of both READMEs")
+    parser.add_argument("--write", action="store_true", help="renew the tables of all documents")
     parser.add_argument("--check", action="store_true", help="exit status 1 if --write would change them")
     options = parser.parse_args()
     if options.write or options.check:
-        old = [path.read_text() for path in READMES]
+        old = [path.read_text() for path in DOCUMENTS]
         new = [renew(text) for text in old]
         if options.write:
-            for path, text in zip(READMES, new, strict=True):
+            for path, text in zip(DOCUMENTS, new, strict=True):
                 path.write_text(text)
         return int(options.check and new != old)
     print("\n\n".join(TABLES[name]() for name in ([options.suite] if options.suite else TABLES)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,18 @@ import torch
 from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
-from kvmix_fx.errors import BackendOptionError, NoSiteError, PlanGeometryError, TrainingError
+from kvmix_fx.errors import (
+    BackendOptionError,
+    DequantizeWarning,
+    NoSiteError,
+    PlanGeometryError,
+    TrainingError,
+)
 from kvmix_fx.parallel import check_placement
 from kvmix_fx.passes.find.written_out import READS_WEIGHTS
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
+from kvmix_fx.passes.sites import STORE
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import CompiledStep, Delegating
@@ -34,6 +42,9 @@ def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
     except PlanGeometryError:
         # head sizes that differ between layers: sites are checked one by one when they are traced
         return plan
+
+
+_ADVICE = 'load the model with attn_implementation="sdpa", or '
 
 
 class Compiled:
@@ -59,6 +70,8 @@ class Compiled:
         self.plan = plan
         self.backend = backend
         self.on_nothing = on_nothing
+        self.advice = _other_attention(inside or model)
+        self._warned = False
         self.names = list(names)
         self.replaced = {name: vars(model)[name] for name in self.names if name in vars(model)}
 
@@ -69,8 +82,24 @@ class Compiled:
 
     def check(self, result: Any) -> None:
         """After a graph was traced: something must be packed, or the user must know."""
+        self._warn_of_storage()
         if self.on_nothing == "raise":
-            _check_rewritten(self.report, result)
+            _check_rewritten(self.report, result, self.advice)
+
+    def _warn_of_storage(self) -> None:
+        """Say once that steps unpack what no known attention reads, and how to have it read packed."""
+        stored = sorted({str(site.layer) for site in self.report.sites if site.action == STORE})
+        if not stored or self._warned or not self.advice:
+            return
+        self._warned = True
+        missed = dict.fromkeys(site.reason for site in self.report.sites if not site.recognized)
+        warnings.warn(
+            f"the caches of layers {', '.join(stored)} are packed, but every step unpacks them one layer at "
+            f"a time, for what reads them is no known attention ({'; '.join(missed)}): {self.advice}accept "
+            "slower steps",
+            DequantizeWarning,
+            stacklevel=5,
+        )
 
 
 def compile(
@@ -97,8 +126,7 @@ def compile(
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
             `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA
-            graphs in every mode, unless options={"cuda_graphs": False}; in one of several processes
-            of a process group only with options={"cuda_graphs": True}.
+            graphs in every mode, unless options={"cuda_graphs": False}.
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.
@@ -138,7 +166,8 @@ def compile(
         return _compile_inside(
             model, inside[0], plan, inner, on_nothing, torch_compile_options, options, mode
         )
-    prepare, attributes = hooks_for(model, plan, shortcut)
+    prepare, attributes, backend.windows = hooks_for(model, plan, shortcut)
+    backend.widens = True
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
     step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
     step.compile()
@@ -233,7 +262,13 @@ def explain(
     return report
 
 
-def _check_rewritten(report: CompileReport, result: Any) -> None:
+def _other_attention(model: nn.Module) -> str:
+    """How to have attention that is recognized; empty if the model has no other, or has it already."""
+    used = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return "" if used == "sdpa" or not getattr(model, "_supports_sdpa", True) else _ADVICE
+
+
+def _check_rewritten(report: CompileReport, result: Any, advice: str) -> None:
     if any(g.changed for g in report.graphs):
         return
     sites = [site for site in report.sites if site.recognized]
@@ -250,8 +285,8 @@ def _check_rewritten(report: CompileReport, result: Any) -> None:
             )
         raise NoSiteError(
             "no attention was found, neither a call of scaled_dot_product_attention nor one written out as "
-            f"matmul, softmax, matmul{nearly}: load the model with "
-            'attn_implementation="sdpa", or pass on_nothing="ignore" to run it unquantized'
+            f"matmul, softmax, matmul{nearly}: {advice}"
+            'pass on_nothing="ignore" to run the model unquantized'
         )
     if any(site.idiom == "in place" for site in sites):
         return  # plain buffers are packed after this step; should they not be, the report says so

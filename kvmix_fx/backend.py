@@ -8,8 +8,9 @@ of every step; True: record steps also under a process group), "report" (a Compi
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 
 from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, TrainingError
-from kvmix_fx.parallel import process_group_size
+from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.report import CompileReport
@@ -64,8 +65,8 @@ class KVMixBackend:
             report: filled as graphs are compiled; a new one by default.
             model: whose own plain cache buffers may be exchanged for packed ones.
             cuda_graphs: whether decode steps over a fixed cache on CUDA are recorded and replayed. None
-                does so unless several processes work together, whose communication would be recorded too.
-                The report says which graphs are.
+                does so, in one of several processes only if the recordings can be released before their
+                process group is destroyed. The report says which graphs are.
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
             inductor_options: settings of torch._inductor.config for these graphs only.
@@ -94,6 +95,11 @@ class KVMixBackend:
         self.inner = inner
         self.report = report if report is not None else CompileReport()
         self.note = note
+        # whether somebody goes on with a slice of packed tokens as with a sliding window
+        self.windows = False
+        # whether somebody calls `widened` when scales have too small a range, and the tensors whose have
+        self.widens = False
+        self.wide: frozenset[manager.Ranged] = frozenset()
         self.__name__ = "kvmix"
 
     @property
@@ -103,7 +109,9 @@ class KVMixBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
-        result = manager.run(gm, self.plan, own_buffers=self.model is not None)
+        result = manager.run(
+            gm, self.plan, own_buffers=self.model is not None, windows=self.windows, wide=self.wide
+        )
         self.report.graphs.append(result.report)
         if result.rewritten is None:
             return _compile(gm, example_inputs, *self._choose(example_inputs, False))
@@ -121,7 +129,15 @@ class KVMixBackend:
             compiled = deferred.wrap(compiled)
         record = None if result.report.replay else recording.record_cuda
         note = None if record is None else self.note
-        return Boundary(result.rewritten.recipe, compiled, self.model, record, note)
+        if record is not None and process_group_size() > 1:
+            before_groups_end(recording.release_all)
+        return Boundary(result.rewritten.recipe, compiled, self.model, record, note, self.widens)
+
+    def widened(self, found: Iterable[manager.Ranged]) -> KVMixBackend:
+        """A backend with the same report that gives the scales of these tensors single precision."""
+        other = copy.copy(self)
+        other.wide = self.wide | frozenset(found)
+        return other
 
     def _no_replay(self, result: manager.PassResult, inputs: list[Any]) -> str:
         """Why steps of a rewritten graph cannot be recorded as CUDA graphs; empty if they can."""
@@ -133,10 +149,11 @@ class KVMixBackend:
             return "switched off"
         if len(devices) != 1 or devices.pop().type not in recording.REPLAY_DEVICES:
             return "not on one CUDA device"
-        if self.cuda_graphs is None and (processes := process_group_size()) > 1:
+        if self.cuda_graphs is None and process_group_size() > 1 and not tells_of_end():
             return (
-                f"one of {processes} processes, whose communication has not been seen to work when recorded: "
-                'options={"cuda_graphs": True} tries it'
+                "this torch does not say before it destroys a process group, which waits for ever while "
+                'recordings use it: with options={"cuda_graphs": True} steps are recorded, and '
+                "processes must end without destroy_process_group()"
             )
         if not recipe.packed or len(recipe.fixed) != len(recipe.packed):
             return "the cache grows: use a fixed one"

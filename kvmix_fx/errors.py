@@ -13,6 +13,7 @@ from kvmix_kernels.errors import (
     HeadSizeError,
     KernelMemoryError,
     KVMixError,
+    TuningFileError,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CacheMutationError",
     "CacheReadError",
     "CacheShapeError",
+    "CacheStateError",
     "CacheVersionError",
     "CalibrationError",
     "CapacityError",
@@ -36,6 +38,8 @@ __all__ = [
     "KernelMemoryError",
     "MissingPackageError",
     "ModelInputError",
+    "NarrowScalesError",
+    "NarrowScalesWarning",
     "NoSiteError",
     "PlacementError",
     "PlainCacheWarning",
@@ -55,6 +59,7 @@ __all__ = [
     "SignalUnavailable",
     "TokenTierError",
     "TrainingError",
+    "TuningFileError",
 ]
 
 
@@ -171,6 +176,10 @@ class CacheReadError(KVMixError, RuntimeError):
     """A compiled graph reads a packed cache whose number of tokens it cannot know."""
 
 
+class CacheStateError(KVMixError, ValueError):
+    """What was saved as a packed tensor is none: something is missing, or does not fit the rest."""
+
+
 class CacheVersionError(KVMixError, ValueError):
     """A saved cache whose packed layout is not the one that this version of the package reads."""
 
@@ -198,6 +207,29 @@ class DequantizeWarning(UserWarning):
 
 class GraphBreakWarning(UserWarning):
     """A model that cannot be traced as one graph is compiled in pieces, which makes its steps slower."""
+
+
+class NarrowScalesError(KVMixError, OverflowError):
+    """Keys or values are outside the range of the scales planned for them.
+
+    found: layer, 0 for keys and 1 for values, and the largest element, of each such tensor. A compiled model
+    that raises it is traced anew with wider scales.
+    """
+
+    def __init__(self, found: list[tuple[int | None, int, float]]) -> None:
+        """Name the tensors."""
+        self.found = found
+        names = ", ".join(
+            f"{('keys', 'values')[role]} of layer {layer} (up to {peak:.3g})" for layer, role, peak in found
+        )
+        super().__init__(
+            f"scales of half precision do not have the range of {names}: give these tensors "
+            'scale_dtype="float32" in the plan'
+        )
+
+
+class NarrowScalesWarning(UserWarning):
+    """Scales got another dtype than planned, or should have."""
 
 
 class PlainCacheWarning(UserWarning):

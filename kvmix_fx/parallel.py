@@ -8,7 +8,7 @@ measured over all heads needs the other ranks: `Ranks`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,13 +88,13 @@ def local(x: Tensor) -> Tensor:
     return part.to_local() if is_distributed(x) else x  # type: ignore[no-any-return]
 
 
-def kv_heads_here(model: nn.Module, geometry: ModelGeometry) -> int:
-    """KV heads of a layer that this rank keeps.
+def kv_heads_here(model: nn.Module, heads: int) -> int:
+    """KV heads that this rank keeps of a layer which has so many.
 
     Raises:
         HeadSplitError: they cannot be shared out evenly.
     """
-    return geometry.heads_per_rank(Ranks.of(model).size)
+    return ModelGeometry.shared_out(heads, Ranks.of(model).size)
 
 
 def own_heads(heads: Sequence[_Head], count: int) -> Sequence[_Head]:
@@ -117,6 +117,27 @@ def process_group_size() -> int:
     return distributed.get_world_size()
 
 
+def tells_of_end() -> bool:
+    """Whether this torch says before it destroys the default process group."""
+    world: Any = getattr(torch.distributed.distributed_c10d, "_world", None)
+    return isinstance(getattr(world, "comms", None), list)
+
+
+def before_groups_end(callback: Callable[[], None]) -> None:
+    """Have `callback` called, once, before the default process group is destroyed; see `tells_of_end`."""
+    if tells_of_end():
+        comms: list[Any] = torch.distributed.distributed_c10d._world.comms
+        if not any(isinstance(comm, _Ending) and comm.finalize is callback for comm in comms):
+            comms.append(_Ending(callback))
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Stands among the communicators that torch finalizes first."""
+
+    finalize: Callable[[], None]
+
+
 def check_placement(model: nn.Module) -> None:
     """Refuse a model that lies on devices in a way that compiled steps cannot follow.
 
@@ -132,7 +153,7 @@ def check_placement(model: nn.Module) -> None:
         geometry = ModelGeometry.of(model)
     except PlanGeometryError:
         return  # head counts that differ or are not known are checked by those who need them
-    kv_heads_here(model, geometry)
+    kv_heads_here(model, geometry.num_kv_heads)
 
 
 def _check_device_map(model: nn.Module) -> None:

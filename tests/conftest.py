@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -37,3 +38,11 @@ def _fresh_compiler() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    # every trace ends with a full collection: without this it walks through all imported modules, each time
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # what stays frozen is not freed at exit, and extension modules report it as leaked
+    gc.unfreeze()

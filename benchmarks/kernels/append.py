@@ -24,14 +24,17 @@ from kvmix_kernels.triton import attention, storage
 from kvmix_kernels.triton.timing import Case, Timing, decode_inputs, graph_time, nbytes, random_cache
 
 CASES = ("b64 h8x4 n8192 d128", "b16 h32x1 n4096 d128", "b1 h8x4 n131072 d128", "b1 h8x4 n8192 d128")
-PROVIDERS = ("k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128", "tiers 25/75 w128")
+PROVIDERS = (
+    "k2v2 g128 w128", "k4v4 g128 w128", "k2v2 g32 w128",
+    "tiers 25/75 w128", "tiers 25/75 tile w128", "mixkvq",
+)  # fmt: skip
 PROMPTS = ("b1 h8x4 n4096 d128", "b16 h8x4 n8192 d128")
 
 
 def step_arguments(args: list[object]) -> list[object]:
     """Arguments of `append_` from those of `attend` for the same step."""
-    _, *new, keys, values, _, start, length, _, key_format, value_format = args[:11]
-    return [keys, values, *new, None, start, length, key_format, value_format]
+    query, *new, keys, values, _, start, length, _, key_format, value_format = args[:11]
+    return [keys, values, *new, None, start, length, key_format, value_format, query]
 
 
 def prompt_arguments(case: Case, provider: str) -> list[object]:
@@ -41,7 +44,11 @@ def prompt_arguments(case: Case, provider: str) -> list[object]:
     keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in "kv")
     caches = [random_cache(case, fmt, case.tokens, torch.bfloat16).tensors for fmt in formats_]
     start = torch.zeros((), dtype=torch.int64, device="cuda")
-    return [*caches, keys, values, None, start, case.tokens, *(fmt.encode() for fmt in formats_)]
+    step = [*caches, keys, values, None, start, case.tokens, *(fmt.encode() for fmt in formats_)]
+    if formats_[0].by_tile:
+        shape = (case.batch, case.tokens, case.heads * case.group, case.head_dim)
+        step.append(torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2))
+    return step
 
 
 def equal_to_the_reference(args: list[object]) -> bool:
@@ -87,12 +94,16 @@ def main() -> int:
     """Run all cases; 1 if any provider was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the rows")
-    folder = parser.parse_args().output
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable; default: all")
+    parser.add_argument("--case", action="append", choices=CASES + PROMPTS, help="repeatable; default: all")
+    options = parser.parse_args()
+    folder = options.output
+    chosen, providers = options.case or CASES + PROMPTS, options.provider or PROVIDERS
     rows = Rows("append", folder)
     wrong = 0
-    for name in CASES:
+    for name in filter(chosen.__contains__, CASES):
         case = Case.parse(name)
-        for provider in PROVIDERS:
+        for provider in providers:
             if not agrees(case, provider):
                 print(f"{name:24} kvmix {provider:22} WRONG", flush=True)
                 wrong = 1
@@ -113,8 +124,8 @@ def main() -> int:
             )
             torch.cuda.empty_cache()
     bandwidth = copy_bandwidth()
-    for name in PROMPTS:
-        for provider in PROVIDERS:
+    for name in filter(chosen.__contains__, PROMPTS):
+        for provider in providers:
             wrong |= not prompt_row(rows, Case.parse(name), provider, bandwidth)
             torch.cuda.empty_cache()
     return wrong

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip

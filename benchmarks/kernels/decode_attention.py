@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.rows import Rows, copy_bandwidth
-from kvmix_fx.plan import LayerPlan
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry
 from kvmix_fx.plan.text import LayerText, parse_layer
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
@@ -48,7 +48,7 @@ PROVIDERS = (
     "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
     "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded", "k2v2 g128 capped", "k4v4 g128 capped",
     "tiers 25/75", "tiers 50/50", "tiers 25/50/25", "tiers 25/75 g32", "tiers 25/75 w128",
-    "tiers 25/75 padded",
+    "tiers 25/75 padded", "tiers 25/75 tile", "mixkvq", "kitty",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -63,26 +63,36 @@ MASKS = ("padded", "added")
 """Words of a provider's name that say how attention is masked."""
 TIERS = "tiers"
 """First word of providers whose keys have tiers of channels, such as "tiers 25/75 w128"."""
+BY_TILE = "tile"
+"""Another word of theirs: every tile has an order of its own."""
 CAPPED = "capped"
 """Another: its scores are."""
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
-    """Formats of "k2v2 g64 w128" (bits, groups, recent window, by default 0) or "tiers 25/75 g64 w128"."""
+    """Formats of "k2v2 g64 w128" (bits, groups, recent window, by default 0) or "tiers 25/75 g64 w128".
+
+    "tiers 25/75 tile" has an order in every tile; "mixkvq" and "kitty" are the presets, without a window.
+    """
     words = [word for word in provider.split() if word not in (*MASKS, CAPPED)]
     text = " ".join(words)
     if words[0] == TIERS:
-        return _tiered(words[1], parse_layer(" ".join(["k4v2", *words[2:]])), head_dim)
+        order = "tile" if BY_TILE in words else "prompt"
+        more = [word for word in words[2:] if word != BY_TILE]
+        return _tiered(words[1], parse_layer(" ".join(["k4v2", *more])), head_dim, order)
+    if words[0] in ("mixkvq", "kitty"):
+        plan = KVPlan.preset(words[0], ModelGeometry(1, 1, head_dim), window=0, sink_length=0)
+        return plan.layers[0].formats(head_dim)
     return LayerPlan.parse(text, head_dim, window=0, tile=128).formats(head_dim)
 
 
-def _tiered(shares: str, more: LayerText, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
+def _tiered(shares: str, more: LayerText, head_dim: int, order: str) -> tuple[TensorFormat, TensorFormat]:
     """Keys with so many percent of the channels at 4, 2 and 0 bits; values rotated, symmetric, of 2 bits."""
     window = more.window or 0
     channels = [head_dim * int(share) // 100 for share in shares.split("/")]
     keys = make_format(
         4, "channel", more.group_size or 128, 128, 0, window, "byte",
-        tiers=tuple(zip((4, 2, 0), channels, strict=False)), order="prompt",
+        tiers=tuple(zip((4, 2, 0), channels, strict=False)), order=order,
     )  # fmt: skip
     return keys, make_format(
         2, "token", layout.WHOLE_HEAD, 128, 0, window, "byte", symmetric=True, rotation=True

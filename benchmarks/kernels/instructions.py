@@ -46,7 +46,7 @@ def launch(case: Case, provider: str, config: configs.AttendConfig | None, gpu: 
     )
     start = torch.empty((), dtype=torch.int64, device="meta")
     with (
-        mock.patch.object(configs, "device_name", return_value=gpu),
+        mock.patch.object(configs, "gpu_of", return_value=configs.Gpu(gpu)),
         recorded(attention, "attend_kernel", "combine_kernel") as found,
     ):
         attention.attend(

@@ -28,17 +28,22 @@ def main() -> int:
     """Run all cases; 1 if any provider was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the rows")
-    folder = parser.parse_args().output
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable; default: all")
+    parser.add_argument("--head-dim", type=int, action="append", help="repeatable; default: all")
+    options = parser.parse_args()
+    folder = options.output
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
     rows = Rows("pack", folder)
     wrong = 0
     for B, H, L, D in SHAPES:
+        if D not in (options.head_dim or [D]):
+            continue
         name = f"b{B} h{H} n{L} d{D}"
         # heads behind tokens, as models make them
         x = torch.randn(B, L, H, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-        for provider in PROVIDERS:
+        for provider in options.provider or PROVIDERS:
             for part, fmt in zip("KV", formats(provider, D), strict=True):
                 label = f"kvmix {provider} {part}"
                 order = None

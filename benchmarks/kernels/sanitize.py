@@ -38,7 +38,10 @@ FORMS: tuple[tuple[int, int, int, int, str, str], ...] = (
 )
 """The fast path at several widths and head sizes, the general path, raw tokens."""
 
-TIERS = ((128, "tiers 25/75"), (64, "tiers 25/75"), (256, "tiers 25/75"), (128, "tiers 25/50/25 g32"))
+TIERS = (
+    (128, "tiers 25/75"), (64, "tiers 25/75"), (256, "tiers 25/75"), (128, "tiers 25/50/25 g32"),
+    (128, "tiers 25/75 tile"), (128, "mixkvq"), (64, "kitty"),
+)  # fmt: skip
 """Head sizes, and providers of `decode_attention` with tiers, scales of a byte and rotated values."""
 
 SOFTCAPS = (0.0, 1.0, 0.0)

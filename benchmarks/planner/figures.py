@@ -1,6 +1,6 @@
 """Figures of the planner benchmark, from committed rows and the committed profile.
 
-python -m benchmarks.planner.figures    # needs matplotlib; writes results/figures/planner-*.svg
+python -m benchmarks.planner.figures    # needs matplotlib; writes docs/figures/planner-*.svg
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from benchmarks.planner import plans
 from benchmarks.rows import RESULTS, Row, load
+from benchmarks.style import FIGURES, Theme, colours, drawn
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.plan.prices import Scores
 from kvmix_fx.profiling import Profile
 
 TEXTS = ("prose", "code")
 NAMED = {
-    "kvmix default": {"color": "tab:red", "marker": "o", "zorder": 5},
-    "best uniform": {"color": "black", "marker": "s", "zorder": 4},
-    "kvmix paper rule": {"color": "tab:purple", "marker": "v", "linestyle": "none"},
-    "kivi": {"color": "tab:brown", "marker": "P", "linestyle": "none"},
-    "kv-adaquant k4v2": {"color": "tab:olive", "marker": "X", "linestyle": "none"},
+    "kvmix default": {"color": "ours", "marker": "o", "zorder": 5, "linewidth": 2},
+    "best uniform": {"color": "text", "marker": "s", "zorder": 4},
+    "kvmix paper rule": {"color": "green", "marker": "v", "linestyle": "none"},
+    "kivi": {"color": "sky", "marker": "P", "linestyle": "none"},
+    "kv-adaquant k4v2": {"color": "purple", "marker": "X", "linestyle": "none"},
 }
-COLORS = dict(
-    zip(plans.ALLOCATORS, ("tab:red", "tab:orange", "tab:green", "tab:cyan", "tab:blue"), strict=True)
-)
+"""Looks; colours are those of a `Theme`."""
+
+COLORS = dict(zip(plans.ALLOCATORS, ("ours", "blue", "green", "purple", "sky"), strict=True))
 
 
 def by_provider(rows: list[Row], text: str) -> dict[str, list[Row]]:
@@ -43,9 +42,9 @@ def by_provider(rows: list[Row], text: str) -> dict[str, list[Row]]:
     return {name: sorted(group, key=lambda row: row.effective_bits) for name, group in found.items()}
 
 
-def quality(rows: list[Row], path: Path) -> None:
+def quality(theme: Theme, rows: list[Row]) -> Figure:
     """KL against effective bits: all signals as thin lines, one colour per allocator."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharey=True)
     for axis, text in zip(axes, TEXTS, strict=True):
         found = by_provider(rows, text)
         seen = set()
@@ -53,48 +52,54 @@ def quality(rows: list[Row], path: Path) -> None:
             name, _, allocator = provider.rpartition(" ")
             bits, kl = [row.effective_bits for row in group], [row.value for row in group]
             if provider in NAMED:
-                axis.plot(bits, kl, label=provider, **NAMED[provider])
+                look = NAMED[provider] | {"color": getattr(theme, NAMED[provider]["color"])}
+                axis.plot(bits, kl, label=provider, **look)
             elif name == "random":
-                axis.plot(bits, kl, ".", color="0.6", label=None if "random" in seen else "random (5 seeds)")
+                label = None if "random" in seen else "random (5 seeds)"
+                axis.plot(bits, kl, ".", color=theme.plain, label=label)
                 seen.add("random")
             elif allocator in COLORS:
                 label = None if allocator in seen else f"{allocator}, any signal"
-                axis.plot(bits, kl, color=COLORS[allocator], alpha=0.5, linewidth=0.8, label=label)
+                color = getattr(theme, COLORS[allocator])
+                axis.plot(bits, kl, color=color, alpha=0.5, linewidth=0.8, label=label)
                 seen.add(allocator)
         axis.set(title=text, xlabel="effective bits per element", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("KL, nats per token")
-    axes[1].legend(fontsize="small")
+    axes[0].set_yticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
+    axes[0].minorticks_off()
+    figure.legend(*axes[1].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
     figure.suptitle("SmolLM2-135M, packed cache: quality against bits")
-    figure.savefig(path, metadata={"Date": None})
+    return figure
 
 
-def scores(profile: Profile, path: Path) -> None:
+def scores(theme: Theme, profile: Profile) -> Figure:
     """Every signal by layer, as a share of its largest."""
-    figure, axes = pyplot.subplots(2, 1, figsize=(10, 7), sharex=True, layout="constrained")
-    for name in profile.signals:
+    figure, axes = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True)
+    shades = list(colours(theme).values())
+    looks = [(line, shade) for line in ("-", "--", ":") for shade in shades]
+    for name, (line, shade) in zip(profile.signals, looks, strict=False):
         signal = profile.signal(name)
         for axis, role in zip(axes, ("keys", "values"), strict=True):
             rows = getattr(signal, role)
             # of prices, those of the first format: the fewest bits
             numbers = [number**2 if isinstance(signal, Scores) else number[0] for number in rows]
-            axis.plot([number / max(numbers) for number in numbers], label=name, linewidth=1)
+            axis.plot([number / max(numbers) for number in numbers], label=name, linewidth=1.3,
+                      color=shade, linestyle=line)  # fmt: skip
     for axis, role in zip(axes, ("keys", "values"), strict=True):
         axis.set(title=role, yscale="log", ylabel="share of the largest")
         axis.grid(alpha=0.3)
     axes[1].set_xlabel("layer")
     axes[0].legend(fontsize="x-small", ncols=2)
     figure.suptitle("SmolLM2-135M: what each signal says of each layer (norms squared; prices at 2 bits)")
-    figure.savefig(path, metadata={"Date": None})
+    return figure
 
 
-def bits_per_layer(solved: dict[float, KVPlan], path: Path) -> None:
+def bits_per_layer(theme: Theme, solved: dict[float, KVPlan]) -> Figure:
     """Effective bits of each layer's keys and values under the default, by budget."""
-    figure, axes = pyplot.subplots(
-        len(solved), 1, figsize=(10, 9), sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(len(solved), 1, figsize=(9, 8), sharex=True, sharey=True)
     for axis, (bits, plan) in zip(axes, solved.items(), strict=True):
-        for role, shift, color in (("key", -0.2, "tab:red"), ("value", 0.2, "tab:blue")):
+        for role, shift, color in (("key", -0.2, theme.ours), ("value", 0.2, theme.blue)):
             specs = [getattr(layer, role) for layer in plan.layers]
             sizes = [plan.geometry.head_dim if s.group_size == "head" else s.group_size for s in specs]
             heights = [s.bits + 32 / size for s, size in zip(specs, sizes, strict=True)]
@@ -105,7 +110,7 @@ def bits_per_layer(solved: dict[float, KVPlan], path: Path) -> None:
     axes[0].legend(fontsize="small", ncols=2)
     axes[-1].set_xlabel("layer")
     figure.suptitle("SmolLM2-135M: effective bits per layer, " + " ".join(plans.DEFAULT))
-    figure.savefig(path, metadata={"Date": None})
+    return figure
 
 
 def main() -> None:
@@ -113,19 +118,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "figures")
+    parser.add_argument("--out", type=Path, default=FIGURES)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    pyplot.rcParams["svg.hashsalt"] = "kvmix"  # the same file from the same rows
     profile = Profile.load(RESULTS / "planner" / "profile.safetensors")
-    quality(load("quality"), out / "planner-quality.svg")
-    scores(profile, out / "planner-scores.svg")
     signal, allocator = plans.DEFAULT
     solved = {
         bits: plans.of_signal(profile.signal(signal), allocator, bits, profile.geometry)
         for bits in plans.BUDGETS
     }
-    bits_per_layer(solved, out / "planner-bits.svg")
+    rows = load("quality")
+    drawn("planner-quality", lambda theme: quality(theme, rows), out)
+    drawn("planner-scores", lambda theme: scores(theme, profile), out)
+    drawn("planner-bits", lambda theme: bits_per_layer(theme, solved), out)
 
 
 if __name__ == "__main__":

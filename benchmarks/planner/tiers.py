@@ -63,6 +63,11 @@ def compared(geometry: ModelGeometry, orders: tuple[str, ...]) -> Iterator[tuple
     whole = KVPlan.preset("tiers", geometry, bits=2.4, channel_orders=orders)
     key = replace(whole.layers[0].key, bits=2, tiers=(), order="none", channel_order="", range_factor=0.8)
     yield "kvmix tiers 2.4 without tiers g32", whole.with_layers("all", key=replace(key, group_size=32))
+    for name in ("mixkvq", "kitty"):
+        plan = KVPlan.preset(name, geometry)
+        yield name, plan
+        # as published they leave more or fewer tokens raw than the others
+        yield f"{name} s4 w32", plan.with_layers("all", window=32, sink_length=4)
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ class Cached(NamedTuple):
 
     @property
     def order(self) -> Tensor | None:
-        """Which channel each packed one is, int32 [B, H, D]; None without tiers."""
+        """Which channel each packed one is, [B, H, D] or [B, H, tiles, D]; None without tiers."""
         return self.tensors[4] if self.format.order else None
 
     def named(self, name: str) -> Tensor:
@@ -88,6 +88,26 @@ class Cached(NamedTuple):
         """Of the tokens in the high tier, int32 [B, H, Q]; which of them count, `layout` says."""
         return self.named("positions")
 
+    @property
+    def exact(self) -> Tensor | None:
+        """Packed tokens' raw channels, bfloat16 [B, H, tiles * tile, raw]; None without such a tier."""
+        return self.tensors[5] if self.format.raw_channels else None
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Sums of the sizes of all queries so far, float64 [B, H, D]; None where no order needs them."""
+        if self.format.order != layout.ORDER_TILE:
+            return None
+        return self.tensors[6 if self.format.raw_channels else 5]
+
+    @property
+    def per_token(self) -> tuple[Tensor, ...]:
+        """Buffers of packed tokens, whose dimension 2 grows with them; without those of a high tier."""
+        low = self.low
+        named = zip(low.format.buffer_names, low.tensors, strict=True)
+        kept_once = ("residual", "seen") if self.format.by_tile else ("residual", "order")
+        return tuple(buffer for name, buffer in named if name not in kept_once)
+
     def take_order(self, hint: Tensor | None) -> None:
         """Copy the plan's order of channels, [H, D] or [B, H, D], if the format has one.
 
@@ -103,7 +123,7 @@ class Cached(NamedTuple):
                 f"this format packs channels in the plan's order, which has to be given as [{heads}, "
                 f'{head_dim}], got {found}: take the order from a profile of this model, or order="prompt"'
             )
-        self.order.copy_(hint)
+        self.order.copy_(as_packed(hint, self.format))
 
     @property
     def head_dim(self) -> int:
@@ -137,7 +157,12 @@ def shapes(
         ((slots, head_dim), dtype),
     ]
     if fmt.order:
-        found.append(((head_dim,), torch.int32))
+        small = torch.uint8 if layout.tile_order_itemsize(head_dim) == 1 else torch.int16
+        found.append(((tiles, head_dim), small) if fmt.by_tile else ((head_dim,), torch.int32))
+        if fmt.raw_channels:
+            found.append(((tiles * fmt.tile, fmt.raw_channels), torch.bfloat16))
+        if fmt.order == layout.ORDER_TILE:
+            found.append(((head_dim,), torch.float64))
     if fmt.high is not None:
         found += shapes(fmt.high_format, head_dim, *layout.high_shape(fmt, tiles), dtype)
         slots = fmt.high.slots(tiles * fmt.tile)
@@ -147,6 +172,11 @@ def shapes(
         if fmt.high.balanced:
             found.append(((head_dim,), torch.float32))
     return found
+
+
+def as_packed(important: Tensor, fmt: TensorFormat) -> Tensor:
+    """Channels [..., D], the most important first, in the order in which tiers are packed: raw ones last."""
+    return important.roll(-fmt.raw_channels, -1) if fmt.raw_channels else important
 
 
 def allocate(
@@ -173,7 +203,7 @@ def allocate(
         ),
     )
     if cached.order is not None:
-        cached.order.copy_(torch.arange(head_dim, dtype=torch.int32, device=device))
+        cached.order.copy_(torch.arange(head_dim, device=device))
     if fmt.high is not None:
         cached.positions.fill_(-1)
         if fmt.high.balanced:

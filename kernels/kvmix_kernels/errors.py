@@ -34,5 +34,9 @@ class KernelMemoryError(KVMixError, MemoryError):
     """The CPU kernel found no memory for its partial results. Nothing was written."""
 
 
+class TuningFileError(KVMixError, ValueError):
+    """A file of launch parameters in the user's cache folder that cannot be read."""
+
+
 class CacheShapeError(KVMixError, ValueError):
     """Tensors handed to a cache disagree with it in batch, heads, head size, dtype or device."""

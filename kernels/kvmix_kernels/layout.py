@@ -11,6 +11,9 @@ stored in the buffers that `TensorFormat.buffer_names` lists, in that order ever
     zero_point  scale dtype  [B, Hkv, *grid]                  value of code 0, added after scaling
     residual    model dtype  [B, Hkv, sink + ring, D]         raw tokens: sink, then recent window
     order       int32        [B, Hkv, D]                      channels as packed; with tiers alone
+                uint8        [B, Hkv, tiles, D]               of each tile; int16 for more than 256 channels
+    exact       bfloat16     [B, Hkv, tiles * tile, raw]      channels of 16 bits; with a tier of them alone
+    seen        float64      [B, Hkv, D]                      sizes of all queries so far; ORDER_TILE alone
 
 and, with a high tier of Q slots (`HighTier`), in these behind them:
 
@@ -49,7 +52,8 @@ laid out as codes of so many bits. A digit lies in one plane, or, if its bits do
 
 With *tiers* the channels of keys are packed in an order, the most important first: packed channel j is
 channel order[j]. All but the dropped ones have a digit of 2 bits, the first of them a second one above it,
-so 4 bits. Dropped channels are the last; they have no codes, and their offset is the mean of their group.
+so 4 bits. Dropped channels come behind them; they have no codes, and their offset is the mean of their
+group. *Raw* channels, the most important of all, are the last: scale and offset are 0, `exact` has them.
 
 Scales of one *byte* are float16 whose sign and last 7 bits are 0 (5 bits of exponent, 3 of mantissa). Their
 offsets are a signed byte in quarters of the scale: x = s * (code + z / 4). *Symmetric* formats store no
@@ -110,13 +114,19 @@ SCALE_ITEMSIZE = (2, 2, 4, 1)
 BYTE_SCALES = SCALE_DTYPES.index("byte")
 FLOAT_SCALES = SCALE_DTYPES[:BYTE_SCALES]
 
-ORDERS = ("none", "plan", "prompt")
-"""Who says how the channels of a format with tiers are ordered: the plan, or the first tokens packed."""
-ORDER_NONE, ORDER_PLAN, ORDER_PROMPT = range(3)
+ORDERS = ("none", "plan", "prompt", "tile", "tile_keys")
+"""Who says how the channels of a format with tiers are ordered: the plan, or the first tokens packed.
 
-TIER_BITS = (4, 2, 0)
+Or every tile for itself: by the queries seen until it is packed and the range of its keys, or by the sizes of
+its keys alone.
+"""
+ORDER_NONE, ORDER_PLAN, ORDER_PROMPT, ORDER_TILE, ORDER_TILE_KEYS = range(5)
+
+TIER_BITS = (4, 2, 0, 16)
 TIER_CHANNELS = 8
 """Counts of channels of tiers are multiples of it: a word holds the 2-bit digits of as many."""
+NAMED_TIERS = (RAW_BITS, 4, 2, 0)
+"""Tiers as people give them, the most important channels first."""
 
 WHOLE_HEAD = 0
 """As `group_size` with axis "token": one group over all channels of the head."""
@@ -208,11 +218,12 @@ class HighTier(NamedTuple):
 class TensorFormat(NamedTuple):
     """How one cached tensor is stored.
 
-    tiers: channels with bits of their own, one tier for a uniform format, whose bits are 1, 2, 3, 4, 6, 8 or
-    16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of one channel) or AXIS_TOKEN
-    (`group_size` consecutive channels of one token); tile: tokens packed together; sink: leading tokens
-    kept raw; window: recent tokens kept raw at least; scale_dtype: index into SCALE_DTYPES; symmetric,
-    rotation: 1 or 0; order: index into ORDERS; high: tokens that are kept at more bits, or None.
+    tiers: channels with bits of their own, in the order of TIER_BITS, one tier for a uniform format, whose
+    bits are 1, 2, 3, 4, 6, 8 or 16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of
+    one channel) or AXIS_TOKEN (`group_size` consecutive channels of one token); tile: tokens packed
+    together; sink: leading tokens kept raw; window: recent tokens kept raw at least; scale_dtype: index into
+    SCALE_DTYPES; symmetric, rotation: 1 or 0; order: index into ORDERS; high: tokens that are kept at more
+    bits, or None.
     """
 
     tiers: tuple[Tier, ...]
@@ -258,24 +269,43 @@ class TensorFormat(NamedTuple):
         """Its bits as people write them: "4", or "4/2 of 32/96" with tiers."""
         if len(self.tiers) == 1:
             return str(self.bits)
-        bits, channels = ("/".join(map(str, part)) for part in list(zip(*self.tiers, strict=True))[:2])
+        named = sorted(self.tiers, key=lambda tier: NAMED_TIERS.index(tier.bits))
+        bits, channels = ("/".join(map(str, part)) for part in list(zip(*named, strict=True))[:2])
         return f"{bits} of {channels}"
 
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers of a tensor in this format, in the order in which ops take and return them."""
-        names = BUFFER_NAMES if self.order == ORDER_NONE else (*BUFFER_NAMES, "order")
+        names = BUFFER_NAMES
+        if self.order != ORDER_NONE:
+            exact = ("exact",) if self.raw_channels else ()
+            names = (*names, "order", *exact, *(("seen",) if self.order == ORDER_TILE else ()))
         if self.high is None:
             return names
         scores = SCORE_NAMES if self.high.scored else ()
         return (*names, *HIGH_NAMES, *scores, *(("balance",) if self.high.balanced else ()))
 
+    @property
+    def by_tile(self) -> bool:
+        """Whether every tile has an order of channels of its own."""
+        return self.order in (ORDER_TILE, ORDER_TILE_KEYS)
+
+    @property
+    def asks_queries(self) -> bool:
+        """Whether an order of channels is chosen from queries."""
+        return self.order in (ORDER_PROMPT, ORDER_TILE)
+
+    @property
+    def raw_channels(self) -> int:
+        """Channels that a format with tiers keeps at 16 bits."""
+        return self.tiers[-1].channels if len(self.tiers) > 1 and self.tiers[-1].bits == RAW_BITS else 0
+
     def channels(self, head_dim: int) -> tuple[int, int]:
-        """Channels of the lowest digit (all but the dropped ones) and of those above it."""
+        """Channels of the lowest digit (all but dropped and raw ones) and of those above it."""
         if len(self.tiers) == 1:
             return head_dim, head_dim
         counts = {tier.bits: tier.channels for tier in self.tiers}
-        return head_dim - counts.get(0, 0), counts[4]
+        return head_dim - counts.get(0, 0) - self.raw_channels, counts[4]
 
     def encode(self) -> list[int]:
         """As ops take it, an `int[]`. `decode` is the inverse; nothing else knows the order.
@@ -318,6 +348,10 @@ class TensorFormat(NamedTuple):
         if self.is_raw:
             return 0
         return max(0, length - self.sink - self.window) // self.tile
+
+    def flushed_at(self, tile: int) -> int:
+        """The length at which a tile, counted from 0, is packed."""
+        return self.sink + self.window + (tile + 1) * self.tile
 
     def packed_end(self, length: int) -> int:
         """Position of the first token after the packed ones (at least `sink`)."""
@@ -409,9 +443,10 @@ def make_format(
 ) -> TensorFormat:
     """Check the parts of a format against each other and return it.
 
-    `tiers` are (bits, channels), 4 bits first, then 2 and 0 (dropped), which add up to the head; `bits` is
-    then 4, and `order` says who orders the channels. `span` is how much of a group's range the codes cover,
-    of tiers those of 2 bits, in percent; None is 80 for tiers and symmetric codes of 2 bits, else 100.
+    `tiers` are (bits, channels), 16 bits (raw) first, then 4, 2 and 0 (dropped), which add up to the head; 4
+    and one below must be there. `bits` is then 4, and `order` says who orders the channels. `span` is how
+    much of a group's range the codes cover, of tiers those of 2 bits, in percent; None is 80 for tiers and
+    symmetric codes of 2 bits, else 100.
 
     Raises:
         FormatError: naming the part that does not fit and the values that would.
@@ -478,18 +513,20 @@ def _tiers(
     tiers: Sequence[tuple[int, int]], bits: int, axis: int, order: int, span: int | None
 ) -> tuple[Tier, ...]:
     given = [width for width, _ in tiers]
-    if len(set(given)) != len(given) or given != [width for width in TIER_BITS if width in given]:
-        raise FormatError(f"tiers must be of {TIER_BITS} bits, each once and in this order, got {given}")
-    if len(given) < 2 or given[0] != 4 or bits != 4:
+    if len(set(given)) != len(given) or given != [width for width in NAMED_TIERS if width in given]:
+        raise FormatError(f"tiers must be of {NAMED_TIERS} bits, each once and in this order, got {given}")
+    if 4 not in given or given[-1] == 4 or bits != 4:
         raise FormatError("tiers need some channels at 4 bits and others below: use bits=4, or bits alone")
     if any(count < TIER_CHANNELS or count % TIER_CHANNELS for _, count in tiers):
         raise FormatError(f"channels of a tier must be multiples of {TIER_CHANNELS}, got {tiers}")
     if axis != AXIS_CHANNEL:
         raise FormatError('tiers of channels need axis="channel"')
     if order == ORDER_NONE:
-        raise FormatError('tiers need an order of channels: order="plan" or "prompt"')
+        raise FormatError('tiers need an order of channels: order="plan" or "prompt", "tile" or "tile_keys"')
     narrow = NARROW_SPAN if span is None else span
-    return tuple(Tier(width, count, narrow if width == 2 else 100) for width, count in tiers)
+    counts = dict(tiers)
+    packed = (width for width in TIER_BITS if width in counts)
+    return tuple(Tier(width, counts[width], narrow if width == 2 else 100) for width in packed)
 
 
 @cache
@@ -706,6 +743,25 @@ def fixed_slots(fmt: TensorFormat, capacity: int) -> int:
     return fmt.sink + -(-capacity // fmt.tile) * fmt.tile if fmt.is_raw else fmt.residual_slots
 
 
+def holds(fmt: TensorFormat, peak: float) -> bool:
+    """Whether the format's scales and offsets have the range of elements up to `peak` in size.
+
+    Scales of half precision or a byte end at 65504, and have fewer bits from 2^-14 down. What counts is that
+    rounding them costs less than a quarter of a step at the far end of a group, for groups that span an
+    eighth of the largest range.
+    """
+    if fmt.is_raw or peak == 0 or SCALE_DTYPES[fmt.scale_dtype] in ("bfloat16", "float32"):
+        return True
+    top = max(1, 2**fmt.bits - 1)
+    least = top * 2.0**-13 if fmt.scale_dtype == BYTE_SCALES else top * top * 2.0**-21
+    return least <= peak <= 30000.0
+
+
+def widened(fmt: TensorFormat) -> TensorFormat:
+    """The same format with scales and offsets of single precision, whose range is that of any model."""
+    return fmt._replace(scale_dtype=SCALE_DTYPES.index("float32"))
+
+
 def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int) -> None:
     """Raise CapacityError unless `count` tokens after `length` fit into buffers with so many rows and slots.
 
@@ -720,6 +776,12 @@ def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int
 ORDER_ITEMSIZE = 4
 POSITION_ITEMSIZE = 4
 SCORE_ITEMSIZE = 4
+SEEN_ITEMSIZE = 8
+
+
+def tile_order_itemsize(head_dim: int) -> int:
+    """Bytes of one channel's number in the order of a tile."""
+    return 1 if head_dim <= 256 else 2
 
 
 def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, itemsize: int) -> int:
@@ -729,7 +791,11 @@ def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, item
         return raw
     (rows, columns), (_, offsets) = scale_grid(fmt, head_dim, tiles), zero_grid(fmt, head_dim, tiles)
     codes = tiles * fmt.tile * row_words(fmt, head_dim) * 2
+    codes += tiles * fmt.tile * fmt.raw_channels * 2
     order = head_dim * ORDER_ITEMSIZE if fmt.order else 0
+    if fmt.by_tile:
+        order = tiles * head_dim * tile_order_itemsize(head_dim)
+        order += head_dim * SEEN_ITEMSIZE if fmt.order == ORDER_TILE else 0
     tier = 0 if fmt.high is None else _high_nbytes(fmt, fmt.high, head_dim, tiles, itemsize)
     return codes + rows * (columns + offsets) * SCALE_ITEMSIZE[fmt.scale_dtype] + raw + order + tier
 
@@ -749,11 +815,11 @@ def _high_nbytes(fmt: TensorFormat, high: HighTier, head_dim: int, tiles: int, i
 
 
 def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
-    """Bits of one packed element: its code and its share of scale and offset.
+    """Bits of one packed element: its code and its share of scale and offset, and of the order of its tile.
 
-    A high tier that is a share of the tokens is counted with its share. What a sequence has once, the order
-    of its channels or a high tier of a fixed number, is not in it. `head_dim` is asked for groups that span
-    the head, and for positions.
+    A high tier that is a share of the tokens is counted with its share. What a sequence has once, such as an
+    order of its channels or a high tier of a fixed number, is not in it. `head_dim` is asked for groups that
+    span the head, and for positions.
     """
     if fmt.is_raw:
         return float(RAW_BITS)
@@ -761,6 +827,8 @@ def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
     if len(fmt.tiers) > 1:
         channels = sum(tier.channels for tier in fmt.tiers)
         codes = sum(tier.bits * tier.channels for tier in fmt.tiers) / channels
+        if fmt.by_tile:
+            codes += 8 * tile_order_itemsize(channels) / fmt.tile
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else channel_group(fmt, head_dim)
     numbers = 1 if fmt.symmetric else 2
     packed = codes + numbers * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group

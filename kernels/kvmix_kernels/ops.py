@@ -43,12 +43,12 @@ _library.define(
 _library.define(
     "attend(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
-    "float softcap=0.0) -> Tensor",
+    "float softcap=0.0, Tensor? sink_logits=None) -> Tensor",
 )
 _library.define(
     "attend_lse(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
-    "float softcap=0.0) -> (Tensor, Tensor)",
+    "float softcap=0.0, Tensor? sink_logits=None) -> (Tensor, Tensor)",
 )
 _library.define("dequantize(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
@@ -65,7 +65,7 @@ def _quantize_pack(
     `mask` is the attention mask of the step that made the tokens: what its last row hides is
     padding and does not widen any group. `hint` is what an order of channels comes from where the format
     has one: the order itself, [H, D] or [B, H, D], if it is the plan's, and the queries of the step,
-    [B, Hq, L, D], if it is the prompt's.
+    [B, Hq, L, D], if it is the prompt's or a tile's.
 
     Raises:
         FormatError: the plan's order is missing, or is none of this head.
@@ -75,7 +75,7 @@ def _quantize_pack(
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     cached = allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device)
     cached.take_order(hint)
-    query = hint if fmt.order == layout.ORDER_PROMPT else None
+    query = hint if fmt.asks_queries else None
     storage.append(cached, x, storage.valid_tokens(mask, B), 0, query)
     return list(cached.tensors)
 
@@ -106,9 +106,10 @@ def _append_(
     both = Cached.of(keys, key_format), Cached.of(values, value_format)
     for cached in both:
         layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], live, count)
-    # only a flush asks which tokens are padding
-    flushes = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
-    valid = storage.valid_tokens(mask, new_keys.shape[0]) if flushes else None
+    # only a flush asks which tokens are padding, and a sum of queries
+    asks = any(c.format.packed_tiles(live + count) > c.format.packed_tiles(live) for c in both)
+    asks = asks or both[0].seen is not None
+    valid = storage.valid_tokens(mask, new_keys.shape[0]) if asks else None
     storage.append(both[0], new_keys, valid, live, query)
     storage.append(both[1], new_values, valid, live)
 
@@ -129,9 +130,11 @@ def _attention(implementation: Callable[..., Any]) -> Callable[..., Any]:
         key_format: list[int],
         value_format: list[int],
         softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
     ) -> Any:
         k, v = Cached.of(keys, key_format), Cached.of(values, value_format)
-        return implementation(query, new_keys, new_values, k, v, mask, _live(start, length), scale, softcap)
+        live = _live(start, length)
+        return implementation(query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
 
     return attend
 
@@ -181,6 +184,7 @@ def _fake_attend(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     # not `Cached.of`: a trace asks this often, and the buffers were checked when they were made
     return query.new_empty((*query.shape[:3], values[RESIDUAL].shape[3]))
@@ -213,7 +217,8 @@ _library.impl("attend_lse", _attention(cpu_attention.attend_lse), "CPU")
 
 
 def _takes_float64(args: Sequence[object]) -> bool:
-    flat = (x for a in args for x in (a if isinstance(a, (list, tuple)) else (a,)))
+    # of buffers the raw tokens tell
+    flat = (a[RESIDUAL] if isinstance(a, (list, tuple)) and len(a) > RESIDUAL else a for a in args)
     return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 
@@ -256,6 +261,13 @@ append_ = torch.ops.kvmix.append_.default
 attend = torch.ops.kvmix.attend.default
 attend_lse = torch.ops.kvmix.attend_lse.default
 dequantize = torch.ops.kvmix.dequantize.default
+
+
+def peak(x: Tensor) -> Tensor:
+    """The size of the largest finite element, float32 []; 0 without any."""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    return torch.where(x.isfinite(), x, 0).abs().amax().float()
 
 
 def default_scale(head_dim: int) -> float:

@@ -69,6 +69,9 @@ def prepare_append(cached: Cached, lease: Lease, extra: int) -> tuple[Cached, St
     flushes = fmt.packed_tiles(length + extra) > fmt.packed_tiles(length)
     if flushes:
         cached = cached.replace(residual=cached.residual.clone())
+    if cached.seen is not None:
+        # older tensors keep the sum of their own queries
+        cached = cached.replace(seen=cached.seen.clone())
     return own_tier(cached, flushes), lease.store
 
 
@@ -79,6 +82,39 @@ def own_tier(cached: Cached, flushes: bool = True) -> Cached:
         return cached
     written = (*(layout.HIGH_NAMES if flushes else ()), *(layout.SCORE_NAMES if fmt.high.scored else ()))
     return cached.replace(**{name: cached.named(name).clone() for name in written})
+
+
+def without_front(cached: Cached, tiles: int, room: int) -> Cached:
+    """A copy without its first `tiles` tiles, which are packed, and with room for `room` tokens.
+
+    The format has no sink and no high tier, whose tokens have absolute positions. What follows has the places
+    it would have if it had come first.
+    """
+    fmt, residual = cached.format, cached.residual
+    assert fmt.high is None
+    B, H, slots, D = residual.shape
+    new = allocate(
+        B,
+        H,
+        D,
+        layout.growing_tiles(fmt, room),
+        layout.growing_slots(fmt, room),
+        fmt,
+        residual.dtype,
+        residual.device,
+    )
+    steps = (fmt.tile, layout.scale_grid(fmt, D, 1)[0], layout.zero_grid(fmt, D, 1)[0])
+    pairs = list(zip(cached.tensors[:3], new.tensors[:3], steps, strict=True))
+    if fmt.is_raw:
+        pairs.append((residual, new.residual, fmt.tile))
+    else:
+        new.residual.copy_(residual.roll(-tiles * fmt.tile % slots, 2))
+    for source, target, step in pairs:
+        kept = source[:, :, tiles * step :][:, :, : target.shape[2]]
+        target[:, :, : kept.shape[2]] = kept
+    if cached.order is not None and new.order is not None:
+        new.order.copy_(cached.order)
+    return new
 
 
 def rewind(cached: Cached, length: int, new_length: int) -> Cached:

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind
+from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind, without_front
+from kvmix_fx.cache.saved import check_buffers, check_numbers, entry, read_meta
 from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, TokenTierError
 from kvmix_kernels import layout, ops
@@ -90,7 +91,7 @@ class QuantizedKVTensor(torch.Tensor):
             setattr(self, name, buffer)
         if is_fake(self.residual):
             return
-        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.tensors[:3]))
+        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.per_token))
         if self.format.high is not None:
             first = len(self.format.low.buffer_names)
             mark_tokens(*cached.tensors[first : first + len(HIGH_NAMES)])
@@ -123,6 +124,8 @@ class QuantizedKVTensor(torch.Tensor):
     ) -> QuantizedKVTensor:
         """Quantize and pack the tokens x [B, Hkv, L, D] into a growing tensor.
 
+        Scales become float32 where those of the format do not have the range of the tokens.
+
         `mask`: the attention mask of the step that made them; hidden tokens widen no group. `hint`: what an
         order of channels comes from, see `kvmix_kernels.ops`.
         """
@@ -132,6 +135,8 @@ class QuantizedKVTensor(torch.Tensor):
                 "keys and values with a high tier are packed together, by a prompt of a compiled model, "
                 "which tells what matters: use kvmix_fx.compile, or kvmix_fx.cache.tiers.pack"
             )
+        if not is_fake(x) and ranges_wider(x.dtype, format) and not layout.holds(format, float(ops.peak(x))):
+            format = layout.widened(format)
         return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 
     @classmethod
@@ -155,8 +160,8 @@ class QuantizedKVTensor(torch.Tensor):
         cached = allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=device)
-        if order is not None and cached.order is not None:
-            cached.order.copy_(order)
+        if order is not None:
+            cached.take_order(order)
         return cls(cached, capacity, live)
 
     def dequantize(self) -> Tensor:
@@ -258,6 +263,11 @@ class QuantizedKVTensor(torch.Tensor):
         cached = rewind(self.cached, self.lease.length, length)
         return QuantizedKVTensor(cached, length, store=self.lease.store)
 
+    def without_front(self, tiles: int, room: int) -> QuantizedKVTensor:
+        """A growing tensor of its own without its first `tiles` tiles, with room for `room` tokens."""
+        left = self.shape[2] - tiles * self.format.tile
+        return QuantizedKVTensor(without_front(self.cached, tiles, room), left)
+
     def map_buffers(
         self, function: Callable[[Tensor], Tensor], live: Tensor | None = None
     ) -> QuantizedKVTensor:
@@ -306,6 +316,8 @@ class QuantizedKVTensor(torch.Tensor):
         recipe = (
             "raw" if f.is_raw else f"{f.label} bits per {axis} in groups of {f.group_size or self.shape[3]}"
         )
+        named = layout.SCALE_DTYPES[f.scale_dtype]
+        scales = "" if f.is_raw or named == "float16" else f", {named} scales"
         size = (
             ""
             if is_fake(self.residual)
@@ -313,7 +325,7 @@ class QuantizedKVTensor(torch.Tensor):
         )
         return (
             f"QuantizedKVTensor({list(self.shape)}, {self.dtype}, {self.device}, {kind}, {recipe}, "
-            f"sink {f.sink}, window {f.window}{size})"
+            f"sink {f.sink}, window {f.window}{scales}{size})"
         )
 
     def __reduce_ex__(self, proto: Any) -> tuple[Any, ...]:
@@ -339,19 +351,23 @@ class QuantizedKVTensor(torch.Tensor):
         """Inverse of `to_state`.
 
         Raises:
+            CacheStateError: something is missing or does not fit the rest.
             CacheVersionError: it was saved under another packed layout.
         """
-        length, *numbers = state[prefix + "meta"].tolist()
+        length, *numbers = read_meta(state, prefix)
         # version 1 was not written down
         *numbers, version = numbers if len(numbers) > PLAIN_NUMBERS else [*numbers, 1]
-        fmt = TensorFormat.decode(numbers)
-        if not layout.reads(version, fmt.bits):
+        # a later version may have formats that are not known here
+        fmt = check_numbers(numbers) if version <= layout.VERSION else None
+        if fmt is None or not layout.reads(version, fmt.bits):
             raise CacheVersionError(
-                f"this cache of {fmt.label} bits was saved in version {version} of the packed layout, and "
-                f"version {layout.VERSION} is read here: use the package that wrote it, or fill it anew"
+                f"this cache was saved in version {version} of the packed layout, and version "
+                f"{layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
-        cached = Cached(fmt, tuple(state[prefix + name] for name in fmt.buffer_names))
-        return cls(cached, length, state.get(prefix + "live"))
+        cached = Cached(fmt, tuple(entry(state, prefix, name) for name in fmt.buffer_names))
+        live = entry(state, prefix, "live") if prefix + "live" in state else None
+        check_buffers(cached, length, live)
+        return cls(cached, length, live)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -360,6 +376,11 @@ class QuantizedKVTensor(torch.Tensor):
         from kvmix_fx.cache.dispatch import dispatch
 
         return dispatch(func, args, kwargs or {})
+
+
+def ranges_wider(dtype: torch.dtype, format: TensorFormat) -> bool:
+    """Whether tokens of this dtype may have a range that scales of the format do not have."""
+    return dtype != torch.float16 and not layout.holds(format, torch.inf)
 
 
 def _span(where: Any) -> tuple[Any, Any] | None:

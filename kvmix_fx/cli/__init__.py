@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvmix_fx.cli import compare, demo, env, evaluate, explain, generate, plan, profile, solve
+from kvmix_fx.cli import compare, demo, env, evaluate, explain, generate, plan, profile, solve, tune
 
 app = typer.Typer(
     name="kvmix",
@@ -27,6 +27,7 @@ app.command("eval")(evaluate.evaluate)
 plan.app.command("solve")(solve.solve)
 plan.app.command("compare")(compare.compare)
 app.add_typer(plan.app, name="plan")
+app.command("tune")(tune.tune)
 app.command("env")(env.env)
 
 

@@ -64,7 +64,7 @@ def _costs(plan: KVPlan, batch: int, length: int, itemsize: int) -> dict[str, An
     assert plan.geometry is not None
     geometry = plan.geometry
     nbytes = plan.nbytes(batch, length, itemsize=itemsize)
-    raw = 2 * batch * length * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim * itemsize
+    raw = batch * geometry.elements(length) * itemsize
     return {
         "name": plan.name,
         "digest": plan.digest,

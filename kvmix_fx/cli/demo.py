@@ -199,7 +199,7 @@ def _remarks(content: dict[str, Any], plan: KVPlan) -> str:
     if content["dtype"] == "float32":
         length, geometry = content["cached_tokens"], plan.geometry
         assert geometry is not None
-        raw = 2 * 2 * length * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+        raw = 2 * geometry.elements(length)
         packed = plan.nbytes(1, length, itemsize=2)
         remarks.append(
             '"16-bit" names the unquantized cache; here it is float32, and so are the raw tokens of the '

@@ -123,7 +123,7 @@ def _cost(plan: KVPlan, nbytes: int, bits: float, itemsize: int) -> str:
     """What the cache took, why, and what the plan takes at length."""
     geometry = plan.geometry
     assert geometry is not None  # of `for_model`
-    elements = 2 * LENGTH_TOLD * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+    elements = geometry.elements(LENGTH_TOLD)
     later = plan.nbytes(1, LENGTH_TOLD, itemsize=itemsize)
     lines = [f"cache {size(nbytes)}, {bits:.2f} bits per element"]
     if bits > SHORT_CACHE * 8 * later / elements:

@@ -17,10 +17,12 @@ class Hooks(NamedTuple):
 
     prepare: runs before every call, and chooses its lane. attributes: set on the model itself while it is
     compiled. Both are copied and pickled with the model, so neither may hold it in a closure.
+    windows: whether `prepare` makes a sliding window of what a first step has left of packed tokens.
     """
 
     prepare: Prepare
     attributes: dict[str, Any]
+    windows: bool = False
 
 
 def called_models(model: nn.Module) -> list[nn.Module]:

@@ -6,6 +6,7 @@ drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verif
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from kvmix_fx.errors import HeadSizeError, PlanLayerError
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.match import Missed, match
+from kvmix_fx.passes.match import SLIDING, Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, STORE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
@@ -41,6 +42,20 @@ NO_PROMPT = (
     "the model's own buffers are packed without the queries that filled them, which a token tier needs: use "
     "a cache of transformers, or a plan without token_tier"
 )
+NO_TIER_IN_WINDOW = (
+    "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
+    "this layer"
+)
+NO_TIER_UNREAD = (
+    "which tokens matter is told by attention, and none that reads this cache is known: use a plan without "
+    "token_tier for this layer"
+)
+NO_TIER_ACROSS = (
+    "a token tier is chosen by a prompt that attends to itself, and these keys are not those of the tokens "
+    "that ask: use a plan without token_tier for this layer"
+)
+Ranged = tuple[int | None, int]
+"""A cached tensor: its layer, and 0 for keys or 1 for values."""
 _RAW = pair_label(str(layout.RAW_BITS), str(layout.RAW_BITS))
 
 
@@ -52,10 +67,18 @@ class PassResult:
     report: GraphReport
 
 
-def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResult:
+def run(
+    gm: fx.GraphModule,
+    plan: KVPlan,
+    own_buffers: bool = False,
+    windows: bool = False,
+    wide: Collection[Ranged] = (),
+) -> PassResult:
     """Rewrite a copy of `gm` by `plan`; `gm` itself stays as it is.
 
-    own_buffers: whether plain buffers can be exchanged for packed ones after the step.
+    own_buffers: whether plain buffers can be exchanged for packed ones after the step. windows: whether
+    packed tokens of which a graph keeps the last ones are gone on with as a sliding window. wide: tensors
+    whose scales are float32 whatever the plan says.
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
@@ -65,8 +88,12 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
     for site in sites:
         if not own_buffers:
             site.buffers = None
+        if site.tail is not None and not windows:
+            site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
-    report = GraphReport([_report(site, plan) for site in sites] + [_missed(one) for one in matched.missed])
+    report = GraphReport(
+        [_report(site, plan, wide) for site in sites] + [_missed(one) for one in matched.missed]
+    )
     nothing = not report.changed and not any(site.buffers for site in sites)
     if nothing and not packed_inputs(copied.graph):
         return PassResult(None, report)
@@ -74,7 +101,7 @@ def run(gm: fx.GraphModule, plan: KVPlan, own_buffers: bool = False) -> PassResu
         copied,
         sites,
         matched.leftover,
-        lambda site: _formats(site, plan),
+        lambda site: _formats(site, plan, wide),
         lambda site: _order(site, plan),
     )
     verify(result, sites)
@@ -92,11 +119,19 @@ def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
     return plan.layers[0] if all(layer == plan.layers[0] for layer in plan.layers) else None
 
 
-def _formats(site: Site, plan: KVPlan) -> tuple[TensorFormat, TensorFormat]:
+def _formats(site: Site, plan: KVPlan, wide: Collection[Ranged] = ()) -> tuple[TensorFormat, TensorFormat]:
     layer = _layer_plan(site, plan)
     assert layer is not None
-    key = site.buffers.key if site.buffers is not None else site.key_root
-    return layer.formats(int(example(key).shape[3]))
+    if site.tail is not None:
+        layer = layer.in_window()
+    plain = site.buffers
+    both = (plain.key, plain.value) if plain is not None else (site.key_root, site.value_root)
+    key_dim, value_dim = (int(example(x).shape[3]) for x in both)
+    key, value = layer.formats(key_dim, value_dim)
+    return (
+        layout.widened(key) if (site.layer, 0) in wide and not key.is_raw else key,
+        layout.widened(value) if (site.layer, 1) in wide and not value.is_raw else value,
+    )
 
 
 def _order(site: Site, plan: KVPlan) -> Tensor | None:
@@ -133,6 +168,13 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.buffers, site.reason = None, NO_PROMPT
     if site.action == LEAVE:
         return
+    no_tier = _no_tier(site) if layer.token_tier is not None else ""
+    if no_tier:
+        site.action, site.reason = LEAVE, no_tier
+        return
+    if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
+        site.action, site.reason = LEAVE, _raw_window(layer, 1 - site.tail)
+        return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
             layout.check_head_size(fmt, int(example(root).shape[3]))
@@ -140,14 +182,34 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.action, site.reason = LEAVE, str(error)
 
 
-def _report(site: Site, plan: KVPlan) -> SiteReport:
+def _no_tier(site: Site) -> str:
+    """Why the plain keys and values of a site cannot have a high tier; '' if they can."""
+    if site.tail is not None:
+        return NO_TIER_IN_WINDOW
+    if site.stored:
+        return NO_TIER_UNREAD
+    call = site.call
+    asking, asked = (dynamo.expression(example(x).shape[2]) for x in (call.query, site.key_root))
+    # one query sees all that came before it; more of them need a mask to say the same
+    known = call.mask is not None or call.is_causal is True or asking == 1
+    return "" if known and asking == asked else NO_TIER_ACROSS
+
+
+def _raw_window(layer: LayerPlan, window: int) -> str:
+    return (
+        f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
+        f"{layer.window.length} recent tokens and a tile of {layer.tile_length}"
+    )
+
+
+def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
     formats: tuple[TensorFormat, TensorFormat] | None = None
     shape: Any = None
     if site.key_update is not None and site.value_update is not None:
         formats = (site.key_update.tensor.format, site.value_update.tensor.format)
         shape = site.key_update.tensor.shape
     elif site.action == ADOPT:
-        formats = _formats(site, plan)
+        formats = _formats(site, plan, wide)
         shape = example(site.key_root).shape
     bytes_per_token = None
     if formats is not None:
@@ -158,7 +220,7 @@ def _report(site: Site, plan: KVPlan) -> SiteReport:
         layer=site.layer,
         module=site.module,
         idiom=site.idiom,
-        action=site.action,
+        action=STORE if site.stored and site.action == ADOPT else site.action,
         reason=site.reason,
         key_bits=formats[0].bits if formats else layout.RAW_BITS,
         value_bits=formats[1].bits if formats else layout.RAW_BITS,

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.dynamo import example, module_path
+from kvmix_fx.dynamo import example, module_path, place
 from kvmix_fx.errors import CacheMutationError, CacheReadError, CacheShapeError
 from kvmix_fx.passes.find.attention import look_for_attention
 from kvmix_fx.passes.find.updates import (
@@ -38,6 +38,11 @@ from kvmix_fx.passes.sites import (
     Site,
     Update,
 )
+
+NO_CACHE = "keys and values do not leave the graph: there is no cache here"
+STORED = "no attention that reads it was recognized, so every step unpacks one layer at a time"
+COMPUTED = "what it attends to is computed from cached tensors, which are packed as storage"
+SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
 
 
 @dataclass
@@ -102,8 +107,10 @@ def match(graph: fx.Graph) -> Matched:
     sites = [
         _site(call, by_result, by_new, outputs, plain) for call in calls if isinstance(call, AttentionCall)
     ]
+    sites += _stored(outputs, sites)
     served = {update for site in sites for update in (site.key_update, site.value_update) if update}
     left = [update for update in updates if update not in served]
+    _tell_computed(sites, left)
     pairs, single = _pairs(left)
     missed = []
     # what got furthest comes first
@@ -200,7 +207,7 @@ def _site(
     plain: dict[fx.Node, Update],
 ) -> Site:
     module = module_path(call.node)
-    key, value = heads_root(call.key), heads_root(call.value)
+    key, value = heads_root(call.key, casts=True), heads_root(call.value, casts=True)
     k, v = by_result.get(key), by_result.get(value)
     if k is not None and v is not None:
         reason = _why_not_attend(call, k, v)
@@ -211,6 +218,9 @@ def _site(
         # a first step that attends to its own tokens while the cache takes them
         return Site(call, module, k.idiom.name, APPEND, key_update=k, value_update=v)
     idiom = _plain_idiom(key)
+    tail = kept_tail(key, value, outputs)
+    if tail is not None:
+        return Site(call, module, idiom, ADOPT, key_root=tail[0], value_root=tail[1], tail=tail[2])
     reason = _why_not_adopt(key, value, outputs)
     if reason:
         # a first step that attends to its own tokens while plain buffers take them
@@ -260,9 +270,78 @@ def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
             return f"{name} are {x.dtype}, not floating point"
     if key not in outputs or value not in outputs:
         if kept_slices(key, outputs):
-            return "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
-        return "keys and values do not leave the graph: there is no cache here"
+            return SLIDING
+        return NO_CACHE
     return ""
+
+
+def _stored(outputs: Collection[fx.Node], sites: list[Site]) -> list[Site]:
+    """Sites of plain keys and values that leave the graph for a cache and that no known attention reads.
+
+    That they are a cache's is told by where they go: `keys` and `values` of one of its layers.
+    """
+    pairs: dict[str, dict[str, fx.Node]] = {}
+    for node in outputs:
+        layer, _, role = place(node).rpartition(".")
+        if role in ("keys", "values") and layer.endswith("]"):
+            pairs.setdefault(layer, {})[role] = node
+    roots = {root for site in sites for root in (site.key_root, site.value_root)}
+    updates = {update for site in sites for update in (site.key_update, site.value_update) if update}
+    roots |= {node for update in updates for node in (update.node, update.new)}
+    found = []
+    for pair in pairs.values():
+        if len(pair) < 2 or any(node in roots or node.op == "placeholder" for node in pair.values()):
+            continue
+        key, value = pair["keys"], pair["values"]
+        if not all(_is_plain_cache(example(node)) for node in (key, value)):
+            continue
+        starts = [_start_of_tail(node) if node.target is operator.getitem else None for node in (key, value)]
+        if starts[0] != starts[1]:
+            continue
+        call = AttentionCall(max(key, value), key, key, value, None, 0.0, False, None)
+        site = Site(call, module_path(key), _plain_idiom(key), ADOPT, STORED, key_root=key, value_root=value)
+        site.stored, site.tail = True, starts[0]
+        found.append(site)
+    return sorted(found, key=lambda site: site.call.node)
+
+
+def _tell_computed(sites: list[Site], left: list[Update]) -> None:
+    """Attention in a module that has a cache is not without one, even if it reads something else."""
+    modules = {module_path(update.node) for update in left} | {site.module for site in sites if site.stored}
+    for site in sites:
+        if site.reason == NO_CACHE and site.module in modules:
+            site.reason = COMPUTED
+
+
+def _is_plain_cache(x: Any) -> bool:
+    plain = isinstance(x, torch.Tensor) and not isinstance(x, QuantizedKVTensor)
+    return plain and x.dim() == 4 and x.is_floating_point()
+
+
+def kept_tail(
+    key: fx.Node, value: fx.Node, outputs: Collection[fx.Node]
+) -> tuple[fx.Node, fx.Node, Any] | None:
+    """(keys, values, start) where nothing but their last tokens leaves the graph, from one start on."""
+    kept = [kept_slices(node, outputs) for node in (key, value)]
+    if key in outputs or value in outputs or any(len(slices) != 1 for slices in kept):
+        return None
+    (keys,), (values,) = kept
+    starts = [_start_of_tail(node) for node in (keys, values)]
+    fits = starts[0] is not None and starts[0] == starts[1]
+    if not fits or any(example(x).dim() != 4 or not example(x).is_floating_point() for x in (keys, values)):
+        return None
+    return keys, values, starts[0]
+
+
+def _start_of_tail(node: fx.Node) -> Any:
+    """Where x[:, :, start:] starts, also with a whole last dimension; None for other parts."""
+    index: Any = node.args[1]
+    if not isinstance(index, tuple) or len(index) not in (3, 4):
+        return None
+    *others, last = (index[0], index[1], *index[3:], index[2])
+    whole = all(i == slice(None) for i in others)
+    tail = isinstance(last, slice) and last.stop is None and last.step in (None, 1)
+    return last.start if whole and tail else None
 
 
 def kept_slices(node: fx.Node, outputs: Collection[fx.Node]) -> list[fx.Node]:

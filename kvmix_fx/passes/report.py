@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
+from kvmix_kernels import layout
 
+RAW_BITS = layout.RAW_BITS
 REWRITTEN = (ATTEND, ADOPT, APPEND)
 
 
@@ -54,8 +56,12 @@ class GraphReport:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was rewritten."""
-        return any(site.action not in (LEAVE, NOT_RECOGNIZED) for site in self.sites)
+        """Whether anything is packed here, or comes in packed although no known attention reads it."""
+        return any(
+            site.action not in (LEAVE, NOT_RECOGNIZED)
+            or (site.action == NOT_RECOGNIZED and min(site.key_bits, site.value_bits) < RAW_BITS)
+            for site in self.sites
+        )
 
 
 @dataclass

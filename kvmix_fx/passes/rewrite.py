@@ -15,13 +15,24 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache.tensor import ranges_wider
 from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.sites import ADOPT, ATTEND, STORAGE, AttentionCall, PlainBuffers, Site, Update
+from kvmix_fx.passes.sites import (
+    ADOPT,
+    APPEND,
+    ATTEND,
+    STORAGE,
+    AttentionCall,
+    PlainBuffers,
+    Site,
+    Update,
+)
 from kvmix_fx.passes.sizes import size_evaluator
 from kvmix_fx.runtime.boundary import Adopted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import layout, ops
@@ -93,6 +104,7 @@ class _Rewriter:
         self.starts: dict[Hashable, fx.Node] = {}
         self.end: fx.Node | None = None
         self.dead: list[fx.Node] = []
+        self.peaks: list[tuple[fx.Node, tuple[int | None, int, TensorFormat]]] = []
 
     def run(self) -> Rewritten:
         for base, tensor in self.packed.items():
@@ -119,8 +131,14 @@ class _Rewriter:
         for site in self.sites:
             if site.action == ADOPT:
                 self._adopt(site)
+            elif site.action == APPEND:
+                updates = (site.key_update, site.value_update)
+                for role, update in enumerate(updates):
+                    assert update is not None
+                    self._look_at(site, role, update.new, update.tensor.format)
         plain = [self._count_plain(site.buffers, site) for site in self.sites if site.buffers is not None]
         outputs, live_output = self._outputs()
+        peaks = self._peak_output()
         for base in self.packed:
             self._answer_sizes(base)
         self._sweep([*self.dead, *(user for base in self.packed for user in base.users)])
@@ -140,6 +158,8 @@ class _Rewriter:
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
             plain,
+            peaks,
+            tuple(about for _, about in self.peaks),
         )
         return Rewritten(self.gm, recipe, self.values)
 
@@ -186,7 +206,7 @@ class _Rewriter:
                 (
                     *(call.query, k.new, v.new, self.buffers[k.past], self.buffers[v.past]),
                     *(call.mask, start, self._length(k.tensor), _scale(call)),
-                    *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap),
+                    *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap, call.sinks),
                 ),
             )
             if tiered:
@@ -195,6 +215,10 @@ class _Rewriter:
                 # several sites may read one cache: the attention of the last one counts
                 self.mass[k.past] = self.graph.call_function(operator.getitem, (both, 1))
         node.meta = dict(call.node.meta)
+        dtype = example(call.node).dtype
+        if dtype != example(call.query).dtype:
+            with self.graph.inserting_before(call.node):
+                node = self.graph.call_method("to", (node, dtype))
         call.node.replace_all_uses_with(node)
         # what is written in place in there has no effect elsewhere
         self.dead += [call.node, *call.inside]
@@ -213,7 +237,7 @@ class _Rewriter:
         anchor = max((*readers, k.node, v.node, k.new, v.new), key=lambda n: self.order[n])
         mask, query = (None, None) if call is None else (call.mask, call.query)
         fmt = k.tensor.format
-        more: tuple[Any, ...] = (query,) if fmt.order == layout.ORDER_PROMPT else ()
+        more: tuple[Any, ...] = (query,) if fmt.asks_queries else ()
         if fmt.high is not None:
             scale, softcap = (1.0, 0.0) if call is None else (_scale(call), call.softcap)
             more = (query, self.mass.get(k.past), scale, softcap)
@@ -257,6 +281,8 @@ class _Rewriter:
         roots = site.key_root, site.value_root
         key_format, value_format = self.formats(site)
         order = self._hint(site, key_format) if key_format.order == layout.ORDER_PLAN else ()
+        for role, (root, fmt) in enumerate(zip(roots, (key_format, value_format), strict=True)):
+            self._look_at(site, role, root, fmt)
         call = site.call
         with self.graph.inserting_after(call.node):
             packed = self.graph.call_function(
@@ -283,15 +309,20 @@ class _Rewriter:
             if site.key_root not in self.adopted:
                 self._adopt_tiers(site)
             return
-        for root, fmt in zip((site.key_root, site.value_root), self.formats(site), strict=True):
+        both = zip((site.key_root, site.value_root), self.formats(site), strict=True)
+        for role, (root, fmt) in enumerate(both):
             assert root is not None
             if root in self.adopted:
                 continue
+            self._look_at(site, role, root, fmt)
             hint = self._hint(site, fmt)
-            with self.graph.inserting_after(site.call.node):
-                packed = self.graph.call_function(
-                    ops.quantize_pack, (root, site.call.mask, fmt.encode(), *hint)
-                )
+            anchor, mask = site.call.node, site.call.mask
+            if mask is not None and site.tail is not None:
+                index: Any = (Ellipsis, slice(site.tail, None))
+                with self.graph.inserting_after(anchor):
+                    anchor = mask = self.graph.call_function(operator.getitem, (mask, index))
+            with self.graph.inserting_after(anchor):
+                packed = self.graph.call_function(ops.quantize_pack, (root, mask, fmt.encode(), *hint))
             items = []
             after = packed
             for i in range(len(fmt.buffer_names)):
@@ -300,9 +331,27 @@ class _Rewriter:
                 items.append(after)
             self.adopted[root] = (items, fmt)
 
+    def _look_at(self, site: Site, role: int, tokens: fx.Node | None, fmt: TensorFormat) -> None:
+        """Have the graph tell how large what is packed for the first time is, if that may matter."""
+        if tokens is None or not ranges_wider(example(tokens).dtype, fmt):
+            return
+        with self.graph.inserting_after(max(tokens, site.call.node)):
+            node = self.graph.call_function(ops.peak, (tokens,))
+        self.peaks.append((node, (site.layer, role, fmt)))
+
+    def _peak_output(self) -> int | None:
+        """Its place among the flat outputs."""
+        if not self.peaks:
+            return None
+        with self.graph.inserting_before(self.output):
+            stacked = self.graph.call_function(torch.stack, ([node for node, _ in self.peaks],))
+        flat: Any = self.output.args[0]
+        self.output.args = ((*flat, stacked),)
+        return len(flat)
+
     def _hint(self, site: Site, fmt: TensorFormat) -> tuple[fx.Node, ...]:
         """What the order of channels of a tensor in this format comes from; nothing where it has none."""
-        if fmt.order == layout.ORDER_PROMPT:
+        if fmt.asks_queries:
             return (site.call.query,)
         order = self.orders(site) if fmt.order == layout.ORDER_PLAN else None
         if order is None:

@@ -76,7 +76,7 @@ class AttentionCall:
     """One scaled-dot-product-attention node with its arguments by name.
 
     softcap: bound of the scores, 0 for none. inside: what only this attention needs of the graph, last first,
-    where it is written out; `node` is then its last product.
+    where it is written out; `node` is then its last product. sinks: logits of a learned sink, [Hq].
     """
 
     node: fx.Node
@@ -89,6 +89,7 @@ class AttentionCall:
     scale: float | None
     softcap: float = 0.0
     inside: tuple[fx.Node, ...] = ()
+    sinks: fx.Node | None = None
 
 
 # what happens to a site
@@ -96,6 +97,7 @@ ATTEND = "packed attention"
 ADOPT = "packed on exit"
 APPEND = "packed append"
 STORAGE = "packed storage only"
+STORE = "packed on exit, for storage only"
 LEAVE = "left at 16 bits"
 # what happens to what is no site
 NOT_RECOGNIZED = "not recognized"
@@ -118,7 +120,10 @@ class Site:
     layer: of the plan; None without a cache, or where nothing tells. key_update, value_update: writes to
     packed inputs. key_root, value_root: plain keys and values; where they are packed (action ADOPT) they are
     [B, Hkv, L, D] and leave the graph as the cache; else they or the buffers that take them, if any do.
-    buffers: plain buffers of the model's own that can be packed after this step.
+    buffers: plain buffers of the model's own that can be packed after this step. tail: the start of the
+    slice, where only the last of the keys and values leave the graph, which `key_root` and `value_root` are.
+    stored: whether this is no attention, but a cache that none reads which is known; `call` then only says
+    where it is in the graph.
     """
 
     call: AttentionCall
@@ -132,3 +137,5 @@ class Site:
     key_root: fx.Node | None = None
     value_root: fx.Node | None = None
     buffers: PlainBuffers | None = None
+    tail: Any = None
+    stored: bool = False

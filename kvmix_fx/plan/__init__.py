@@ -1,6 +1,6 @@
 """Plans: how every layer's keys and values are kept. Imports neither torch nor a model library."""
 
-from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.presets import PRESETS, preset
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.schema import KVPlan, LayerPlan, QuantSpec, WindowRule
@@ -10,6 +10,7 @@ from kvmix_fx.plan.token_tier import TokenTier
 __all__ = [
     "PRESETS",
     "KVPlan",
+    "LayerGeometry",
     "LayerPlan",
     "LayerSelection",
     "ModelGeometry",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kvmix_fx.errors import BudgetError
@@ -104,7 +104,7 @@ class Budget:
 
     def layer_cost(self, layer: LayerPlan, geometry: ModelGeometry) -> float:
         """What a plan of one such layer costs; `of_layers` takes the sum of these over a plan's layers."""
-        return self.cost(KVPlan((layer,), replace(geometry, num_layers=1)))
+        return self.cost(KVPlan((layer,), geometry.one_layer()))
 
     def of_layers(self, total: float, geometry: ModelGeometry) -> float:
         """Cost of a plan from the sum of its layers' costs: bits are a mean over layers, bytes a sum."""

@@ -33,7 +33,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
@@ -46,7 +46,7 @@ from kvmix_fx.errors import (
     PlanFileError,
     PlanVersionError,
 )
-from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.schema import PLAIN_FIELDS, KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import select_layers
 from kvmix_fx.plan.token_tier import TokenTier
@@ -74,6 +74,7 @@ _TOP_KEYS = (
     "layers",
 )
 _GEOMETRY_KEYS = ("num_layers", "num_kv_heads", "head_dim")
+_LAYER_GEOMETRY_KEYS = tuple(field.name for field in fields(LayerGeometry))
 _SPEC_KEYS = tuple(field.name for field in fields(QuantSpec))
 _WINDOW_KEYS = ("kind", "length")
 _TIER_KEYS = tuple(field.name for field in fields(TokenTier))
@@ -95,7 +96,7 @@ def to_dict(plan: KVPlan) -> dict[str, Any]:
         content["base_model"] = plan.base_model
     content["digest"] = plan.digest
     if plan.geometry is not None:
-        content["geometry"] = asdict(plan.geometry)
+        content["geometry"] = plan.geometry.to_dict()
     if plan.provenance:
         content["provenance"] = dict(plan.provenance)
     content["layers"] = [layer.to_dict() for layer in plan.layers]
@@ -322,14 +323,30 @@ def _check_version(top: _Entry) -> None:
 
 
 def _read_geometry(entry: _Entry) -> ModelGeometry:
-    members = entry.members(_GEOMETRY_KEYS)
+    members = entry.members((*_GEOMETRY_KEYS, "layers"))
     missing = [name for name in _GEOMETRY_KEYS if name not in members]
     if missing:
         raise entry.error(f"lacks {', '.join(missing)}")
     try:
-        return ModelGeometry(**{name: member.value for name, member in members.items()})
+        layers = _read_layer_geometries(members["layers"]) if "layers" in members else ()
+        return ModelGeometry(**{name: members[name].value for name in _GEOMETRY_KEYS}, layers=layers)
     except PlanFieldError as error:
         raise members[error.field].error(error) from error
+
+
+def _read_layer_geometries(entry: _Entry) -> tuple[LayerGeometry, ...]:
+    entry.expect(list, "a list")
+    found = []
+    for index in range(len(entry.value)):
+        one = entry.child(index)
+        members = one.members(_LAYER_GEOMETRY_KEYS)
+        try:
+            found.append(LayerGeometry(**{name: member.value for name, member in members.items()}))
+        except PlanFieldError as error:
+            raise members[error.field].error(error) from error
+        except TypeError as error:
+            raise one.error(f"needs {', '.join(_LAYER_GEOMETRY_KEYS[:3])}") from error
+    return tuple(found)
 
 
 def _read_layers(top: _Entry, members: dict[str, _Entry]) -> tuple[LayerPlan, ...]:

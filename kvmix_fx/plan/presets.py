@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any
@@ -209,8 +210,6 @@ def tiers(
     """
     geometry = ModelGeometry.of(target)
     share, value_bits = next((share, width) for below, share, width in TIER_STEPS if bits < below)
-    head_dim = geometry.head_dim
-    high = max(8, head_dim // share // 8 * 8)
     if channel_orders is not None and len(channel_orders) != geometry.num_layers:
         raise PlanLayerError(
             f"{len(channel_orders)} orders of channels for {geometry.num_layers} layers: take them from a "
@@ -219,6 +218,8 @@ def tiers(
     value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
 
     def layer(index: int) -> LayerPlan:
+        head_dim = geometry.layer(index).head_dim
+        high = max(8, head_dim // share // 8 * 8)
         key = QuantSpec(
             4,
             "channel",
@@ -328,12 +329,100 @@ def zipcache(
     return _repeat(layer, geometry, f"zipcache {high_bits}/{low_bits} bits", "zipcache", "arXiv 2405.14256")
 
 
+def mixkvq(
+    target: object,
+    raw_channels: int | None = None,
+    high_channels: int | None = None,
+    *,
+    group_size: int = 32,
+    window: WindowRule | int = 0,
+    sink_length: int = 0,
+) -> KVPlan:
+    """MixKVQ (arXiv 2512.19206): channels of keys at 16, 4 and 2 bits, chosen anew for every 128 tokens.
+
+    When 128 tokens wait they are packed together. A channel's salience is the mean size of the queries so
+    far, over all query heads of the group, times the range of its keys; keys are per channel and values per
+    token in groups of 32, with the smallest number as offset and nothing cut off. Raw channels are in
+    bfloat16.
+
+    Differs from the paper in three ways. Its thresholds of salience, searched for each model, give every tile
+    its own counts; here counts are fixed, a sixteenth of the channels raw and an eighth at 4 bits, rounded up
+    to multiples of 8. What it compares over all heads of a layer is compared within each KV head. And raw
+    channels still have a scale and an offset, of 0: 1 bit each in groups of 32. The paper's names count codes
+    alone (3.125 bits of keys and 2 of values at head size 128); with scales and orders it is 3.59.
+
+    Args:
+        target: model, configuration or ModelGeometry.
+        raw_channels: channels of keys at 16 bits; None for a sixteenth of the head.
+        high_channels: channels of keys at 4 bits; None for an eighth of the head.
+        group_size: elements per scale and offset, for keys and values.
+        window: recent tokens kept raw beside those that wait for a tile to be full.
+        sink_length: leading tokens kept raw. The paper's main results name none; it also tried 32.
+
+    Raises:
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
+    """
+    head_dim = ModelGeometry.of(target).head_dim
+    raw = _eights(head_dim / 16) if raw_channels is None else raw_channels
+    high = _eights(head_dim / 8) if high_channels is None else high_channels
+    counts = ((16, raw), (4, high), (2, head_dim - raw - high))
+    key = QuantSpec(4, "channel", group_size, tiers=counts, order="tile", range_factor=1.0)
+    value = QuantSpec(2, "token", group_size)
+    layer = LayerPlan(key, value, as_window(window), sink_length, TIER_TILE)
+    return _repeat(layer, target, f"mixkvq {layer.label}", "mixkvq", "arXiv 2512.19206")
+
+
+def kitty(
+    target: object,
+    share: float = 0.125,
+    *,
+    window: WindowRule | int = 128,
+    sink_length: int = 32,
+) -> KVPlan:
+    """Kitty (arXiv 2511.18643): channels of keys at 4 and 2 bits, chosen anew for every 128 tokens.
+
+    Channels are ranked by the mean size of their keys in those tokens, for each KV head; one scale and offset
+    for a channel and 128 tokens. Values have 2 bits and one group a head. 32 sinks; 2.41 bits in all at head
+    size 128, as published.
+
+    Differs from the paper, whose window holds 0 to 127 recent keys and 128 recent values: keys and values
+    share one that never falls below `window`, so 128 more keys are raw. Counts are multiples of 8 channels.
+
+    Args:
+        target: model, configuration or ModelGeometry.
+        share: of the channels at 4 bits; .25 is Kitty-Pro.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+
+    Raises:
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`; a share that leaves no
+            channels at 2 bits or none at 4.
+    """
+    head_dim = ModelGeometry.of(target).head_dim
+    high = _eights(head_dim * share)
+    counts = ((4, high), (2, head_dim - high))
+    key = QuantSpec(4, "channel", TIER_TILE, tiers=counts, order="tile_keys", range_factor=1.0)
+    layer = LayerPlan(key, QuantSpec(2, "token", "head"), as_window(window), sink_length, TIER_TILE)
+    return _repeat(layer, target, f"kitty {layer.label}", "kitty", "arXiv 2511.18643")
+
+
+TIER_TILE = 128
+"""Tokens that MixKVQ and Kitty pack together."""
+
+
+def _eights(channels: float) -> int:
+    """The multiple of 8 that is no smaller, which counts of channels have to be."""
+    return math.ceil(channels / 8) * 8
+
+
 PRESETS: Mapping[str, Callable[..., KVPlan]] = MappingProxyType(
     {
         "uniform": uniform,
         "kivi": kivi,
         "kv-adaquant": kv_adaquant,
         "kvmix": kvmix,
+        "mixkvq": mixkvq,
+        "kitty": kitty,
         "tiers": tiers,
         "mikv": mikv,
         "zipcache": zipcache,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
 from kvmix_fx.plan.checks import check_choice, check_integer, check_type
-from kvmix_fx.plan.geometry import ModelGeometry
+from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.orders import checked_tiers, decode_order
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.selection import LayerSelection, select_layers
@@ -31,7 +31,7 @@ Axis: TypeAlias = Literal["channel", "token"]
 GroupSize: TypeAlias = int | Literal["head"]
 ScaleDtype: TypeAlias = Literal["float16", "bfloat16", "float32", "byte"]
 
-Order: TypeAlias = Literal["none", "plan", "prompt"]
+Order: TypeAlias = Literal["none", "plan", "prompt", "tile", "tile_keys"]
 Rotation: TypeAlias = Literal["none", "hadamard"]
 
 WINDOW_KINDS = ("fixed",)
@@ -52,10 +52,11 @@ class QuantSpec:
         group_size: elements that share a scale and an offset; "head", with axis "token" only, means all
             channels of the head.
         scale_dtype: dtype in which scales and offsets are stored; "byte" takes 8 bits for each.
-        tiers: channels of keys with bits of their own, as (bits, channels): 4 bits first, then 2 and 0
-            (dropped: the group's mean is kept). They add up to the head, and `bits` is then 4.
-        order: with tiers, who says which channels come first: "plan" (`channel_order`) or "prompt", chosen
-            from queries and keys when a cache is first packed.
+        tiers: channels of keys with bits of their own, as (bits, channels): 16 bits (raw, in bfloat16),
+            then 4, 2 and 0 (dropped: the group's mean is kept). They add up to the head, `bits` is then 4.
+        order: with tiers, who says which channels come first: "plan" (`channel_order`), "prompt", chosen
+            from queries and keys when a cache is first packed, or every tile for itself, from all queries so
+            far and its keys ("tile") or from its keys alone ("tile_keys").
         channel_order: for "plan", the channels of every KV head in their order, as `encode_order` writes.
         rotation: "hadamard" rounds values in a rotated basis, or "none".
         symmetric: of rotated values, codes without an offset.
@@ -275,16 +276,45 @@ class LayerPlan:
         group = math.lcm(self.key.tokens_per_group, self.value.tokens_per_group)
         return -(-SMALLEST_DEFAULT_TILE // group) * group
 
-    def formats(self, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
+    def in_window(self) -> LayerPlan:
+        """This plan for a layer whose tokens leave a window at its front: without a sink, which would too."""
+        return replace(self, sink_length=0) if self.sink_length else self
+
+    def most_of_window(self, window: int) -> int:
+        """The most tokens of a sliding window that a growing cache holds when a step is done."""
+        if self.is_raw:
+            return window - 1
+        return max(window - 1, self.window.length) + self.tile_length - 1
+
+    def widened(self, roles: Collection[int]) -> LayerPlan:
+        """With scales of single precision for keys (role 0), values (1) or both."""
+        key, value = (
+            replace(spec, scale_dtype="float32") if role in roles and not spec.is_raw else spec
+            for role, spec in enumerate((self.key, self.value))
+        )
+        return replace(self, key=key, value=value)
+
+    def packs_window(self, window: int) -> bool:
+        """Whether anything of a sliding window of so many tokens is packed: more than what stays raw.
+
+        A token tier is over all tokens, so a layer with one keeps windows at 16 bits.
+        """
+        fits = window - 1 > self.window.length + self.tile_length
+        return fits and not self.is_raw and self.token_tier is None
+
+    def formats(self, head_dim: int, value_dim: int | None = None) -> tuple[TensorFormat, TensorFormat]:
         """Storage formats of the keys and the values for heads of `head_dim` channels.
+
+        `value_dim`: channels of a value, if they are others.
 
         Raises:
             HeadSizeError: a tensor with such heads cannot be packed as planned.
         """
         formats = self._formats()
-        for role, fmt in zip(("key", "value"), formats, strict=True):
+        sizes = head_dim, head_dim if value_dim is None else value_dim
+        for role, fmt, size in zip(("key", "value"), formats, sizes, strict=True):
             try:
-                layout.check_head_size(fmt, head_dim)
+                layout.check_head_size(fmt, size)
             except HeadSizeError as error:
                 raise HeadSizeError(f"{role}: {error}") from None
         return formats
@@ -348,16 +378,19 @@ class KVPlan:
                 "build the plan from this model, as KVPlan.uniform(model, key_bits=4, value_bits=2) does"
             )
         for index, layer in enumerate(self.layers):
+            sizes = geometry.layer(index)
+            if not sizes.num_kv_heads:
+                continue
             try:
-                layer.formats(geometry.head_dim)
+                layer.formats(sizes.head_dim, sizes.value_dim)
             except HeadSizeError as error:
                 raise HeadSizeError(f"layer {index}, {error}") from None
             if layer.key.channel_order:
-                heads = len(decode_order(layer.key.channel_order, geometry.head_dim))
-                if heads != geometry.num_kv_heads:
+                heads = len(decode_order(layer.key.channel_order, sizes.head_dim))
+                if heads != sizes.num_kv_heads:
                     raise PlanLayerError(
                         f"layer {index} has orders of channels for {heads} KV heads, the model has "
-                        f"{geometry.num_kv_heads}: take the order from a profile of this model"
+                        f"{sizes.num_kv_heads}: take the order from a profile of this model"
                     )
 
     @classmethod
@@ -474,27 +507,58 @@ class KVPlan:
         """
         if length is not None:
             check_integer("length", length, 1)
-        formats = [fmt for layer in self.layers for fmt in layer._formats()]
-        if any(fmt.high or (fmt.group_size == layout.WHOLE_HEAD and not fmt.is_raw) for fmt in formats):
-            head_dim = self._needed_geometry().head_dim
-        else:
-            head_dim = 0  # only groups that span the head, and positions, are measured by it
-        return sum(mean_bits(fmt, head_dim, length) for fmt in formats) / len(formats)
+        if self.geometry is None:
+            formats = [fmt for layer in self.layers for fmt in layer._formats()]
+            if any(fmt.high or (fmt.group_size == layout.WHOLE_HEAD and not fmt.is_raw) for fmt in formats):
+                self._needed_geometry()
+            # only groups that span the head, and positions, are measured by its size
+            return sum(mean_bits(fmt, 0, length) for fmt in formats) / len(formats)
+        bits = elements = 0.0
+        for layer, sizes in self._cached_layers():
+            for fmt, channels in zip(layer._formats(), (sizes.head_dim, sizes.value_dim), strict=True):
+                bits += sizes.num_kv_heads * channels * mean_bits(fmt, channels, length)
+                elements += sizes.num_kv_heads * channels
+        return bits / elements if elements else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that one more token of one batch row costs in a long context, over all layers and ranks."""
+        """Bytes that one more token of one batch row costs in a long context, over all layers and ranks.
+
+        Windows do not grow, so layers that have one cost nothing.
+        """
+        self._needed_geometry()
+        total = 0.0
+        for layer, sizes in self._cached_layers():
+            for fmt, channels in zip(layer._formats(), (sizes.head_dim, sizes.value_dim), strict=True):
+                if not sizes.window:
+                    total += sizes.num_kv_heads * channels * mean_bits(fmt, channels, None)
+        return total / 8
+
+    def _cached_layers(self) -> Iterator[tuple[LayerPlan, LayerGeometry]]:
+        """The layers that have a cache, with its sizes; those whose window is left at 16 bits so."""
         geometry = self._needed_geometry()
-        elements = 2 * geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
-        return self.bits_per_element() * elements / 8
+        for index, layer in enumerate(self.layers):
+            sizes = geometry.layer(index)
+            if sizes.num_kv_heads and (not sizes.window or layer.packs_window(sizes.window)):
+                yield layer, sizes
+            elif sizes.num_kv_heads:
+                yield replace(layer, key=_RAW, value=_RAW, token_tier=None), sizes
 
     def nbytes(
-        self, batch: int, length: int, *, itemsize: int = 2, cache: CacheKind = "growing", tp_size: int = 1
+        self,
+        batch: int,
+        length: int,
+        *,
+        itemsize: int = 2,
+        cache: CacheKind = "growing",
+        tp_size: int = 1,
+        source_length: int | None = None,
     ) -> int:
         """Bytes that a cache under this plan allocates, in all or on one rank.
 
         A layer that keeps both tensors raw is left to the model's own cache and counted at exactly
-        `length` tokens.
+        `length` tokens, or as many as its window has. A packed window is counted at its largest, in a growing
+        cache; caches of fixed capacity keep windows at 16 bits. Layers without a KV cache cost nothing.
 
         Args:
             batch: rows.
@@ -503,6 +567,8 @@ class KVPlan:
             cache: "growing" or "fixed".
             tp_size: ranks among which tensor parallelism shares the KV heads out; the figure is that of
                 one rank, and all ranks together allocate tp_size times as much. 1 counts the whole cache.
+            source_length: tokens of the encoder, which models with cross-attention keep besides; None for as
+                many as `length`.
 
         Raises:
             PlanGeometryError: the plan carries no geometry.
@@ -513,17 +579,27 @@ class KVPlan:
         check_integer("length", length, 0)
         check_integer("itemsize", itemsize, 1)
         check_choice("cache", cache, CACHE_KINDS)
+        source = length if source_length is None else source_length
+        check_integer("source_length", source, 0)
         geometry = self._needed_geometry()
-        head_dim = geometry.head_dim
+        geometry.heads_per_rank(tp_size)
         total = 0
-        for layer in self.layers:
-            if layer.is_raw:
-                total += 2 * length * head_dim * itemsize
-            else:
-                total += sum(
-                    allocated_bytes(fmt, head_dim, length, itemsize, cache) for fmt in layer._formats()
+        for layer, sizes in self._cached_layers():
+            tokens = length
+            if sizes.window and cache == "fixed":
+                layer, tokens = (
+                    replace(layer, key=_RAW, value=_RAW, token_tier=None),
+                    min(length, sizes.window),
                 )
-        return batch * geometry.heads_per_rank(tp_size) * total
+            elif sizes.window:
+                layer = layer.in_window()
+                tokens = min(length, layer.most_of_window(sizes.window))
+            own = _layer_bytes(layer, sizes, tokens, itemsize, cache)
+            total += geometry.shared_out(sizes.num_kv_heads, tp_size) * own
+            if sizes.cross_heads:
+                across = _layer_bytes(layer, sizes, source, itemsize, cache)
+                total += geometry.shared_out(sizes.cross_heads, tp_size) * across
+        return batch * total
 
     def _needed_geometry(self) -> ModelGeometry:
         if self.geometry is None:
@@ -614,6 +690,18 @@ class KVPlan:
         from kvmix_fx.plan import io
 
         return io.from_pretrained(folder_or_hub_id, revision)
+
+
+_RAW = QuantSpec(layout.RAW_BITS)
+
+
+def _layer_bytes(layer: LayerPlan, sizes: LayerGeometry, tokens: int, itemsize: int, cache: CacheKind) -> int:
+    """Bytes of one KV head of a layer that holds so many tokens."""
+    channels = sizes.head_dim, sizes.value_dim
+    if layer.is_raw:
+        return tokens * sum(channels) * itemsize
+    both = zip(layer._formats(), channels, strict=True)
+    return sum(allocated_bytes(fmt, size, tokens, itemsize, cache) for fmt, size in both)
 
 
 def as_window(window: WindowRule | int) -> WindowRule:

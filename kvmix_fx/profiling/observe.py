@@ -27,6 +27,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes.assign import assign_layers
+from kvmix_fx.passes.find.views import heads_root
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry
@@ -203,15 +204,13 @@ class Observer:
         matched = match(copied.graph)
         sites = matched.sites
         assign_layers(copied.graph, sites)
-        usable = [site for site in sites if site.action == ADOPT and site.layer is not None]
+        usable = [s for s in sites if s.action == ADOPT and not s.stored and s.layer is not None]
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None
         }
         if not usable:
             given = {site.reason for site in sites} | {one.miss.reason for one in matched.missed}
-            reasons = "; ".join(sorted(given - {""})) or (
-                'no attention was found; load the model with attn_implementation="sdpa"'
-            )
+            reasons = "; ".join(sorted(given - {""})) or "no attention was found"
             raise NoSiteError(f"nothing in this model can be packed, so nothing can be profiled: {reasons}")
         for table in (self._taps, self._shapes, self._segment_of):
             table.clear()
@@ -219,7 +218,7 @@ class Observer:
         projections = {
             (site.layer, role): find_projection(root)
             for site in usable
-            for role, root in zip(ROLES, (site.key_root, site.value_root), strict=True)
+            for role, root in zip(ROLES, _attended(site), strict=True)
             if root is not None and site.layer is not None
         }
         starts = []
@@ -254,7 +253,7 @@ class Observer:
         name = f"kvmix_attention_{layer}"
         gm.add_submodule(name, _TappedAttention(self, layer, call))
         with gm.graph.inserting_before(call.node):
-            node = gm.graph.call_module(name, (call.query, site.key_root, site.value_root, call.mask))
+            node = gm.graph.call_module(name, (call.query, *_attended(site), call.mask, call.sinks))
         node.meta = dict(call.node.meta)
         call.node.replace_all_uses_with(node)
         for dead in (call.node, *call.inside):
@@ -283,6 +282,11 @@ class Observer:
         return tap
 
 
+def _attended(site: Site) -> tuple[fx.Node, fx.Node]:
+    """The keys and values that attention reads: all of them, also where a window keeps the last ones."""
+    return heads_root(site.call.key), heads_root(site.call.value)
+
+
 class _TappedAttention(nn.Module):
     """Attention of one site over far and near copies of its keys and values."""
 
@@ -295,7 +299,7 @@ class _TappedAttention(nn.Module):
         self._softcap = call.softcap
         self._dropout_p = call.dropout_p
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention output [B, Hq, L, D]."""
         observer = self._observer[0]
         listeners = observer.listeners
@@ -305,7 +309,7 @@ class _TappedAttention(nn.Module):
         k, v = (_leaf(x) if listeners.differentiate else x for x in (k, v))
         far = [self._far(role, x) for role, x in zip(ROLES, (k, v), strict=True)]
         if far[0] is None and far[1] is None:
-            return self._attend(q, k, v, mask, self._is_causal)
+            return self._attend(q, k, v, mask, self._is_causal, sinks)
         packed = _packed(L, observer._schedule, q.device)
         if mask is None:
             seen = torch.ones(L, L, dtype=torch.bool, device=q.device)
@@ -319,7 +323,7 @@ class _TappedAttention(nn.Module):
         keys, values = (
             torch.cat((x if copy is None else copy, x), 2) for copy, x in zip(far, (k, v), strict=True)
         )
-        return self._attend(q, keys, values, both, False)
+        return self._attend(q, keys, values, both, False, sinks)
 
     def _far(self, role: str, x: Tensor) -> Tensor | None:
         """The copy that packed tokens are read from; None if it makes no difference."""
@@ -342,26 +346,38 @@ class _TappedAttention(nn.Module):
             far.register_hook(hear)
         return far
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, sinks: Tensor | None
+    ) -> Tensor:
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        if self._softcap:
-            return _capped_attention(q, k, v, mask, self._scale, self._softcap)
+        if self._softcap or sinks is not None:
+            return _written_out(q, k, v, mask, self._scale, self._softcap, sinks)
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self._dropout_p, is_causal=is_causal, scale=self._scale
         )
 
 
-def _capped_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with capped scores, which SDPA does not know; its mask is explicit."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = softcap * torch.tanh((q @ k.mT).float() * (scale / softcap))
+    """Attention with capped scores or a learned sink, which SDPA does not know; its mask is explicit."""
+    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1).to(v.dtype) @ v
+    if sinks is None:
+        return torch.softmax(scores, -1).to(v.dtype) @ v
+    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, column], 3), -1)[..., :-1].to(v.dtype) @ v
 
 
 class _ProjectionTap(nn.Module):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SIGNALS = ("fisher_scaled", "fisher", "weight_gradient", "cache_norm_frobenius")
 """One forward and two backwards per prompt, and one forward per format offered. `Profile.plan` takes the
-first, which beat the best uniform plan at every budget and on every text (benchmarks/README.md)."""
+first, which beat the best uniform plan at every budget and on every text (docs/benchmarks/planner.md)."""
 
 
 def profile(

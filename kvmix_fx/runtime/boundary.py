@@ -7,6 +7,7 @@ of the actual arguments there; asking a traced symbol would freeze the first val
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.growth import prepare_append
+from kvmix_fx.errors import NarrowScalesError, NarrowScalesWarning
 from kvmix_fx.runtime.recording import Record, Replayed
 from kvmix_fx.runtime.shortcut import Noted
+from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
 
@@ -66,7 +69,8 @@ class Recipe:
     buffers: likewise -> number of buffers that stand in its place.
     outputs: one entry per original output. fixed: inputs of fixed capacity that are written.
     live_output: flat output that holds the new token count of fixed caches. plain: buffers that may be
-    packed after the step.
+    packed after the step. peaks: flat output with the largest elements of tensors that are packed for the
+    first time, if any has to be looked at. ranged: of each, layer, 0 for keys or 1 for values, format.
     """
 
     inputs: int
@@ -76,6 +80,8 @@ class Recipe:
     fixed: list[int]
     live_output: int | None
     plain: list[PlainCache]
+    peaks: int | None = None
+    ranged: tuple[tuple[int | None, int, TensorFormat], ...] = ()
 
 
 class Boundary:
@@ -88,6 +94,7 @@ class Boundary:
         model: torch.nn.Module | None = None,
         record: Record | None = None,
         note: Callable[[Noted], None] | None = None,
+        widens: bool = False,
     ) -> None:
         """Work out what does not depend on the arguments.
 
@@ -97,6 +104,7 @@ class Boundary:
             model: whose plain buffers may be exchanged for packed ones.
             record: how steps are recorded to be replayed; None runs every step as it is.
             note: told of every call that can be done `again`.
+            widens: whether somebody traces the graph anew when scales turn out to have too small a range.
         """
         # `again` gives outputs back as they are
         self._note = note if all(isinstance(output, Plain) for output in recipe.outputs) else None
@@ -114,6 +122,7 @@ class Boundary:
             buffers = set(places)
             self._step = Replayed(self._run, lambda i: i in buffers or i >= self._width, record)
         self._outputs = recipe.outputs
+        self._peaks, self._ranged, self._widens = recipe.peaks, recipe.ranged, widens
 
     def __call__(self, *args: Any) -> list[Any]:
         """Original inputs to original outputs."""
@@ -138,12 +147,29 @@ class Boundary:
             # the tensors of one cache usually share their counter
             flat.extend({id(args[i].live): args[i].live for i in self._fixed}.values())
         results = self._step(*flat)
+        if self._peaks is not None:
+            self._check_ranges(results[self._peaks].tolist())
         if self._plain and self._model is not None and self._live_output is not None:
             self._pack_plain(self._model, args, results[self._live_output])
         outputs = [self._repack(output, args, results, prepared) for output in self._outputs]
         if self._note is not None:
             self._note(Noted(self._again, flat, outputs))
         return outputs
+
+    def _check_ranges(self, peaks: list[float]) -> None:
+        """Have what does not fit its scales packed anew, or say so.
+
+        Raises:
+            NarrowScalesError: before anything of the caller's has changed that a second call does not write.
+        """
+        ranged = zip(self._ranged, peaks, strict=True)
+        found = [(layer, role, peak) for (layer, role, fmt), peak in ranged if not layout.holds(fmt, peak)]
+        if not found:
+            return
+        error = NarrowScalesError(found)
+        if self._widens:
+            raise error
+        warnings.warn(str(error), NarrowScalesWarning, stacklevel=2)
 
     def _again(self, flat: Sequence[Any]) -> list[Any]:
         """A step on inputs that have been taken apart, which those of a fixed cache are once and for all."""

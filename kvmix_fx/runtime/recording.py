@@ -28,10 +28,14 @@ MAX_ENTRIES = 4
 
 
 class Recording(NamedTuple):
-    """Recorded work: running `replay` does it again, on the recorded inputs, into `outputs`."""
+    """Recorded work: running `replay` does it again, on the recorded inputs, into `outputs`.
+
+    `release` gives up what the device keeps for it; it cannot be replayed any more.
+    """
 
     outputs: Sequence[Any]
     replay: Callable[[], None]
+    release: Callable[[], None] = lambda: None
 
 
 Record = Callable[[Run, Sequence[Any]], Recording]
@@ -44,7 +48,7 @@ def record_cuda(run: Run, inputs: Sequence[Any]) -> Recording:
     # other threads (tokenizers, streamers) may use the GPU meanwhile
     with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = run(*inputs)
-    return Recording(outputs, graph.replay)
+    return Recording(outputs, graph.replay, graph.reset)
 
 
 class Replayed:
@@ -117,13 +121,23 @@ class Replayed:
         )
 
 
+def release_all() -> None:
+    """Release every recording there is; steps are recorded anew when they come again.
+
+    What communicates through NCCL has to be, before the process group goes: destroying a communicator
+    waits, for ever, for the CUDA graphs that use it.
+    """
+    for entry in list(_entries):
+        entry.release()
+
+
 class _Entry:
     """One recording, and which inputs it serves."""
 
     def __init__(
         self, recording: Recording, own: Sequence[Any], fixed: Sequence[bool], written: Sequence[int]
     ) -> None:
-        self._recording = recording
+        self._recording: Recording | None = recording
         places = list(enumerate(zip(own, fixed, strict=True)))
         self._places = [i for i, same in enumerate(fixed) if same]
         # weak: a recording must not keep a cache alive that its user has dropped
@@ -136,14 +150,22 @@ class _Entry:
         inputs = {id(x): i for i, x in enumerate(own) if isinstance(x, Tensor)}
         # an output that is an input must be the caller's own
         self._outputs = [(out, inputs.get(id(out))) for out in recording.outputs]
+        _entries.add(self)
+
+    def release(self) -> None:
+        """Serve no call any more, and keep nothing."""
+        if self._recording is not None:
+            self._recording.release()
+        self._recording = None
+        self._outputs.clear()
 
     def alive(self) -> bool:
-        """Whether all tensors it works on still exist."""
-        return all(ref() is not None for ref in self._fixed)
+        """Whether it can be replayed, and all tensors it works on still exist."""
+        return self._recording is not None and all(ref() is not None for ref in self._fixed)
 
     def matches(self, inputs: Sequence[Any]) -> bool:
         """Whether a replay would do what a call with `inputs` does."""
-        if len(inputs) != self._count:
+        if self._recording is None or len(inputs) != self._count:
             return False
         # hundreds of them, in every step, while the GPU waits: loops in C take half the time
         fixed = [inputs[i] for i in self._places]
@@ -156,7 +178,8 @@ class _Entry:
         )
 
     def replay(self, inputs: Sequence[Any]) -> list[Any]:
-        """Do the recorded step for `inputs`."""
+        """Do the recorded step for `inputs`, which match."""
+        assert self._recording is not None
         for i, mine in self._moving:
             mine.copy_(inputs[i])
         self._recording.replay()
@@ -166,3 +189,7 @@ class _Entry:
             inputs[place] if place is not None else out.clone() if isinstance(out, Tensor) else out
             for out, place in self._outputs
         ]
+
+
+_entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
+"""All that are kept by someone."""

@@ -6,7 +6,7 @@ import functools
 import gc
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -15,7 +15,14 @@ from torch import fx, nn
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.errors import GraphBreakWarning, NoSiteError, PlainCacheWarning, TrainingError
+from kvmix_fx.errors import (
+    GraphBreakWarning,
+    NarrowScalesError,
+    NarrowScalesWarning,
+    NoSiteError,
+    PlainCacheWarning,
+    TrainingError,
+)
 from kvmix_fx.runtime.shortcut import Shortcut
 
 RECOMPILE_LIMIT = 64
@@ -45,6 +52,12 @@ class Call:
     def finish(self) -> None:
         """What to do after the call has succeeded."""
 
+    def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
+        """Before the call is done again: give the scales of these empty tensors single precision.
+
+        Each is a layer, and 0 for its keys or 1 for its values.
+        """
+
 
 Prepare = Callable[[tuple[Any, ...], dict[str, Any]], Call]
 
@@ -59,6 +72,10 @@ class Backend(Protocol):
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph."""
+        ...
+
+    def widened(self, found: Sequence[tuple[int | None, int]]) -> Backend:
+        """A backend that packs these tensors with scales of single precision."""
         ...
 
 
@@ -141,9 +158,26 @@ class CompiledStep:
         if torch.is_grad_enabled():
             return self._with_gradients(args, kwargs)
         call = self._prepare(args, kwargs)
-        result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._traced(call)
+        result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
         call.finish()
         return result
+
+    def _in_range(self, call: Call) -> Any:
+        """A traced step; if what it packs does not fit the planned scales, once more with wider ones."""
+        try:
+            return self._traced(call)
+        except NarrowScalesError as error:
+            found = [(layer, role) for layer, role, _ in error.found]
+            warnings.warn(
+                f"{error}; until then they get it here, and take more bytes than the plan says",
+                NarrowScalesWarning,
+                stacklevel=4,
+            )
+        # nothing of the step has been kept
+        self._backend = self._backend.widened(found)
+        self._compiled = None
+        call.widen(found)
+        return self._traced(call)
 
     def _traced(self, call: Call) -> Any:
         """A step through compiled code, which is traced first if it has to be."""

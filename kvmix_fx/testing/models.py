@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
 }
 # what a configuration would store without the model ever reading it
 NOT_TAKEN = {
+    "BloomConfig": ("num_key_value_heads",),
     "FalconConfig": ("head_dim", "num_key_value_heads"),
     "GPT2Config": ("num_key_value_heads",),
     "GPTNeoXConfig": ("num_key_value_heads",),
@@ -70,12 +71,32 @@ WRITTEN_OUT: dict[str, Architecture] = {
             "query_pre_attn_scalar": 32,
         },
     ),
+    "granite, swa": (
+        "GraniteSWAConfig",
+        {"layer_types": ["full_attention"] * 2, "attention_multiplier": 32**-0.5},
+    ),
+}
+
+# sliding and chunked windows longer than what a plan keeps raw; with the attention
+WINDOWS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mistral": ("MistralConfig", {"sliding_window": 64}, "sdpa"),
+    "gpt-oss": ("GptOssConfig", {"sliding_window": 64} | MOE, "eager"),
+    "llama 4, chunks": (
+        "Llama4TextConfig",
+        {"attention_chunk_size": 64, "intermediate_size_mlp": 128} | MOE,
+        "sdpa",
+    ),
 }
 
 # with the reason
 LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "sliding window"),
-    "deepseek-v3, latent cache": (
+    "mistral with a window": ("MistralConfig", {"sliding_window": 24}, "no longer than what the plan keeps"),
+}
+
+# caches that no known attention reads, packed as storage; with the attention
+STORED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "eager"),
+    "deepseek-v3, latents": (
         "DeepseekV3Config",
         {
             "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "q_lora_rank": 32,
@@ -83,16 +104,21 @@ LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
             "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 64,
             "num_experts_per_tok": 2, "head_dim": 16,
         },
-        "do not leave the graph",
+        "sdpa",
     ),
 }  # fmt: skip
 
 
 def sharpen(model: nn.Module, factor: float = 4.0) -> nn.Module:
-    """Scale query and key projections, so that attention is not uniform and a damaged cache shows."""
+    """Scale query and key projections, so that attention is not uniform and a damaged cache shows.
+
+    Learned sinks get logits that take a share which shows.
+    """
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("q_proj", "k_proj", "c_attn", "query_key_value", "qkv", "wqk")):
             parameter.data.mul_(factor)
+        elif name.endswith("sinks"):
+            parameter.data.copy_(torch.linspace(1, 5, parameter.numel()))
     return model.eval()
 
 

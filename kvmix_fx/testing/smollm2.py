@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvmix_fx.errors import MissingPackageError
+from kvmix_kernels.folders import cache_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,11 +154,6 @@ def random_smollm2(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return _moved(model, device)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `KVMIX_CACHE_DIR`, or `~/.cache/kvmix_fx`."""
-    return Path(os.environ.get("KVMIX_CACHE_DIR") or Path.home() / ".cache" / "kvmix_fx")
 
 
 def _moved(model: LlamaForCausalLM, device: str | torch.device) -> LlamaForCausalLM:

@@ -39,11 +39,12 @@ def values(family: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype = 
 
 
 def formats(
-    head_dim: int, bits: tuple[int, ...] = layout.BITS, plain: bool = False
+    head_dim: int, bits: tuple[int, ...] = layout.BITS, plain: bool = False, keys: bool = True
 ) -> st.SearchStrategy[TensorFormat]:
     """Formats legal for heads of `head_dim` channels, with windows and sinks of odd lengths.
 
-    `plain`: without tiers, rotation, symmetric codes, narrowed ranges and scales of a byte.
+    `plain`: without tiers, rotation, symmetric codes, narrowed ranges and scales of a byte. `keys`: whether
+    with what kernels take of keys alone: orders of tiles, and raw channels.
     """
 
     @st.composite
@@ -59,7 +60,7 @@ def formats(
             tile = draw(st.sampled_from((1, 7, 32)))
         more: dict[str, Any] = {"bits": width}
         if not plain and width != layout.RAW_BITS and draw(st.booleans()):
-            more |= draw(extras(head_dim, axis, 4 in bits))
+            more |= draw(extras(head_dim, axis, 4 in bits, keys))
         return layout.make_format(
             axis=axis,
             group_size=group,
@@ -73,40 +74,46 @@ def formats(
     return draw_format()
 
 
-def extras(head_dim: int, axis: str, tiers: bool = True) -> st.SearchStrategy[dict[str, Any]]:
+def extras(
+    head_dim: int, axis: str, tiers: bool = True, keys: bool = True
+) -> st.SearchStrategy[dict[str, Any]]:
     """Arguments of `make_format` that few formats have: rotation, symmetric codes, tiers, narrow ranges."""
     span = st.sampled_from((None, 80))
     if axis == "token":
         return st.fixed_dictionaries({"rotation": st.just(True), "symmetric": st.booleans(), "span": span})
     if not tiers:
         return st.fixed_dictionaries({"span": span})
-    counts = st.sampled_from(tier_counts(head_dim))
-    return st.fixed_dictionaries(
-        {"bits": st.just(4), "tiers": counts, "order": st.just("prompt"), "span": span}
-    )
+    counts = st.sampled_from([t for t in tier_counts(head_dim) if keys or t[0][0] != layout.RAW_BITS])
+    order = st.sampled_from(("prompt", *(("tile", "tile_keys") if keys else ())))
+    return st.fixed_dictionaries({"bits": st.just(4), "tiers": counts, "order": order, "span": span})
 
 
 def tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
-    """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped channels."""
+    """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped and raw channels."""
     found: list[tuple[tuple[int, int], ...]] = []
     for high in {8, head_dim // 4 // 8 * 8, head_dim // 2 // 8 * 8} - {0}:
         found.append(((4, high), (2, head_dim - high)))
         if head_dim - high > 8:
             found += [((4, high), (2, head_dim - high - 8), (0, 8)), ((4, high), (0, head_dim - high))]
+            found.append(((16, 8), (4, high), (2, head_dim - high - 8)))
     return found
 
 
 def poison(cached: Cached) -> Cached:
-    """The same shapes filled with what must never be read: 0xAA bytes and NaN. Orders stay: they are read."""
+    """The same shapes filled with what must never be read: 0xAA bytes and NaN.
+
+    What a sequence has once stays, for it is read: an order of its channels, sums over its queries.
+    """
     # 0xAA in each byte
     integers = {torch.int16: -21846, torch.uint8: 0xAA, torch.int8: -86}
 
-    def poisoned(b: Tensor) -> Tensor:
-        return (
-            b.clone() if b.dtype == torch.int32 else torch.full_like(b, integers.get(b.dtype, float("nan")))
-        )
+    def poisoned(name: str, b: Tensor) -> Tensor:
+        if name == "seen" or (name == "order" and not cached.format.by_tile):
+            return b.clone()
+        return torch.full_like(b, integers.get(b.dtype, float("nan")))
 
-    return cached.map(poisoned)
+    named = zip(cached.format.buffer_names, cached.tensors, strict=True)
+    return cached._replace(tensors=tuple(poisoned(name, buffer) for name, buffer in named))
 
 
 def error_budget(low: Tensor, exact: Tensor, factor: float = 3.0) -> float:

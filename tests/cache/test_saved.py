@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import CacheStateError, CacheVersionError
+from kvmix_fx.testing.tensors import formats, values
+from kvmix_kernels import layout
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -32,3 +37,78 @@ def test_a_pickled_tensor_of_layout_2_reads_as_it_did(name):
     # 66 tokens are packed or in the sink: what was packed is not rounded again
     longer = tensor.append(torch.ones(1, 2, 40, 32)).dequantize()
     assert torch.equal(longer[:, :, :66], expected[:, :, :66])
+
+
+def saved(fmt, fixed):
+    x = values("normal", (1, 2, 90, 64), 0)
+    if not fixed:
+        return QuantizedKVTensor.from_hp(x, fmt).to_state()
+    tensor = QuantizedKVTensor.empty_fixed(1, 2, 100, 64, fmt, torch.float32, "cpu")
+    return tensor.index_copy_(2, torch.arange(90), x).to_state()
+
+
+@st.composite
+def damaged(draw):
+    """A saved tensor with one part of it exchanged, and whether it says the same as before."""
+    state = saved(draw(formats(64)), draw(st.booleans()))
+    name = draw(st.sampled_from(sorted(state)))
+    part = state[name]
+    match draw(st.sampled_from(("missing", "no tensor", "dtype", "shape", "number", "shorter"))):
+        case "missing":
+            del state[name]
+        case "no tensor":
+            state[name] = draw(st.sampled_from((None, 3, "text", [1, 2])))
+        case "dtype":
+            state[name] = part.to(draw(st.sampled_from((torch.int8, torch.float64, torch.bool))))
+        case "shape":
+            state[name] = part[None]
+        case "number" if part.dtype in (torch.int64, torch.int32):
+            flat = part.clone().reshape(-1)
+            flat[draw(st.integers(0, len(flat) - 1))] = draw(
+                st.one_of(st.integers(-3, 300), st.sampled_from((2**31 - 1, -(2**31))))
+            )
+            state[name] = flat.reshape(part.shape)
+        case _:
+            state[name] = part[..., :-1] if part.dim() else part + 1000
+    return state
+
+
+@settings(max_examples=60)
+@given(damaged())
+def test_a_damaged_file_is_refused_or_reads_without_harm(state):
+    """What passes the checks is as large as its format says, so that reading and appending stay inside."""
+    try:
+        tensor = QuantizedKVTensor.from_state(state)
+    except (CacheStateError, CacheVersionError):
+        return
+    read = tensor.dequantize()
+    assert read.shape == tensor.shape
+    if not tensor.is_fixed:
+        longer = torch.cat([tensor, torch.ones(1, 2, 3, 64)], 2)
+        assert longer.dequantize().shape[2] == tensor.shape[2] + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qdata", lambda x: x[:, :, :-32], '"scale" of a saved cache should be'),
+        ("scale", lambda x: x[:, :, :-1], '"scale" of a saved cache should be'),
+        ("order", lambda x: torch.zeros_like(x), "no permutation"),
+        ("order", lambda x: x + 1, "no permutation"),
+        ("live", lambda x: x + 1000, "says it holds 1090"),
+        ("meta", lambda x: x.float(), "a list of int64"),
+        ("residual", lambda x: x[:, :, :-1], '"residual" of a saved cache should be'),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(name, change, said):
+    fmt = layout.make_format(
+        4, group_size=32, tile=32, tiers=((4, 16), (2, 48)), order="prompt", sink=4, scale_dtype="byte"
+    )
+    state = saved(fmt, fixed=True)
+    QuantizedKVTensor.from_state(state)
+    with pytest.raises(CacheStateError, match=said):
+        QuantizedKVTensor.from_state(state | {name: change(state[name])})
+    del state[name]
+    if name != "live":
+        with pytest.raises(CacheStateError, match="is missing"):
+            QuantizedKVTensor.from_state(state)

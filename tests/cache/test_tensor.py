@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvmix_fx.cache import QuantizedKVTensor, dispatch
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, DequantizeWarning
 from kvmix_fx.testing.tensors import formats, values
-from kvmix_kernels import layout
+from kvmix_kernels import layout, ops
 
 FMT = layout.make_format(2, "channel", 32, 32, 4, 32)
 
@@ -356,3 +356,40 @@ def fixed_pair():
         t = QuantizedKVTensor.empty_fixed(1, 2, 100, 64, layout.make_format(4), torch.float32, "cpu")
         pair.append(t.write_(torch.arange(40), x))
     return pair
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_orders_of_tiles_and_what_was_seen_go_where_the_tokens_go(kind):
+    from safetensors.torch import load, save
+
+    fmt = layout.make_format(
+        4, "channel", 16, 32, 2, 8, tiers=((16, 8), (4, 8), (2, 48)), order="tile"
+    )  # fmt: skip
+    x, query = values("normal", (2, 2, 120, 64), 1), values("normal", (2, 4, 120, 64), 2)
+    tensor = QuantizedKVTensor.from_hp(x, fmt, hint=query)
+    if kind == "fixed":
+        tensor, raw = fixed(256, fmt), layout.make_format(16)
+        other = ops.quantize_pack(x, None, raw.encode())
+        step = (x, x, None, None, 0, fmt.encode(), raw.encode(), query)
+        ops.append_(tensor.cached.tensors, other, *step)
+        tensor.live.fill_(120)
+    read, flip = tensor.dequantize(), torch.tensor([1, 0])
+    for same in (
+        QuantizedKVTensor.from_state(load(save(tensor.to_state()))),
+        pickle.loads(pickle.dumps(tensor)),
+        copy.deepcopy(tensor),
+        tensor.index_select(0, flip).index_select(0, flip),
+    ):
+        assert torch.equal(same.dequantize(), read)
+        assert torch.equal(same.cached.seen, tensor.cached.seen)
+        assert same.cached.seen.all()
+    assert torch.equal(tensor.index_select(0, flip).dequantize(), read[flip])
+    # what is packed keeps its order, whatever comes later, also where another tensor reads it
+    new = values("normal", (2, 2, 60, 64), 3)
+    if kind == "fixed":
+        longer = tensor.index_copy_(2, positions(120, 60), new)
+    else:
+        longer = torch.cat([tensor[:, :, :100], new], 2)
+        assert torch.equal(tensor.dequantize(), read)
+    packed_end = fmt.packed_end(100)
+    assert torch.equal(longer.dequantize()[:, :, :packed_end], read[:, :, :packed_end])

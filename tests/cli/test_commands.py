@@ -35,7 +35,9 @@ def test_help_needs_no_heavy_import() -> None:
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == ""
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("generate",), ("explain",), ("plan", "new"), ("env",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("generate",), ("explain",), ("plan", "new"), ("env",), ("tune",)]
+)
 def test_every_command_has_help(kvmix: Kvmix, command: tuple[str, ...]) -> None:
     outcome = kvmix(*command, "--help")
     assert outcome.code == 0
@@ -52,6 +54,13 @@ def _environment() -> dict[str, str]:
     import os
 
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_needs_a_gpu(kvmix: Kvmix) -> None:
+    outcome = kvmix("tune")
+    assert outcome.code == 1
+    assert "measured on a GPU" in outcome.stderr
 
 
 def test_env_tells_versions_and_device(kvmix: Kvmix) -> None:
@@ -74,7 +83,9 @@ def test_env_tells_what_is_not_installed(kvmix: Kvmix, monkeypatch: pytest.Monke
     assert kvmix("env", "--json").answer["extras"]["demo"] is False
 
 
-def test_generate_prints_what_the_api_generates_with_either_cache(kvmix: Kvmix, tiny: Path) -> None:
+def test_generate_prints_what_the_api_generates_and_nothing_else_with_either_cache(
+    kvmix: Kvmix, tiny: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="sdpa")
@@ -86,21 +97,19 @@ def test_generate_prints_what_the_api_generates_with_either_cache(kvmix: Kvmix, 
     # the last token is not stored, but there is room for it in a fixed cache
     sizes = {"dynamic": plan.nbytes(1, ids.shape[1] + 19, itemsize=4)}
     sizes["static"] = plan.nbytes(1, ids.shape[1] + 20, itemsize=4, cache="fixed")
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     for cache, nbytes in sizes.items():
-        arguments = ("--prompt", PROMPT, "--new-tokens", 20, "--cache", cache, "--set", "0:v4")
-        answer = kvmix("generate", tiny, *arguments, "--json").answer
-        assert answer["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        arguments = ("--prompt", PROMPT, "--new-tokens", 20, "--cache", cache, "--set", "0:v4", "--stream")
+        outcome = kvmix("generate", tiny, *arguments, "--json")
+        answer = outcome.answer
+        assert answer["text"] == text
+        assert text in outcome.stderr
         assert (answer["prompt_tokens"], answer["new_tokens"]) == (ids.shape[1], 20)
         assert (answer["rewritten_layers"], answer["total_layers"]) == (2, 2)
         assert answer["cache_bytes"] == nbytes
-
-
-def test_generate_prints_the_text_and_nothing_else_on_stdout(kvmix: Kvmix, tiny: Path) -> None:
-    arguments = ("generate", tiny, "--prompt", PROMPT, "--new-tokens", 6, "--stream")
-    streamed, as_json = kvmix(*arguments), kvmix(*arguments, "--json")
-    assert set(streamed.stdout.split()) <= set(WORDS)
-    assert as_json.answer["text"].split() == streamed.stdout.split() != []
-    assert as_json.answer["text"] in as_json.stderr
+    # without --json the text, and nothing else, is on stdout
+    assert set(text.split()) <= set(WORDS)
+    assert kvmix("generate", tiny, *arguments).stdout.split() == text.split() != []
 
 
 def test_sampling_is_repeatable(kvmix: Kvmix, tiny: Path) -> None:
@@ -128,25 +137,19 @@ def test_generate_follows_a_plan_file(kvmix: Kvmix, tiny: Path, tmp_path: Path) 
     assert (answer["rewritten_layers"], answer["total_layers"]) == (1, 2)
 
 
-def test_explain_tells_why_one_layer_is_left(kvmix: Kvmix, tiny: Path) -> None:
+def test_explain_tells_every_site_and_why_one_is_left(kvmix: Kvmix, tiny: Path) -> None:
     answer = kvmix("explain", tiny, "--key-bits", 4, "--value-bits", 2, "--set", "1:k16v16", "--json").answer
     assert (answer["rewritten_layers"], answer["total_layers"]) == (1, 2)
-    for site in answer["sites"]:
-        assert site["rewritten"] == (site["layer"] == 0)
-        assert bool(site["reason"]) == (site["layer"] == 1)
-
-
-def test_explain_tells_every_site(kvmix: Kvmix, tiny: Path) -> None:
-    answer = kvmix("explain", tiny, "--key-bits", 4, "--value-bits", 2, "--json").answer
-    assert (answer["rewritten_layers"], answer["total_layers"]) == (2, 2)
     assert [(site["graph"], site["layer"]) for site in answer["sites"]] == [
         (graph, layer) for graph in range(2) for layer in range(2)
     ]
     for site in answer["sites"]:
-        assert site["rewritten"]
-        assert (site["key_bits"], site["value_bits"], site["reason"]) == (4, 2, "")
-        # two heads of 32 channels; a scale and an offset of 16 bits for every 32 codes
-        assert site["bytes_per_token"] == 2 * 32 * (5 + 3) / 8
+        assert site["rewritten"] == (site["layer"] == 0)
+        assert bool(site["reason"]) == (site["layer"] == 1)
+        if site["rewritten"]:
+            assert (site["key_bits"], site["value_bits"]) == (4, 2)
+            # two heads of 32 channels; a scale and an offset of 16 bits for every 32 codes
+            assert site["bytes_per_token"] == 2 * 32 * (5 + 3) / 8
 
 
 def test_explain_groups_layers_that_are_alike_and_tells_the_reasons(kvmix: Kvmix, tiny: Path) -> None:

@@ -1,9 +1,10 @@
-"""Start ranks with torchrun, once for all tests that look at what they did."""
+"""Start ranks once for all tests that look at what they did."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +12,31 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240
+SECONDS = 540
 """After which ranks that wait for each other are ended."""
 
 
-def torchrun(ranks, module, *arguments):
-    """Run `python -m module arguments` in so many processes; what they print comes with a failure."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", module, *map(str, arguments)]
+def start(module, *arguments):
+    """Run `python -m module arguments`, which starts ranks; what they print comes with a failure."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        # torchrun ends its ranks, which are in sessions of their own, itself
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate()
         raise AssertionError(f"no end after {SECONDS} s:\n{output[-4000:]}") from None
     assert process.returncode == 0, output[-8000:]
+
+
+def torchrun(ranks, module, *arguments):
+    """Run `python -m module arguments` in so many processes."""
+    start("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments)
 
 
 def once(tmp_path_factory, name, make):

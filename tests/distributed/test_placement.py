@@ -91,26 +91,3 @@ def test_heads_are_counted_before_anything_is_traced(model, plan, monkeypatch):
     monkeypatch.setattr(Ranks, "of", classmethod(lambda cls, _: cls(3, 0, None)))
     with pytest.raises(HeadSplitError, match=r"2 KV heads.*3 ranks.*tp_size of 1 or 2"):
         kvmix_fx.compile(model, plan)
-
-
-def test_graphs_under_a_process_group_are_recorded_only_on_demand(monkeypatch):
-    from kvmix_fx.runtime import recording
-
-    model = tiny_llama(num_hidden_layers=1)
-    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
-    ids = torch.randint(1, 100, (2, 40))
-    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
-    monkeypatch.setattr(
-        recording, "record_cuda", lambda run, own: recording.Recording(run(*own), lambda: None)
-    )
-
-    def decode(**options):
-        kvmix_fx.compile(model, plan, **options)
-        model.generate(ids, max_new_tokens=2, do_sample=False)
-        return kvmix_fx.compiled(model).report.graphs[-1].replay
-
-    monkeypatch.setattr("kvmix_fx.backend.process_group_size", lambda: 2)
-    why = decode()
-    assert "2 processes" in why
-    assert '{"cuda_graphs": True}' in why
-    assert decode(options={"cuda_graphs": True}) == ""

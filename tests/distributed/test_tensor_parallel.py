@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,18 @@ from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.testing.models import tiny_llama
 
 from . import cases
-from .running import ROOT, once, results, torchrun
+from .running import ROOT, SECONDS, once, results, start
 
 pytest.importorskip("accelerate", reason="transformers loads onto ranks with accelerate")
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
+# the first test waits for all ranks
+pytestmark = pytest.mark.timeout(SECONDS + 60)
+
 EIGHT, TWO, MIXED = cases.PLANS
+# all tests share one start
 RUN = {
-    # all tests of a number of ranks share one start
     2: [
         f"llama/growing/{EIGHT}",
         f"llama/growing/{TWO}",
@@ -54,10 +58,8 @@ def models(tmp_path_factory):
 def ranks(tmp_path_factory, models):
     def of(count):
         module = "tests.distributed.worker"
-        folder = once(
-            tmp_path_factory, f"ranks{count}", lambda out: torchrun(count, module, models, out, *RUN[count])
-        )
-        return results(folder, count)
+        folder = once(tmp_path_factory, "ranks", lambda out: start(module, models, out, json.dumps(RUN)))
+        return results(folder / str(count), count)
 
     return of
 

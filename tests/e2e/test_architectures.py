@@ -8,9 +8,10 @@ import transformers
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.integrations.transformers import KVMixStaticCache
-from kvmix_fx.passes.sites import LEAVE, NOT_RECOGNIZED
-from kvmix_fx.testing.models import LEFT_ALONE, PACKED, TINY, WRITTEN_OUT, tiny_architecture
+from kvmix_fx.errors import DequantizeWarning
+from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+from kvmix_fx.passes.sites import LEAVE, NOT_RECOGNIZED, STORE
+from kvmix_fx.testing.models import LEFT_ALONE, PACKED, STORED, TINY, WINDOWS, WRITTEN_OUT, tiny_architecture
 
 from .oracle import OracleCache, steps, worst
 
@@ -24,8 +25,16 @@ def tokens(rows=2, length=90):
     ("name", "attention"), [(n, "sdpa") for n in PACKED] + [(n, "eager") for n in WRITTEN_OUT]
 )
 def test_packed_logits_equal_the_oracle(name, attention, fixed):
-    """Left padded, so that absolute positions and masks are part of the check."""
-    model = tiny_architecture(*(PACKED if attention == "sdpa" else WRITTEN_OUT)[name], attention)
+    """Left padded, so that absolute positions and masks are part of the check.
+
+    Growing caches are tried on two layers, which have to be told apart, and fixed ones on one.
+    """
+    config, overrides = (PACKED if attention == "sdpa" else WRITTEN_OUT)[name]
+    if fixed:
+        overrides = overrides | {"num_hidden_layers": 1, "n_layer": 1}
+        if "layer_types" in overrides:
+            overrides["layer_types"] = overrides["layer_types"][:1]
+    model = tiny_architecture(config, overrides, attention)
     plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
     ids, mask = tokens(), torch.ones(2, 90, dtype=torch.long)
     ids[0, :11], mask[0, :11] = 0, 0
@@ -72,6 +81,80 @@ def test_what_cannot_be_packed_is_exact_and_says_why(name):
     report = kvmix_fx.compiled(model).report
     assert {s.action for s in report.sites} == {LEAVE}
     assert reason in report.sites[0].reason
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_packed(name):
+    """Left padded; tokens leave the window from the prompt on, and several times later."""
+    config, overrides, attention = WINDOWS[name]
+    model = tiny_architecture(config, overrides, attention)
+    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=8)
+    # before a tile is flushed that an earlier chunk takes part in
+    length = 165 if "chunks" in name else 190
+    ids, mask = tokens(length=length), torch.ones(2, length, dtype=torch.long)
+    ids[0, :11], mask[0, :11] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    plain, _ = decode(model, ids, mask, positions, prompt=110)
+    oracle = OracleCache(plan, mask.bool())
+    # what no later query sees does not widen groups of the prompt either
+    first = torch.tensor([[64 + 11], [64]] if "chunks" in name else [[110 - 64]] * 2)
+    for layer, own in zip(oracle.layers, KVMixCache(plan, model.config).layers, strict=True):
+        if own.is_sliding:
+            layer.valid = layer.valid & (torch.arange(length) >= first)
+    want, _ = decode(model, ids, mask, positions, oracle, prompt=110)
+    kvmix_fx.compile(model, plan, inner="eager")
+    got, past = decode(model, ids, mask, positions, KVMixCache(plan, model.config), prompt=110)
+    assert worst(got, want) < 3e-4
+    assert worst(plain, want) > 5e-3
+    assert past.get_seq_length() == length
+    stored = [layer.keys.shape[2] for layer in past.layers if layer.is_sliding]
+    assert stored
+    assert all(63 <= n < 63 + 32 for n in stored)
+    report = kvmix_fx.compiled(model).report
+    assert not report.skipped()
+    assert len(report.graphs) == 2
+
+
+def test_a_model_of_windows_generates_from_a_packed_cache():
+    """8 bits say what the plain model says, 2 bits do not; the default cache, without one handed in."""
+    model = tiny_architecture(*WINDOWS["mistral"][:2])
+    ids = tokens(length=100)
+    settings = {"max_new_tokens": 40, "do_sample": False, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    plain = model.generate(ids, **settings)
+    differences = []
+    for bits in (8, 2):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, window=8)
+        out = kvmix_fx.compile(model, plan, inner="eager").generate(ids, **settings)
+        layer = out.past_key_values.layers[1]
+        assert isinstance(layer.keys, QuantizedKVTensor)
+        assert layer.keys.format.bits == bits
+        assert out.past_key_values.get_seq_length() == 139
+        differences.append((out.logits[1] - plain.logits[1]).abs().max().item())
+    assert differences[0] < 5e-2 < differences[1]
+
+
+@pytest.mark.parametrize(("name", "fixed"), [("bloom", False), ("deepseek-v3, latents", True)])
+def test_caches_are_packed_as_storage_whatever_reads_them(name, fixed):
+    """8 bits say what the plain model says, 2 bits do not."""
+    config, overrides, attention = STORED[name]
+    model = tiny_architecture(config, overrides, attention)
+    ids = tokens(length=80)
+    plain, _ = steps(model, ids, 70)
+    differences = []
+    for bits in (8, 2):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, group_size=16, window=8)
+        kvmix_fx.compile(model, plan, inner="eager")
+        got, past = steps(model, ids, 70, KVMixStaticCache(plan, model.config, 80) if fixed else None)
+        assert all(layer.keys.format.bits == layer.values.format.bits == bits for layer in past.layers)
+        differences.append(worst(got, plain))
+        report = kvmix_fx.compiled(model).report
+        assert {site.layer for site in report.sites} >= {0, 1}
+        assert len(report.graphs) == 2
+        assert all("there is no cache here" not in site.reason for site in report.sites)
+        assert fixed or {site.action for site in report.graphs[0].sites} == {STORE, NOT_RECOGNIZED}
+    assert differences[0] < 5e-3
+    assert differences[1] > 3 * differences[0] + 5e-3
 
 
 def test_hybrid_models_pack_their_full_attention_layers():
@@ -123,18 +206,20 @@ def unknown():
 
 def test_attention_of_an_unknown_form_is_explained_layer_by_layer(unknown):
     report = kvmix_fx.explain(unknown, tokens(), kvmix_fx.KVPlan.uniform(unknown, 2))
-    assert [site.layer for site in report.graphs[0].sites] == [0, 1]
-    assert {site.action for site in report.sites} == {NOT_RECOGNIZED}
-    assert all("multiplied by einsum" in site.reason for site in report.sites)
-    assert "graph 0: 0 attention sites, 2 not recognized" in str(report)
+    assert [site.layer for site in report.graphs[0].sites] == [0, 1, 0, 1]
+    assert {site.action for site in report.graphs[0].sites} == {STORE, NOT_RECOGNIZED}
+    assert all("multiplied by einsum" in s.reason for s in report.graphs[0].sites if not s.recognized)
+    assert "graph 0: 2 attention sites, 2 not recognized" in str(report)
     assert {site.query_length for site in report.graphs[1].sites} == {"1"}
 
 
-def test_attention_of_an_unknown_form_is_refused_with_a_way_out(unknown):
+def test_attention_of_an_unknown_form_is_slow_and_told_a_way_out(unknown):
     model = unknown
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2), inner="eager")
-    with pytest.raises(kvmix_fx.errors.NoSiteError, match=r'einsum.*attn_implementation="sdpa"'):
-        model.generate(tokens(), max_new_tokens=2)
+    settings = {"max_new_tokens": 2, "return_dict_in_generate": True}
+    with pytest.warns(DequantizeWarning, match=r'layers 0, 1 .*einsum.*attn_implementation="sdpa"'):
+        past = model.generate(tokens(), **settings).past_key_values
+    assert isinstance(past.layers[0].keys, QuantizedKVTensor)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -85,9 +85,8 @@ def test_a_packed_cache_is_refused_where_gradients_are_on(kind):
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_cache_made_in_inference_mode_goes_on_outside(kind, n):
-    logits = []
+    logits, model = [], packed()
     for outside in (torch.no_grad, torch.inference_mode):
-        model = packed()
         past = None
         if kind == "fixed":
             past = KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 80)
@@ -192,11 +191,11 @@ def test_a_cache_has_the_dtype_of_keys_not_of_the_first_weight(make, fixed):
     with autocast, torch.no_grad():
         past = model(PROMPT, use_cache=True).past_key_values
         want = model(STEP, past_key_values=past).logits.float()
+        alone = model(STEP).logits.float()
         packed(model)
         past = KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 80) if fixed else None
         past = model(PROMPT, past_key_values=past, use_cache=True).past_key_values
         got = model(STEP, past_key_values=past).logits.float()
-        alone = model(STEP).logits.float()
     assert isinstance(past.layers[0].keys, QuantizedKVTensor)
     assert past.layers[0].keys.dtype == torch.bfloat16
     assert (got - want).abs().max() < (got - alone).abs().max() / 4
@@ -237,7 +236,8 @@ def test_rope_that_depends_on_positions_breaks_the_graph_and_stays_right(kind):
             for i in range(70, 74):
                 out = model(IDS[:, i : i + 1].contiguous(), past_key_values=past)
         breaks = [str(w.message) for w in caught if w.category is errors.GraphBreakWarning]
-        assert len(breaks) == compiled
+        # later releases of transformers choose between the factors of longrope without a branch
+        assert len(breaks) == compiled or (kind == "longrope" and not breaks)
         assert all("modeling_rope_utils.py:" in text and "fullgraph=False" in text for text in breaks)
         assert isinstance(past.layers[0].keys, QuantizedKVTensor) == compiled
         logits.append(out.logits)
@@ -295,10 +295,9 @@ def test_plans_and_models_do_not_share_a_limit():
 def test_caches_and_masks_by_position_are_those_by_name(kind):
     mask = torch.ones_like(IDS)
     mask[0, :9] = 0
-    logits = []
+    logits, model = [], packed()
+    plan = kvmix_fx.compiled(model).plan
     for by_position in (True, False):
-        model = packed()
-        plan = kvmix_fx.compiled(model).plan
         past = {
             "none": None,
             "plain fixed": StaticCache(config=model.config, max_cache_len=74),
@@ -373,9 +372,18 @@ def test_every_spelling_of_a_mask(kind):
 # torch.compile on top
 
 
+@pytest.fixture(scope="module")
+def answer():
+    """Logits of a step, without another compiler around the model."""
+    model = packed()
+    with torch.no_grad():
+        past = model(PROMPT, use_cache=True).past_key_values
+        return model(STEP, past_key_values=past).logits
+
+
 @pytest.mark.parametrize("outer", ["model", "forward", "function"])
-def test_torch_compile_around_a_compiled_model_works(outer):
-    model, want = packed(), packed()
+def test_torch_compile_around_a_compiled_model_works(outer, answer):
+    model = packed()
     if outer == "model":
         called = torch.compile(model, backend="eager")
     elif outer == "forward":
@@ -386,9 +394,8 @@ def test_torch_compile_around_a_compiled_model_works(outer):
     with torch.no_grad():
         past = called(PROMPT, use_cache=True).past_key_values
         got = called(STEP, past_key_values=past).logits
-        assert isinstance(past.layers[0].keys, QuantizedKVTensor)
-        past = want(PROMPT, use_cache=True).past_key_values
-        torch.testing.assert_close(got, want(STEP, past_key_values=past).logits)
+    assert isinstance(past.layers[0].keys, QuantizedKVTensor)
+    torch.testing.assert_close(got, answer)
 
 
 def test_torch_compile_around_it_as_one_graph_says_what_to_leave_out():

@@ -73,7 +73,7 @@ def cases(draw, longest=200):
         storage.append(buffers, x[:, :, :length], None, 0, query)  # which chooses an order of channels
         return buffers, x[:, :, length:] if new else None
 
-    key_format, value_format = draw(formats(D)), draw(formats(D))
+    key_format, value_format = draw(formats(D)), draw(formats(D, keys=False))
     (keys, new_keys), (stored_values, new_values) = (
         stored(key_format, family, seed + 1),
         stored(value_format, draw(st.sampled_from(FAMILIES)), seed + 2),
@@ -108,7 +108,14 @@ def cases(draw, longest=200):
         length,
         D**-0.5,
         draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
+        draw(st.sampled_from((None, None, *sinks(H * group, seed)))),
     )
+
+
+def sinks(heads, seed):
+    """Logits of a learned sink that leave nearly nothing, nearly all and something of attention."""
+    some = values("normal", (1, 1, 1, heads), seed + 3).flatten()
+    return some + 6, some - 200, some.half(), torch.full((heads,), -torch.inf)
 
 
 def in_float64(case):
@@ -127,7 +134,7 @@ def assert_equals_the_reference(got, case):
     assert got.dtype == low.dtype
     assert got.shape == low.shape
     assert torch.equal(got.isnan(), low.isnan())
-    query, _, _, keys, stored, _, _, scale, _ = case
+    query, _, _, keys, stored, _, _, scale, _, _ = case
     budget = error_budget(low, exact, 4.0) + split_sums_lose(query, keys, stored, scale, exact)
     assert (got.double() - exact).abs().max().item() <= budget
 
@@ -323,6 +330,7 @@ def test_kernel_takes_no_arguments_that_do_not_fit_each_other():
         {"mask": torch.ones(201, dtype=torch.float64)},
         {"length": 1000},
         {"length": -1},
+        {"sink_logits": torch.zeros(3)},
         {"keys": k._replace(format=fmt._replace(group_size=0))},
         {"keys": k._replace(format=fmt._replace(group_size=24))},
         {"keys": k._replace(format=layout.make_format(4))},
@@ -447,6 +455,29 @@ def test_two_processes_may_need_the_kernel_first(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_library_that_others_could_have_written_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVMIX_CACHE_DIR", str(tmp_path))
+    library = native.build()
+    for _ in range(2):
+        assert native.build() == library
+        library.write_bytes(b"somebody else's")
+        library.chmod(0o666)
+    monkeypatch.setattr(native, "_kernels", [])
+    assert native.kernel() is not None
+    assert library.stat().st_mode & 0o022 == 0
+    library.rename(tmp_path / "elsewhere")
+    library.symlink_to(tmp_path / "elsewhere")
+    native.build()
+    assert not library.is_symlink()
+    if os.geteuid() == 0:
+        os.chown(library, 4321, -1)
+    else:
+        monkeypatch.setattr(native.os, "geteuid", lambda: 4321)
+    with pytest.raises(PermissionError, match="belongs to another user"), native._own(library):
+        pass
 
 
 def test_padding_is_left_out_by_the_step_that_flushes_it():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvmix_fx.testing.tensors import formats
 from kvmix_kernels.layout import make_format
 from kvmix_kernels.triton import launch_plan
-from kvmix_kernels.triton.configs import AttendConfig
+from kvmix_kernels.triton.configs import AttendConfig, Gpu
 from kvmix_kernels.triton.launch_plan import Step, attend_plan
 
 steps = st.builds(
@@ -23,7 +23,7 @@ steps = st.builds(
     half=st.booleans(),
     alike=st.booleans(),
 )
-gpus = st.sampled_from(("default", "NVIDIA_H100_80GB_HBM3"))
+gpus = st.sampled_from((Gpu(), Gpu("NVIDIA_H100_80GB_HBM3"), Gpu("NVIDIA_H100_80GB_HBM3", 46)))
 
 
 @given(formats(64), formats(64), steps, gpus)
@@ -51,23 +51,23 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
 
 @given(formats(64), formats(64), steps)
 def test_only_scores_that_grow_with_products_take_the_fast_path(k, v, step):
-    assert not attend_plan(k, v, step._replace(positive=False), "default").bulk
+    assert not attend_plan(k, v, step._replace(positive=False), Gpu()).bulk
 
 
 @given(formats(64), steps)
 def test_raw_tokens_alone_are_never_read_as_packed(v, step):
     raw = make_format(16)
-    assert not attend_plan(raw, raw, step, "default").rest_packed
-    assert attend_plan(raw, v, step, "default").rest_packed is not v.is_raw
+    assert not attend_plan(raw, raw, step, Gpu()).rest_packed
+    assert attend_plan(raw, v, step, Gpu()).rest_packed is not v.is_raw
 
 
 def test_a_config_that_is_given_wins_over_the_tuned_one():
     k, v = make_format(2, "channel", 128, 128), make_format(2, "token", 0, 128)
     step = Step(512, 4, 64, 64, 8192, 1, True, True, True)
     config = AttendConfig(tokens=64, warps=8, stages=4, programs=77, max_groups=3)
-    plan = attend_plan(k, v, step, "default", config)
+    plan = attend_plan(k, v, step, Gpu(), config)
     assert (plan.tokens, plan.warps, plan.stages) == (64, 8, 4)
-    assert plan != attend_plan(k, v, step, "default")
+    assert plan != attend_plan(k, v, step, Gpu())
     # more groups than the programs can take in shares of three need more programs
     assert plan.bulk_splits == -(-63 // 3)
 
@@ -75,7 +75,7 @@ def test_a_config_that_is_given_wins_over_the_tuned_one():
 def test_shares_of_the_case_that_is_quoted_most():
     k, v = make_format(2, "channel", 128, 128, window=0), make_format(2, "token", 0, 128, window=0)
     step = Step(512, 4, 128, 128, 8193, 1, True, True, True)
-    plan = attend_plan(k, v, step, "NVIDIA_H100_80GB_HBM3")
+    plan = attend_plan(k, v, step, Gpu("NVIDIA_H100_80GB_HBM3"))
     assert plan.bulk
     assert plan.spread == 1
     assert (plan.columns, plan.column_blocks) == (8, 1)

@@ -51,6 +51,8 @@ def test_opcheck_attend_and_append(dtype, n):
             VALUE,
         ),
     )
+    sinks = torch.randn(4, dtype=dtype)
+    opcheck(ops.attend, (query, new, new, k, v, mask, None, 120, 0.1, KEY, VALUE, 0.0, sinks))
     opcheck(ops.append_, (k, v, new, new, None, None, 120, KEY, VALUE))
 
 

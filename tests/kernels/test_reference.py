@@ -192,6 +192,7 @@ def attention_cases(draw):
         "value_format": draw(formats(key_dim)),
         "mask": draw(st.sampled_from(("none", "bool", "additive", "padding"))),
         "softcap": draw(st.sampled_from((0.0, 0.0, 0.5, 30.0))),
+        "sinks": draw(st.booleans()),
         "dtype": draw(st.sampled_from((torch.float32, torch.float16, torch.bfloat16))),
         "family": draw(st.sampled_from(("normal", "outlier channels", "constant", "offset"))),
         "seed": draw(st.integers(0, 1000)),
@@ -224,14 +225,19 @@ def make_case(case, device="cpu"):
     return query, x[:, :, case["length"] :], y[:, :, case["length"] :], k, v, mask
 
 
-def capped_attention(query, k, v, mask, scale, softcap):
-    """Attention as Gemma 2 writes it out."""
+def written_out(query, k, v, mask, scale, softcap, sinks):
+    """Attention as Gemma 2 and gpt-oss write it out."""
     group = query.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    scores = torch.tanh(query @ k.transpose(2, 3) * scale / softcap) * softcap
+    scores = query @ k.transpose(2, 3) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ v
+    if sinks is None:
+        return torch.softmax(scores, -1) @ v
+    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, column], 3), -1)[..., :-1] @ v
 
 
 @given(attention_cases())
@@ -241,10 +247,11 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
     query, new_k, new_v, k, v, mask = make_case(case)
     kf, vf, length = case["key_format"].encode(), case["value_format"].encode(), case["length"]
     scale = case["D"] ** -0.5
+    sinks = torch.linspace(-3, 9, query.shape[1]) if case["sinks"] else None
     old = attention.BLOCK_ELEMENTS
     attention.BLOCK_ELEMENTS = case["block"]
     try:
-        got = ops.attend(query, new_k, new_v, k, v, mask, None, length, scale, kf, vf, case["softcap"])
+        got = ops.attend(query, new_k, new_v, k, v, mask, None, length, scale, kf, vf, case["softcap"], sinks)
     finally:
         attention.BLOCK_ELEMENTS = old
 
@@ -252,8 +259,8 @@ def test_attention_over_packed_equals_sdpa_over_dequantized(case):
         full_k = torch.cat([storage.read(Cached.of(k, kf), 0, length, length).to(dtype), new_k.to(dtype)], 2)
         full_v = torch.cat([storage.read(Cached.of(v, vf), 0, length, length).to(dtype), new_v.to(dtype)], 2)
         m = mask.to(dtype) if mask is not None and mask.dtype != torch.bool else mask
-        if case["softcap"]:
-            return capped_attention(query.to(dtype), full_k, full_v, m, scale, case["softcap"])
+        if case["softcap"] or sinks is not None:
+            return written_out(query.to(dtype), full_k, full_v, m, scale, case["softcap"], sinks)
         return F.scaled_dot_product_attention(
             query.to(dtype), full_k, full_v, attn_mask=m, scale=scale, enable_gqa=True
         )

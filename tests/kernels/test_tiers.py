@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvmix_fx.testing.tensors import values
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
+from kvmix_kernels.cpu import attention as cpu_attention
 from kvmix_kernels.errors import FormatError, HeadSizeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import quantize as q
@@ -37,7 +38,7 @@ def packed(x, fmt, order=None):
 def test_a_format_survives_its_encoding(D, data):
     fmt = make_format(
         4, "channel", 32, 64, 4, 32, data.draw(st.sampled_from(layout.SCALE_DTYPES)),
-        tiers=data.draw(st.sampled_from(TIERS[D])), order=data.draw(st.sampled_from(("plan", "prompt"))),
+        tiers=data.draw(st.sampled_from(TIERS[D])), order=data.draw(st.sampled_from(layout.ORDERS[1:])),
         span=data.draw(st.sampled_from((None, 65, 100))),
     )  # fmt: skip
     assert TensorFormat.decode(fmt.encode()) == fmt
@@ -188,6 +189,164 @@ def test_an_order_is_chosen_from_queries_and_ranges():
     assert q.choose_order(padded, None, query, fmt)[0, 0].tolist()[0] == 7
 
 
+def by_tile(order, tiers=((16, 8), (4, 8), (2, 48)), **more):
+    more = {"group_size": 16, "tile": 32, "sink": 2, "window": 8, "scale_dtype": "byte"} | more
+    return make_format(4, "channel", tiers=tiers, order=order, **more)
+
+
+@given(
+    st.sampled_from(("tile", "tile_keys")),
+    st.sampled_from((((16, 8), (4, 8), (2, 48)), ((4, 16), (2, 40), (0, 8)))),
+    st.sampled_from((0, 8, 40)),
+    st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    st.sampled_from((torch.float32, torch.bfloat16)),
+    st.sampled_from(("normal", "outlier channels")),
+    st.booleans(),
+)
+def test_orders_of_tiles_come_from_the_tokens_not_from_the_steps(
+    order, tiers, window, pieces, dtype, family, pads
+):
+    """Every buffer of a cache that was filled step by step is that of one filled at once."""
+    fmt, total = by_tile(order, tiers, window=window), sum(pieces)
+    values_format = make_format(16)
+    x = values(family, (2, 2, total, 64), 1, dtype)
+    query = (values("normal", (2, 4, total, 64), 2) * torch.logspace(-1, 1, 64).roll(13)).to(dtype)
+    seen = torch.ones(2, total, dtype=torch.bool)
+    seen[0, : total // 3] = not pads
+
+    def filled(steps, dirty=False):
+        buffers = [
+            allocate(2, 2, 64, layout.fixed_tiles(f, total), layout.fixed_slots(f, total), f, dtype, "cpu")
+            for f in (fmt, values_format)
+        ]
+        if dirty and buffers[0].seen is not None:
+            buffers[0].seen.fill_(1e6)  # of the sequence that it held before
+        start = 0
+        for n in steps:
+            part = slice(start, start + n)
+            mask = seen[:, None, None, : start + n]
+            ops.append_(
+                *(b.tensors for b in buffers), x[:, :, part], x[:, :, part], mask, None, start,
+                fmt.encode(), values_format.encode(), query[:, :, part],
+            )  # fmt: skip
+            start += n
+        return buffers[0]
+
+    slow, fast = filled(pieces), filled([total], dirty=True)
+    for name, a, b in zip(fmt.buffer_names, slow.tensors, fast.tensors, strict=True):
+        # raw slots may keep what was overwritten later
+        if name not in ("residual", "seen"):
+            assert torch.equal(a, b), name
+    if fast.seen is not None:
+        torch.testing.assert_close(slow.seen, fast.seen)
+        counted = query.double().abs() * seen.view(2, 1, -1, 1)
+        torch.testing.assert_close(fast.seen, counted.view(2, 2, 2, total, 64).sum((2, 3)))
+
+
+def test_each_tile_has_the_order_of_its_keys_and_of_the_queries_until_it_is_packed():
+    x = values("normal", (1, 1, 120, 64), 3) * torch.logspace(-1, 1, 64).roll(7)
+    query = values("normal", (1, 2, 120, 64), 4)
+    query[:, :, :60, :32] *= 20  # later queries look elsewhere
+    query[:, :, 60:, 32:] *= 20
+    orders = {}
+    for kind in ("tile", "tile_keys"):
+        fmt = by_tile(kind)
+        buffers = ops.quantize_pack(x, None, fmt.encode(), query)
+        orders[kind] = buffers[4][0, 0, : fmt.packed_tiles(120)].long()
+        for tile, order in enumerate(orders[kind]):
+            first = fmt.sink + tile * fmt.tile
+            keys = x[0, 0, first : first + fmt.tile]
+            looks = query[0, :, : first + fmt.tile + fmt.window].abs().sum((0, 1))
+            score = (keys.amax(0) - keys.amin(0)) * looks if kind == "tile" else keys.abs().mean(0)
+            ranked = score.argsort(descending=True)
+            # the raw channels are the last of what is packed
+            assert order[-8:].tolist() == ranked[:8].tolist()
+            assert order[:-8].tolist() == ranked[8:].tolist()
+    assert not torch.equal(orders["tile"][0], orders["tile"][-1])
+    assert not torch.equal(orders["tile"], orders["tile_keys"])
+    # without queries, the range of keys decides
+    fmt = by_tile("tile")
+    alone = ops.quantize_pack(x, None, fmt.encode())[4][0, 0, 0].long()
+    keys = x[0, 0, fmt.sink : fmt.sink + fmt.tile]
+    assert alone[-8:].tolist() == (keys.amax(0) - keys.amin(0)).argsort(descending=True)[:8].tolist()
+
+
+@pytest.mark.parametrize("order", ["plan", "prompt", "tile", "tile_keys"])
+def test_raw_channels_are_kept_in_bfloat16_and_are_the_most_important(order):
+    fmt = by_tile(order, sink=0, window=0)
+    x = values("normal", (2, 2, 64, 64), 5)
+    x[..., 3:40:5] *= 9
+    query = values("normal", (2, 4, 64, 64), 6)
+    hint = query
+    if order == "plan":
+        hint = q.order_by(q.ranges(x, None, fmt), query, fmt._replace(tiers=fmt.tiers[:2]))
+    cached = Cached(fmt, tuple(ops.quantize_pack(x, None, fmt.encode(), hint)))
+    back = q.dequantize(cached, 0, 64)
+    for b in range(2):
+        for h in range(2):
+            for tile in range(2):
+                rows = slice(tile * 32, tile * 32 + 32)
+                raw = (cached.order[b, h, tile] if fmt.by_tile else cached.order[b, h])[-8:].long()
+                assert set(raw.tolist()) == set(range(3, 40, 5))
+                assert torch.equal(back[b, h, rows][:, raw], x[b, h, rows][:, raw].bfloat16().float())
+    lost = (back - x).abs().amax((0, 1, 2))
+    rest = [c for c in range(64) if c not in range(3, 40, 5)]
+    assert lost[rest].min() > 0.05  # and only they are
+
+
+def test_another_order_of_a_tile_would_show():
+    """A control: what is read depends on every tile's own order."""
+    fmt = by_tile("tile", sink=0, window=0)
+    x = values("normal", (1, 2, 64, 64), 7)
+    cached = Cached(fmt, tuple(ops.quantize_pack(x, None, fmt.encode(), values("normal", (1, 2, 64, 64), 8))))
+    swapped = cached.replace(order=cached.order[:, :, :2].flip(2))
+    query = values("normal", (1, 2, 1, 64), 9)
+    raw = make_format(16)
+    stored = ops.quantize_pack(x, None, raw.encode())
+
+    def attended(keys):
+        args = (keys.tensors, stored, None, None, 64, 1.0, fmt.encode(), raw.encode())
+        return ops.attend(query, None, None, *args)
+
+    exact = ops.attend(query, None, None, stored, stored, None, None, 64, 1.0, raw.encode(), raw.encode())
+    near, far = (attended(keys) - exact for keys in (cached, swapped))
+    assert far.norm() > 3 * near.norm()
+
+
+def test_ops_declare_the_buffers_of_orders_of_tiles_and_raw_channels():
+    fmt, raw = by_tile("tile"), make_format(16)
+    x, query = values("normal", (1, 2, 40, 64), 11), values("normal", (1, 4, 40, 64), 12)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.quantize_pack, (x, None, fmt.encode(), query), test_utils=tests)
+    keys, stored = ops.quantize_pack(x, None, fmt.encode(), query), ops.quantize_pack(x, None, raw.encode())
+    step = (keys, stored, x[:, :, :9], x[:, :, :9], None, None, 40, fmt.encode(), raw.encode())
+    torch.library.opcheck(ops.append_, (*step, query[:, :, :9]), test_utils=tests)
+
+
+def test_orders_of_tiles_and_raw_channels_are_counted():
+    plain = make_format(4, "channel", 32, 128, tiers=((4, 16), (2, 112)), order="prompt")
+    assert layout.bits_per_packed_element(plain, 128) == 2.25 + 1
+    own = plain._replace(order=layout.ORDER_TILE)
+    assert layout.bits_per_packed_element(own, 128) == 2.25 + 1 + 8 / 128
+    raw = make_format(4, "channel", 32, 128, tiers=((16, 8), (4, 16), (2, 104)), order="tile")
+    assert layout.bits_per_packed_element(raw, 128) == 3.125 + 1 + 8 / 128
+    cached = allocate(1, 1, 128, 3, raw.residual_slots, raw, torch.bfloat16, "cpu")
+    nbytes = sum(b.numel() * b.element_size() for b in cached.tensors)
+    assert nbytes == layout.buffer_nbytes(raw, 128, 3, raw.residual_slots, 2)
+    assert cached.order.dtype == torch.uint8
+    wide = raw._replace(tiers=(*raw.tiers[:1], raw.tiers[1]._replace(channels=488), raw.tiers[2]))
+    assert allocate(1, 1, 512, 1, 1, wide, torch.bfloat16, "cpu").order.dtype == torch.int16
+
+
+def test_who_takes_the_slow_reference_is_told():
+    fmt = by_tile("tile", ((4, 16), (2, 256)), sink=0, window=0)
+    x = values("normal", (1, 1, 32, 272), 10)
+    keys = ops.quantize_pack(x, None, fmt.encode())
+    cpu_attention._say_reference.cache_clear()
+    with pytest.warns(UserWarning, match="more than 256 channels"):
+        ops.attend(x[:, :, :1], None, None, keys, keys, None, None, 32, 1.0, fmt.encode(), fmt.encode())
+
+
 def test_an_order_from_the_prompt_is_chosen_once_and_kept():
     fmt = make_format(4, "channel", 32, 32, 2, 8, "byte", tiers=((4, 16), (2, 48)), order="prompt")
     x = values("normal", (2, 2, 200, 64), 5) * torch.logspace(-1, 1, 64)[torch.randperm(64)]
@@ -224,6 +383,11 @@ def test_ops_take_orders_and_queries():
     [
         ({"bits": 4, "tiers": ((4, 32), (2, 32))}, 'order="plan" or "prompt"'),
         ({"bits": 4, "tiers": ((2, 32), (4, 32)), "order": "plan"}, "in this order"),
+        ({"bits": 4, "tiers": ((4, 8), (16, 8), (2, 48)), "order": "tile"}, r"of \(16, 4, 2, 0\) bits"),
+        ({"bits": 4, "tiers": ((16, 8), (2, 56)), "order": "tile"}, "some channels at 4 bits"),
+        ({"bits": 4, "tiers": ((16, 8), (4, 56)), "order": "tile"}, "others below"),
+        ({"bits": 4, "tiers": ((16, 4), (4, 8), (2, 52)), "order": "tile"}, "multiples of 8"),
+        ({"bits": 2, "order": "tile"}, "needs tiers"),
         ({"bits": 4, "tiers": ((4, 30), (2, 34)), "order": "plan"}, "multiples of 8"),
         ({"bits": 4, "tiers": ((4, 64),), "order": "plan"}, "others below"),
         ({"bits": 2, "tiers": ((4, 32), (2, 32)), "order": "plan"}, "use bits=4"),

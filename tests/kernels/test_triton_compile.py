@@ -18,6 +18,8 @@ import torch
 from benchmarks.kernels.compiled import Launch, compiled, recorded, spilled_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ("mixkvq", "kitty")
+"""Providers of the benchmark that say everything."""
 
 
 def launches(case: dict[str, Any]) -> list[Launch]:
@@ -30,7 +32,9 @@ def launches(case: dict[str, Any]) -> list[Launch]:
 
     D, group = case["head_dim"], case["group"]
     if isinstance(case["bits"], str):
-        k, v = formats(f"{case['bits']} g{group} w128", D)
+        text = case["bits"] if case["bits"] in PRESETS else f"{case['bits']} g{group} w128"
+        k, v = formats(text, D)
+        group = k.group_size
     else:
         k = make_format(case["bits"], "channel", group, 128, 0, 128)
         v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
@@ -49,23 +53,24 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             pytest.MonkeyPatch.context() as patch,
             recorded(attention, "attend_kernel", "combine_kernel") as found,
         ):
-            patch.setattr(configs, "device_name", lambda _: case["gpu"])
+            patch.setattr(configs, "gpu_of", lambda _: configs.Gpu(case["gpu"]))
             columns = min(max(8, 4 * Lq), launch_plan.MAX_BULK_COLUMNS)
-            config = configs.attend_config(case["gpu"], k, v, D, group, columns, True, 512)
+            config = configs.attend_config(configs.Gpu(case["gpu"]), k, v, D, group, columns, True, 512)
             limited = config._replace(registers=case.get("registers", config.registers))
             attention.attend(
                 query, new, new, *cache, mask, start, 8192, D**-0.5, k.encode(), v.encode(),
                 softcap=case.get("softcap", 0.0), config=None if k.is_raw else limited,
+                sink_logits=new.new_empty(32) if case.get("sinks") else None,
             )  # fmt: skip
     elif case["op"] == "append_":
-        with recorded(storage, "append_kernel") as found:
-            storage.append_(*cache, new, new, mask, start, 8192, k.encode(), v.encode())
+        with recorded(storage, "append_kernel", "see_kernel", "order_kernel") as found:
+            storage.append_(*cache, new, new, mask, start, 8192, k.encode(), v.encode(), query)
     elif case["op"] == "dequantize":
         with recorded(reading, "dequantize_kernel") as found:
             for part, fmt in zip(cache, (k, v), strict=True):
                 reading.dequantize(part, start, 8192, fmt.encode())
     else:
-        with recorded(storage, "pack_kernel") as found:
+        with recorded(storage, "pack_kernel", "see_kernel", "order_kernel") as found:
             for fmt in (k, v):
                 storage.quantize_pack(torch.empty(1, 8, 4096, D, **like), None, fmt.encode())
     return found
@@ -107,6 +112,7 @@ CASES = [
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 16, gpu=HOPPER),
+    case("attend", 90, 4, head_dim=64, group=64, gpu=HOPPER, sinks=True),
     *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
     *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
     *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
@@ -130,8 +136,11 @@ CASES = [
     ),
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
+    *(case("attend", 90, name, gpu=HOPPER) for name in ("tiers 25/75 tile", "mixkvq")),
+    *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
+    case("append_", 90, "kitty"),
 ]
-PROCESSES = 12
+PROCESSES = 6
 """A process that imports torch costs as much as what one case compiles."""
 
 

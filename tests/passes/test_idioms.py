@@ -344,6 +344,16 @@ def with_a_scaled_query(q, k, v, mask, cap=None):
     return torch.softmax(scores, 3).matmul(v)
 
 
+def with_casts(q, k, v, mask, cap=None):
+    """In higher precision, as GPT-J has it."""
+    scores = torch.matmul(q.double(), k.to(torch.float64).transpose(-1, -2)) / 32**0.5
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(F.softmax(scores, dim=-1).to(v.dtype), v)
+
+
 def in_place(q, k, v, mask, cap=None):
     scores = (q @ k.transpose(-1, -2)).mul_(32**-0.5)
     if cap is not None:
@@ -354,7 +364,7 @@ def in_place(q, k, v, mask, cap=None):
 
 
 @pytest.mark.parametrize(
-    "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, in_place]
+    "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, with_casts, in_place]
 )
 @pytest.mark.parametrize("cap", [None, 0.2])
 @pytest.mark.parametrize("masked", [False, True])
@@ -383,6 +393,56 @@ def test_attention_written_out_becomes_one_op(written, cap, masked):
     assert count_ops(graphs[0], ops.attend) == 1
     # nothing of the old way is left
     left = (torch.matmul, operator.matmul, torch.softmax, F.softmax, torch.tanh, F.dropout, "add_", "mul_")
+    for gone in (ops.dequantize, *left):
+        assert count_ops(graphs[0], gone) == 0
+    assert new_k.shape[2] == 103
+
+
+def sink_as_a_column(q, k, v, mask, sinks):
+    """As gpt-oss has it."""
+    weights = torch.matmul(q, k.transpose(2, 3)) * 32**-0.5 + mask
+    sinks = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    logits = torch.cat([weights, sinks], dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    scores = F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
+    return torch.matmul(F.dropout(scores, p=0.1, training=False).to(v.dtype), v)
+
+
+def sink_as_a_column_of_its_own(q, k, v, mask, sinks):
+    logits = torch.cat([q @ k.mT * 32**-0.5 + mask, sinks[None, :, None, None].expand(2, -1, 3, 1)], 3)
+    return (logits - logits.amax(-1, True)).softmax(-1)[:, :, :, :-1] @ v
+
+
+def sink_as_a_factor(q, k, v, mask, sinks):
+    """As Granite has it."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 32**-0.5 + mask
+    factor = (torch.logsumexp(scores, dim=-1) - sinks.view(1, -1, 1)).to(torch.float32).sigmoid()
+    weights = F.dropout(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), p=0.0, training=False)
+    return torch.matmul(weights, v) * factor.unsqueeze(-1).to(v.dtype)
+
+
+@pytest.mark.parametrize("written", [sink_as_a_column, sink_as_a_column_of_its_own, sink_as_a_factor])
+def test_learned_sinks_join_the_op(written):
+    def decode(q, k, v, past_k, past_v, mask, sinks):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (full_k, full_v))
+        return written(q, k, v, mask, sinks), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step(3)
+    sinks = torch.tensor([-3.0, 1.0, 4.0, 7.0])
+    mask = torch.zeros(2, 1, 3, 103)
+    mask[0, :, :, :40] = -1e9
+    whole = [
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    want = sink_as_a_column(q, *whole, mask, sinks)
+    (out, new_k, _), graphs, report = run(decode, q, k, v, past_k, past_v, mask, sinks)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert (out - as_transformers_writes_it(q, *whole, mask)).abs().max() > 5e-2
+    assert [s.action for s in report.sites] == [ATTEND]
+    left = (torch.matmul, operator.matmul, F.softmax, torch.cat, torch.logsumexp, "sigmoid", "max", "amax")
     for gone in (ops.dequantize, *left):
         assert count_ops(graphs[0], gone) == 0
     assert new_k.shape[2] == 103
@@ -480,12 +540,27 @@ def keys_are_turned_and_flipped(q, k, v):
     return torch.softmax(q @ k.flip(2).mT.flip(3).permute(0, 1, 2, 3), -1) @ v
 
 
+def sink_for_each_query(q, k, v):
+    logits = torch.cat([q @ k.mT, q.sum(-1, keepdim=True)], -1)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+def sink_that_keeps_its_column(q, k, v):
+    logits = torch.cat([q @ k.mT, torch.ones(2, 4, 1, 1)], -1)
+    return logits.softmax(-1) @ F.pad(v, (0, 0, 0, 1))
+
+
+def share_of_other_scores(q, k, v):
+    factor = (torch.logsumexp(2 * q @ k.mT, -1) - torch.ones(4).view(1, -1, 1)).sigmoid()
+    return (q @ k.mT).softmax(-1) @ v * factor.unsqueeze(-1)
+
+
 ANOTHER_FORM = {
     weights_are_read: "something else reads the weights",
     scores_are_read: "something else reads the scores",
     product_is_read: "something else reads the scores",
     some_weights_are_dropped: "weights are dropped at random",
-    weights_go_to_a_sink: "getitem lies between softmax and values",
+    weights_go_to_a_sink: "something else reads the scores",
     softmax_over_queries: "softmax runs along dimension 2",
     scaled_by_a_tensor: "mul lies between the product of queries and keys and softmax",
     added_to_the_mask: "added to something else in place",
@@ -495,6 +570,9 @@ ANOTHER_FORM = {
     masked_by_filling: "masked_fill lies between",
     masked_for_all_keys_at_once: "one column for all keys",
     keys_are_turned_and_flipped: "keys are turned by permute",
+    sink_for_each_query: "is no sink, one number for each head",
+    sink_that_keeps_its_column: "added to the scores or dropped from the weights, and not both",
+    share_of_other_scores: "no attention over the scores that its factor is made of",
 }
 
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmix_fx.errors import PlanGeometryError
-from kvmix_fx.plan import ModelGeometry
+from kvmix_fx.errors import PlanFieldError, PlanGeometryError
+from kvmix_fx.plan import LayerGeometry, ModelGeometry
 
 LLAMA = {"num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "hidden_size": 3072}
 GPT2 = {"n_layer": 12, "n_head": 12, "n_embd": 768}
@@ -61,7 +61,7 @@ def test_a_size_that_is_no_number_is_shown(name, value):
         ModelGeometry.of(SimpleNamespace(**LLAMA | {name: value}))
 
 
-def test_a_size_that_varies_by_layer_is_named():
+def test_a_size_that_answers_with_an_error_is_named():
     class Config(SimpleNamespace):
         @property
         def head_dim(self):
@@ -71,21 +71,20 @@ def test_a_size_that_varies_by_layer_is_named():
         ModelGeometry.of(Config(**LLAMA))
 
 
-def test_latent_attention_is_refused():
-    with pytest.raises(PlanGeometryError, match="latent attention"):
-        ModelGeometry.of(SimpleNamespace(**LLAMA, kv_lora_rank=512))
+def test_latent_attention_caches_one_latent_and_the_rotated_part():
+    latent = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert ModelGeometry.of(SimpleNamespace(**LLAMA, **latent)).layer(27) == LayerGeometry(1, 512, 64)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "sizes"),
     [
         ("LlamaConfig", {"num_hidden_layers": 2, "num_key_value_heads": 4}, (2, 4, 128)),
-        ("MistralConfig", {"num_hidden_layers": 2}, (2, 8, 128)),
+        ("MistralConfig", {"num_hidden_layers": 2, "sliding_window": None}, (2, 8, 128)),
         ("GPT2Config", {}, (12, 12, 64)),
         ("GPTBigCodeConfig", {"n_layer": 2}, (2, 1, 64)),
         ("OPTConfig", {}, (12, 12, 64)),
         ("FalconConfig", {}, (32, 1, 64)),
-        ("Gemma3Config", {}, (26, 4, 256)),
         ("Qwen3MoeConfig", {"num_hidden_layers": 3, "head_dim": 128}, (3, 4, 128)),
     ],
 )
@@ -94,13 +93,43 @@ def test_transformers_configurations(kind, options, sizes):
     assert ModelGeometry.of(getattr(transformers, kind)(**options)) == ModelGeometry(*sizes)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("DeepseekV3Config", "latent attention"), ("Gemma4TextConfig", "head_dim differs between the layers")],
-)
-def test_transformers_configurations_with_mixed_sizes(kind, message):
+def full(heads, size, **more):
+    return LayerGeometry(heads, size, size, **more)
+
+
+MIXED = {
+    # every sixth layer attends to all tokens
+    "Gemma3TextConfig": [full(4, 256, window=4096)] * 5 + [full(4, 256)],
+    # whose heads are larger and fewer, while the last layers read others' caches
+    "Gemma4TextConfig": [full(4, 256, window=512)] * 5 + [full(4, 512)],
+    "GptOssConfig": [full(8, 64, window=128), full(8, 64)],
+    "Llama4TextConfig": [full(8, 128, window=8192)] * 3 + [full(8, 128)],
+    "Qwen3NextConfig": [full(0, 256)] * 3 + [full(2, 256)],
+    "JambaConfig": [full(0, 128)] * 4 + [full(8, 128)],
+    "Lfm2Config": [full(8, 80)],
+    "BartConfig": [full(16, 64, cross_heads=16)],
+    "T5Config": [full(8, 64, cross_heads=8)],
+    "WhisperConfig": [full(6, 64, cross_heads=6)],
+    "DeepseekV3Config": [LayerGeometry(1, 512, 64)],
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_each_layer_has_its_own_sizes(kind):
     transformers = pytest.importorskip("transformers", reason="reads configurations of transformers")
-    if not hasattr(transformers, kind):
-        pytest.skip(f"this version of transformers has no {kind}")
-    with pytest.raises(PlanGeometryError, match=message):
-        ModelGeometry.of(getattr(transformers, kind)())
+    geometry = ModelGeometry.of(getattr(transformers, kind)())
+    layers = [geometry.layer(i) for i in range(geometry.num_layers)]
+    assert layers[: len(MIXED[kind])] == MIXED[kind]
+    assert ModelGeometry.from_dict(geometry.to_dict()) == geometry
+
+
+def test_layers_that_read_the_cache_of_others_have_none():
+    transformers = pytest.importorskip("transformers", reason="reads configurations of transformers")
+    geometry = ModelGeometry.of(transformers.Gemma3nTextConfig(num_hidden_layers=10, num_kv_shared_layers=5))
+    assert [layer.num_kv_heads > 0 for layer in geometry.layers] == [True] * 5 + [False] * 5
+
+
+def test_as_many_layers_are_described_as_there_are():
+    with pytest.raises(PlanFieldError, match="1 layers are described, of 2"):
+        ModelGeometry(2, 4, 64, (LayerGeometry(4, 64, 64),))
+    assert ModelGeometry(2, 4, 64, (LayerGeometry(4, 64, 64),) * 2).layers == ()

@@ -15,7 +15,7 @@ from kvmix_fx.errors import (
     PresetError,
 )
 from kvmix_fx.plan import PRESETS, KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, preset
-from kvmix_fx.plan.presets import kivi, kv_adaquant, kvmix, uniform
+from kvmix_fx.plan.presets import kitty, kivi, kv_adaquant, kvmix, mixkvq, uniform
 
 GEOMETRY = ModelGeometry(32, 8, 128)
 CONFIG = SimpleNamespace(
@@ -74,6 +74,47 @@ def test_kv_adaquant():
     layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", "head"), WindowRule(length=64))
     assert plan.layers == (layer,) * 32
     assert plan.bits_per_element() == (5 + 2.25) / 2
+
+
+def test_mixkvq():
+    plan = mixkvq(GEOMETRY)
+    tiers = ((16, 8), (4, 16), (2, 104))
+    layer = LayerPlan(
+        QuantSpec(4, "channel", 32, tiers=tiers, order="tile", range_factor=1.0),
+        QuantSpec(2, "token", 32),
+        WindowRule(length=0),
+        tile=128,
+    )
+    assert plan.layers == (layer,) * 32
+    # 3.125 bits of codes, as the paper counts, and scales, offsets and orders
+    assert plan.bits_per_element() == (2 + 14 / 16 + 2 / 8 + 1 + 8 / 128 + 3) / 2
+    key, value = plan.layers[0].formats(128)
+    # 128 tokens wait, are packed together, and none is left
+    assert (key.packed_tiles(127), key.packed_tiles(128), key.ring) == (0, 1, 128)
+    assert {tier.span for tier in (*key.tiers, *value.tiers)} == {100}
+    assert mixkvq(GEOMETRY, 16, 32).layers[0].key.tiers == ((16, 16), (4, 32), (2, 80))
+    assert mixkvq(ModelGeometry(2, 2, 64)).layers[0].key.tiers == ((16, 8), (4, 8), (2, 48))
+    assert plan.layers[0].label == "K16/4/2 of 8/16/104V2"
+
+
+def test_kitty():
+    plan = kitty(GEOMETRY)
+    layer = LayerPlan(
+        QuantSpec(4, "channel", 128, tiers=((4, 16), (2, 112)), order="tile_keys", range_factor=1.0),
+        QuantSpec(2, "token", "head"),
+        WindowRule(length=128),
+        32,
+        128,
+    )
+    assert plan.layers == (layer,) * 32
+    # as published: 2.56 bits of keys, 2.41 in all; 2.53 for Kitty-Pro
+    assert plan.bits_per_element() == (2.5625 + 2.25) / 2
+    assert kitty(GEOMETRY, 0.25).bits_per_element() == (2.8125 + 2.25) / 2
+    assert all(tier.span == 100 for tier in plan.layers[0].formats(128)[0].tiers)
+    with pytest.raises(FormatError, match="multiples of 8"):
+        kitty(GEOMETRY, 0)
+    with pytest.raises(FormatError, match="multiples of 8"):
+        kitty(GEOMETRY, 1.0)
 
 
 def test_kvmix_raises_keys_and_values_apart():

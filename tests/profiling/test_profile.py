@@ -113,10 +113,14 @@ def test_weight_norms_are_refused_under_qk_norm() -> None:
         profile.signal("weight_norm_frobenius")
 
 
+@pytest.fixture(scope="module")
+def untouched() -> Profile:
+    return kvmix_fx.profile(tiny_llama(), tokens(1), signals="weight_gradient")
+
+
 @pytest.mark.parametrize("state", ["frozen", "training", "inference mode", "compiled", "quantized"])
-def test_models_in_any_state_are_profiled_and_left_as_they_were(state: str) -> None:
-    model = tiny_llama()
-    want = kvmix_fx.profile(model, tokens(1), signals="weight_gradient").scores["weight_gradient"]
+def test_models_in_any_state_are_profiled_and_left_as_they_were(state: str, untouched: Profile) -> None:
+    model, want = tiny_llama(), untouched.scores["weight_gradient"]
     if state == "frozen":
         model.requires_grad_(False)
     elif state == "training":

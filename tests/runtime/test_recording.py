@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx import dynamo
+from kvmix_fx import dynamo, parallel
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.dynamo import unwrapped
 from kvmix_fx.errors import CapacityError
@@ -17,6 +17,11 @@ from kvmix_fx.integrations.transformers.pool import GenerationCaches
 from kvmix_fx.runtime import recording
 from kvmix_fx.runtime.recording import Replayed
 from kvmix_fx.testing.models import tiny_llama
+
+
+def llama():
+    """One layer: tracing costs most of a test's time, and steps are recorded whole."""
+    return tiny_llama(num_hidden_layers=1)
 
 
 def step(weight, cache, x, factor):
@@ -127,7 +132,7 @@ def generate(model, ids, **kwargs):
 def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     guarded = []
     monkeypatch.setattr(dynamo, "unwrapped", lambda *a, **kw: guarded.append(1) or unwrapped(*a, **kw))
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (2, 50))
     plain, _ = generate(model, ids)
@@ -153,19 +158,19 @@ def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     assert cache
 
 
-@pytest.mark.parametrize("hidden", ["nothing", "prompt", "middle of the conversation"])
-def test_one_row_without_padding_needs_no_mask(on_cpu, hidden):
+def test_one_row_without_padding_needs_no_mask(on_cpu):
     """The control has the same row twice, which always takes a mask."""
-    model = tiny_llama()
+    model = llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4))
     ids, more = torch.randint(1, 60, (1, 50)), torch.randint(1, 60, (1, 20))
-    results, needless = [], []
-    for rows in (1, 2):
+
+    def converse(rows, hidden):
+        """Logits after a prompt and after the rest of a conversation; whether either needed no mask."""
         prompt = ids.expand(rows, -1)
         mask = torch.ones_like(prompt)
         mask[:, :7] = hidden != "prompt"
         first, out = generate(model, prompt, attention_mask=mask)
-        needless.append(out.past_key_values.one_full_row)
+        needless = [out.past_key_values.one_full_row]
         longer = torch.cat([out.sequences, more.expand(rows, -1)], 1)
         mask = torch.cat([mask, torch.ones(rows, longer.shape[1] - 50, dtype=mask.dtype)], 1)
         mask[:, 20:40] = hidden != "middle of the conversation"
@@ -175,14 +180,19 @@ def test_one_row_without_padding_needs_no_mask(on_cpu, hidden):
             model(out.sequences[:, :-1], attention_mask=mask[:, : out.sequences.shape[1] - 1],
                   past_key_values=cache)  # fmt: skip
         second, _ = generate(model, longer, attention_mask=mask, past_key_values=cache)
-        needless.append(cache.one_full_row)
-        results.append(torch.cat([first[:, 0], second[:, 0]]))
-    assert needless == [hidden != "prompt", hidden == "nothing", False, False]
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-4)
+        return torch.cat([first[:, 0], second[:, 0]]), [*needless, cache.one_full_row]
+
+    # one model for all: each way in turn, on what the ways before have left
+    for hidden in ("nothing", "prompt", "middle of the conversation", "nothing"):
+        one, needless = converse(1, hidden)
+        two, needed = converse(2, hidden)
+        assert needless == [hidden != "prompt", hidden == "nothing"]
+        assert needed == [False, False]
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
 
 
 def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
-    model = tiny_llama()
+    model = llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
     ids = torch.randint(1, 60, (1, 40))
     _, first = generate(model, ids)
@@ -204,7 +214,7 @@ def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_conversation_outgrows_the_cache_of_its_first_turn(on_cpu, monkeypatch, rows, raw):
-    model = tiny_llama()
+    model = tiny_llama() if raw else llama()
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
     if raw:
         plan = plan.with_layers(1, key=16, value=16)
@@ -234,7 +244,7 @@ def test_a_conversation_outgrows_the_cache_of_its_first_turn(on_cpu, monkeypatch
 
 
 def test_a_capacity_that_was_chosen_is_kept(on_cpu):
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
     kvmix_fx.compile(model, plan, inner="eager")
     cache = integration.KVMixStaticCache(plan, model.config, 100)
@@ -244,7 +254,7 @@ def test_a_capacity_that_was_chosen_is_kept(on_cpu):
 
 def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
     """Even of NaN, which a mask would let through."""
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8).for_model(model)
     kvmix_fx.compile(model, plan, inner="eager")
     ids = torch.randint(1, 60, (2, 70))
@@ -269,7 +279,7 @@ def test_a_cache_used_again_knows_nothing_of_what_it_held(on_cpu):
 
 
 def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
-    model = tiny_llama()
+    model = llama()
     caches = GenerationCaches(model, kvmix_fx.KVPlan.uniform(model, 4).for_model(model))
     held = [caches.new(batch, 100) for batch in range(1, 8)]
     newest = held[-1].layers
@@ -282,7 +292,7 @@ def test_dropped_caches_of_many_batch_sizes_do_not_pile_up():
 
 def test_a_backend_used_by_itself_keeps_no_calls(on_cpu):
     """Nobody would empty the list, and it would hold every cache that was ever used."""
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16)
     backend = KVMixBackend(plan)
     step = torch.compile(model.forward, backend=backend)
@@ -301,7 +311,7 @@ def test_a_backend_used_by_itself_keeps_no_calls(on_cpu):
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
 def test_other_ways_of_generating_keep_their_own_cache(on_cpu, kwargs):
-    model = tiny_llama()
+    model = llama()
     ids = torch.randint(1, 60, (1, 40))
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
     out = model.generate(ids, do_sample=False, max_new_tokens=6, return_dict_in_generate=True, **kwargs)
@@ -309,7 +319,7 @@ def test_other_ways_of_generating_keep_their_own_cache(on_cpu, kwargs):
 
 
 def test_restore_gives_generate_its_own_cache_back(on_cpu):
-    model = tiny_llama()
+    model = llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16))
     kvmix_fx.restore(model)
     assert "_prepare_cache_for_generation" not in vars(model)
@@ -319,7 +329,7 @@ def test_restore_gives_generate_its_own_cache_back(on_cpu):
 
 def test_what_changes_within_generate_is_noticed(on_cpu):
     """The shortcut past the guards serves only steps that are like the last one."""
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
     ids = torch.randint(1, 60, (1, 50))
     other = torch.randint(1, 60, (1, 30))
@@ -345,7 +355,7 @@ def test_what_changes_within_generate_is_noticed(on_cpu):
 
 def test_plain_loops_take_no_shortcut(on_cpu):
     """Outside generate() a model may be changed between two steps."""
-    model = tiny_llama()
+    model = llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4))
     ids = torch.randint(1, 60, (1, 50))
     cache = integration.KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 128)
@@ -362,7 +372,7 @@ def test_plain_loops_take_no_shortcut(on_cpu):
 
 def test_plain_loops_over_padded_prompts_are_replayed(on_cpu):
     """Their masks grow by a column in every step; a recording needs one shape."""
-    model = tiny_llama()
+    model = llama()
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=16)
     ids = torch.randint(1, 128, (2, 90), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -389,3 +399,68 @@ def test_plain_loops_over_padded_prompts_are_replayed(on_cpu):
     assert (on_cpu.recorded, on_cpu.replayed) == (1, 28)
     torch.testing.assert_close(fixed, grown, atol=2e-4, rtol=1e-4)
     assert (plain - fixed).abs().max() > 0.02
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_torch_says_before_it_destroys_a_process_group(group):
+    """What the release of recordings leans on."""
+    heard = []
+
+    def callback():
+        heard.append(torch.distributed.is_initialized())
+
+    assert parallel.tells_of_end()
+    for _ in range(2):
+        parallel.before_groups_end(callback)
+    torch.distributed.destroy_process_group()
+    assert heard == [True]
+
+
+def test_recordings_are_released_before_the_process_group_goes(group, recorder):
+    parallel.before_groups_end(recording.release_all)
+    released = []
+
+    def record(run, inputs):
+        return recorder(run, inputs)._replace(release=lambda: released.append(1))
+
+    run = recording.Replayed(lambda weight, cache: [cache.add_(weight)], lambda i: i == 1, record)
+    weight, cache = torch.ones(2), torch.zeros(2)
+    for _ in range(4):
+        run(weight, cache)
+    assert (recorder.recorded, recorder.replayed, released) == (1, 2, [])
+    torch.distributed.destroy_process_group()
+    assert released == [1]
+    # steps go on, and would be recorded anew
+    for _ in range(3):
+        run(weight, cache)
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+    torch.testing.assert_close(cache, torch.full((2,), 7.0))
+
+
+def test_steps_that_cannot_be_released_in_time_are_recorded_only_on_demand(monkeypatch, on_cpu):
+    model = tiny_llama(num_hidden_layers=1)
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=8)
+    ids = torch.randint(1, 100, (2, 40))
+
+    def decode(**options):
+        kvmix_fx.compile(model, plan, **options)
+        model.generate(ids, max_new_tokens=2, do_sample=False)
+        return kvmix_fx.compiled(model).report.graphs[-1].replay
+
+    monkeypatch.setattr("kvmix_fx.backend.process_group_size", lambda: 2)
+    monkeypatch.setattr("kvmix_fx.backend.tells_of_end", lambda: False)
+    assert "destroy_process_group" in decode()
+    assert decode(options={"cuda_graphs": True}) == ""
+    monkeypatch.setattr("kvmix_fx.backend.tells_of_end", lambda: True)
+    heard = []
+    monkeypatch.setattr("kvmix_fx.backend.before_groups_end", heard.append)
+    assert decode() == ""
+    assert set(heard) == {recording.release_all}

@@ -17,8 +17,12 @@ from kvmix_fx.runtime.shortcut import Noted, Shortcut
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_kernels import layout
 
-PLAN = kvmix_fx.KVPlan.uniform(2, 4, 2, group_size=16, window=4)
+PLAN = kvmix_fx.KVPlan.uniform(1, 4, 2, group_size=16, window=4)
 IDS = torch.randint(1, 60, (1, 50), generator=torch.Generator().manual_seed(3))
+
+
+def llama():
+    return tiny_llama(num_hidden_layers=1)
 
 
 def logits(model, steps=4):
@@ -41,48 +45,49 @@ def saved_and_loaded(model):
 
 
 def changed(model):
-    model.model.layers[1].mlp.down_proj.weight.data.mul_(-3)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(-3)
     return model
 
 
+@pytest.fixture(scope="module")
+def answers():
+    """Logits of a compiled model that is no copy, before and after its weights were changed."""
+    model = kvmix_fx.compile(llama(), PLAN)
+    return logits(model), logits(changed(model))
+
+
 @pytest.mark.parametrize("duplicate", [deep_copied, saved_and_loaded])
-@pytest.mark.parametrize("used", [False, True])
-def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(duplicate, used):
-    model = kvmix_fx.compile(tiny_llama(), PLAN)
-    if used:
-        logits(model)
-    twin = changed(duplicate(model))
-    want = logits(kvmix_fx.compile(changed(tiny_llama()), PLAN))
-    untouched = logits(kvmix_fx.compile(tiny_llama(), PLAN))
+def test_a_copy_of_a_compiled_model_is_a_model_of_its_own(duplicate, answers):
+    """It computes with its own weights, is packed, reports and is restored for itself."""
+    untouched, want = answers
     assert (want - untouched).abs().max() > 0.1
-    torch.testing.assert_close(logits(twin), want)
-    torch.testing.assert_close(logits(model), untouched)
-
-
-@pytest.mark.parametrize("duplicate", [deep_copied, saved_and_loaded])
-def test_a_copy_is_packed_reports_and_is_restored_for_itself(duplicate):
-    model = kvmix_fx.compile(tiny_llama(), PLAN)
-    twin = duplicate(model)
+    model = kvmix_fx.compile(llama(), PLAN)
+    twin = changed(duplicate(model))
     out = twin.generate(IDS, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values.layers[1].keys, QuantizedKVTensor)
+    assert isinstance(out.past_key_values.layers[0].keys, QuantizedKVTensor)
     assert len(kvmix_fx.compiled(twin).report.graphs) == 2
     assert not kvmix_fx.compiled(model).report.graphs
+    torch.testing.assert_close(logits(twin), want)
     kvmix_fx.restore(twin)
     assert not {"forward", "generate", "_kvmix"} & vars(twin).keys()
     assert "_kvmix" in vars(model)
-    plain = tiny_llama()
-    torch.testing.assert_close(logits(twin), logits(plain))
-    assert not torch.allclose(logits(model), logits(plain))
+    plain = logits(changed(llama()))
+    torch.testing.assert_close(logits(twin), plain)
+    assert not torch.allclose(want, plain)
+    torch.testing.assert_close(logits(model), untouched)
+    # a copy of a model that has been used
+    torch.testing.assert_close(logits(changed(duplicate(model))), want)
+    torch.testing.assert_close(logits(model), untouched)
 
 
 def test_the_signatures_that_generate_looks_at_are_the_models_own():
-    plain, model = tiny_llama(), kvmix_fx.compile(tiny_llama(), PLAN)
+    plain, model = llama(), kvmix_fx.compile(llama(), PLAN)
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert inspect.signature(model.generate) == inspect.signature(plain.generate)
 
 
 def test_a_model_put_into_training_mode_is_refused():
-    model = kvmix_fx.compile(tiny_llama(), PLAN)
+    model = kvmix_fx.compile(llama(), PLAN)
     model.train()
     with pytest.raises(TrainingError, match=r"model\.eval"):
         model(IDS)
@@ -108,7 +113,7 @@ def test_each_step_of_generate_asks_once_and_is_short_from_the_third_token_on(as
     mask = torch.ones_like(ids)
     mask[0, :5] = not padded
     settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 6, "output_logits": True}
-    model = kvmix_fx.compile(tiny_llama(), PLAN, options={"cuda_graphs": False})
+    model = kvmix_fx.compile(llama(), PLAN, options={"cuda_graphs": False})
     want = model.generate(ids, return_dict_in_generate=True, **settings)
     assert asked == [False] * 6
     asked.clear()
@@ -129,7 +134,7 @@ def test_a_masked_step_handed_a_cache_of_the_users_is_short_too(asked):
     ids = IDS.expand(2, -1).contiguous()
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    model = kvmix_fx.compile(tiny_llama(), PLAN)
+    model = kvmix_fx.compile(llama(), PLAN)
     results = []
     for kind in (Uncompilable, KVMixStaticCache):
         asked.clear()

@@ -10,7 +10,8 @@ into the query or out of the sum, exactly. Scales go into the query or the sum (
 and weights (per token), zero points are products of their own.
 
 Packed tokens may have their channels in an order, or be rotated. The query of a task is then ordered and
-rotated as they are, once, and their weighted sum is turned back once, before raw tokens' is added to it.
+rotated as they are, once, and their weighted sum is turned back once, before raw tokens' is added to it. Where
+keys have an order in every tile, the query is ordered for each group of tokens.
 
 Vectors are of the kind that gcc and clang have for every machine. */
 
@@ -37,8 +38,8 @@ enum {
     MAX_FIELDS = 16,
     MAX_DIGITS = 2
 };
-/* The first three as in SCALE_DTYPES; the last two are scales of a byte and offsets in quarters of them. */
-enum { HALF, BFLOAT, FLOAT, BOOL, WORD, BYTE, QUARTERS };
+/* The first three as in SCALE_DTYPES; BYTE and QUARTERS are scales of a byte and offsets in quarters of them. */
+enum { HALF, BFLOAT, FLOAT, BOOL, WORD, BYTE, QUARTERS, INT };
 enum { RESIDUAL, PACKED, FRESH };
 static const float LOWEST = -3.402823466e38f;
 
@@ -64,8 +65,10 @@ typedef struct {
 } Digit;
 typedef struct {
     Tensor codes, scale, zero_point, residual, fresh;
-    Tensor order;  /* per head, which channel each packed one is; no data: their own */
+    Tensor order;  /* per head or tile, which channel each packed one is; no data: their own */
+    Tensor exact;  /* the last channels of packed keys, if they are raw */
     int64_t D, per_channel, group;
+    int64_t tile, orders, raw;  /* tokens that have an order of their own, or 0; orders a head has; raw channels */
     int64_t rotated;  /* channels that were rotated together, 2^i; 0: none */
     int64_t center;  /* symmetric codes: offsets are the scale times half of it; 0: they are stored */
     int64_t block;  /* tokens whose planes lie together, 2^i */
@@ -80,6 +83,7 @@ typedef struct {
     Tensor query, mask;
     float *out;   /* [B, H * rows, Dv] */
     float *sums;  /* [B, H * rows, 2]: the best score, and the sum of weights against it; or null */
+    const float *sinks;  /* a score more for each query head, [H * group]; 0: none */
     double scale, softcap;
     int64_t B, H, group, Lq, length, origin, threads;
     Cached keys, values;
@@ -350,9 +354,45 @@ ROWS_DOT(1) ROWS_DOT(2) ROWS_DOT(3) ROWS_DOT(4)
 static void (*const DOT[ROWS])(const int32_t *, const Digit *, int64_t, const float *, int64_t, int64_t, int,
                                float (*)[TOKENS]) = {dot1, dot2, dot3, dot4};
 
+INLINE int64_t order_at(const Tensor *order, int64_t at) {
+    return order->dtype == BYTE   ? ((const uint8_t *)order->data)[at]
+           : order->dtype == WORD ? ((const int16_t *)order->data)[at]
+                                  : ((const int32_t *)order->data)[at];
+}
+
+/* Rows of queries as packed tokens have their channels, where no order is another's than the first: `tile` 0. */
+static void to_packed(const Cached *x, int64_t b, int64_t h, int64_t tile, int64_t rows, const float *from,
+                      float *to) {
+    const int64_t first = place(&x->order, b, h, tile);
+    float row[MAX_D];
+    for (int64_t r = 0; r < rows; r++, from += x->D, to += x->D) {
+        memcpy(row, from, sizeof(float) * x->D);
+        if (x->rotated) rotate(row, x->D, x->rotated);
+        for (int64_t c = 0; c < x->D; c++) to[c] = row[x->order.data ? order_at(&x->order, first + c) : c];
+    }
+}
+
+/* Adds to scores of n tokens what their raw channels make of them. */
+static void exact_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
+                         int64_t rows, float *scores) {
+    float room[MAX_D];
+    for (int64_t t = 0; t < n; t++) {
+        const float *key = load(&k->exact, place(&k->exact, b, h, row + t), k->raw, room);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *own = q + (r + 1) * k->D - k->raw;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = 0; c < k->raw; c++) sum += own[c] * key[c];
+            scores[r * BLOCK + t] += sum;
+        }
+    }
+}
+
 static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, int64_t n, const float *q,
                           int64_t rows, float *scores) {
     const int64_t D = k->D, G = k->group, span = k->per_channel ? D : G, columns = D / span;
+    const float *given = q;
+    float ordered[MAX_ROWS * MAX_D];
     float scaled[MAX_DIGITS][MAX_ROWS * MAX_D], power[MAX_DIGITS][MAX_D], offset[MAX_ROWS * MAX_GROUPS];
     float step[MAX_GROUPS][TOKENS], zero[MAX_GROUPS][TOKENS], ones[MAX_D], room[2 * MAX_D];
     int32_t words[MAX_DIGITS][MAX_D / 2 * TOKENS] ALIGNED, masks[MAX_D];
@@ -373,6 +413,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
                 group = row / G;
                 const float *s, *z;
                 numbers(k, b, h, group, D, room, &s, &z);
+                if (k->tile) to_packed(k, b, h, row / k->tile, rows, given, ordered), q = ordered;
                 for (int64_t r = 0; r < rows; r++) {
                     offset[r] = product(q + r * D, z, D);
                     for (int64_t i = 0; i < k->digits; i++)
@@ -407,6 +448,7 @@ static void packed_scores(const Cached *k, int64_t b, int64_t h, int64_t row, in
             for (int64_t i = 0; i < R; i++)
                 memcpy(scores + (r + i) * BLOCK + done, sums[i], sizeof(float) * count);
         }
+        if (k->raw) exact_scores(k, b, h, row, count, q, rows, scores + done);
     }
 }
 
@@ -602,29 +644,14 @@ static void apply_mask(const Call *call, int64_t b, int64_t h, int64_t row, int6
     }
 }
 
-INLINE int is_apart(const Cached *x) { return x->rotated || x->order.data; }
-
-INLINE const int32_t *order_of(const Cached *x, int64_t b, int64_t h) {
-    return x->order.data ? (const int32_t *)x->order.data + place(&x->order, b, h, 0) : 0;
-}
-
-/* Rows of queries as packed tokens have their channels. */
-static void to_packed(const Cached *x, int64_t b, int64_t h, int64_t rows, const float *from, float *to) {
-    const int32_t *order = order_of(x, b, h);
-    float row[MAX_D];
-    for (int64_t r = 0; r < rows; r++, from += x->D, to += x->D) {
-        memcpy(row, from, sizeof(float) * x->D);
-        if (x->rotated) rotate(row, x->D, x->rotated);
-        for (int64_t c = 0; c < x->D; c++) to[c] = row[order ? order[c] : c];
-    }
-}
+INLINE int is_apart(const Cached *x) { return x->rotated || (x->order.data && !x->tile); }
 
 /* Adds rows of sums, in the channels of packed tokens, to others in those of raw ones. */
 static void from_packed(const Cached *x, int64_t b, int64_t h, int64_t rows, const float *from, float *to) {
-    const int32_t *order = order_of(x, b, h);
+    const int64_t first = place(&x->order, b, h, 0);
     float row[MAX_D] = {0};
     for (int64_t r = 0; r < rows; r++, from += x->D, to += x->D) {
-        for (int64_t c = 0; c < x->D; c++) row[order ? order[c] : c] = from[c];
+        for (int64_t c = 0; c < x->D; c++) row[x->order.data ? order_at(&x->order, first + c) : c] = from[c];
         if (x->rotated) rotate(row, x->D, x->rotated);
         for (int64_t c = 0; c < x->D; c++) to[c] += row[c];
     }
@@ -648,7 +675,7 @@ static void task(const Work *work, int64_t index) {
         for (int64_t c = 0; c < D; c++) q[r * D + c] = from[c] * (float)call->scale;
         best[r] = LOWEST, total[r] = 0;
     }
-    if (queries.packed != q) to_packed(&call->keys, b, h, rows, q, packed_q);
+    if (queries.packed != q) to_packed(&call->keys, b, h, 0, rows, q, packed_q);
     const int64_t end = work->blocks * (part + 1) / work->splits;
     for (int64_t block = work->blocks * part / work->splits; block < end; block++) {
         const int64_t at = work->begin + block * BLOCK;
@@ -683,9 +710,10 @@ static void tasks(void *argument) {
 /* Whether all that an order names are channels. */
 static int is_ordered(const Call *call, const Cached *x) {
     int wrong = 0;
-    for (int64_t i = 0; x->order.data && i < call->B * call->H; i++) {
-        const int32_t *order = order_of(x, i / call->H, i % call->H);
-        for (int64_t c = 0; c < x->D; c++) wrong |= (uint32_t)order[c] >= (uint32_t)x->D;
+    for (int64_t i = 0; x->order.data && i < call->B * call->H * x->orders; i++) {
+        const int64_t head = i / x->orders;
+        const int64_t first = place(&x->order, head / call->H, head % call->H, i % x->orders);
+        for (int64_t c = 0; c < x->D; c++) wrong |= (uint64_t)order_at(&x->order, first + c) >= (uint64_t)x->D;
     }
     return !wrong;
 }
@@ -709,9 +737,12 @@ int kvmix_attend(const Call *call) {
 
     for (int64_t i = 0; i < heads * rows; i++) {
         const float *first = work.partial + i / rows * work.splits * partial + i % rows;
+        const int64_t head = i / rows % call->H * call->group + i % rows / call->Lq;
         float highest = LOWEST, total = 0, *out = call->out + i * Dv;
+        if (call->sinks && call->sinks[head] > LOWEST) highest = call->sinks[head];
         for (int64_t s = 0; s < work.splits; s++)
             if (first[s * partial] > highest) highest = first[s * partial];
+        if (call->sinks) total = exponential1(call->sinks[head] - highest);
         memset(out, 0, sizeof(float) * Dv);
         for (int64_t s = 0; s < work.splits; s++) {
             const float *best = first + s * partial, *sums = best - i % rows + 2 * rows + i % rows * Dv;

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -54,6 +55,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`kvmix_kernels.reference.attention.attend` for CPU tensors: same arguments, equal up to rounding.
 
@@ -63,11 +65,15 @@ def attend(
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
     rows = Hq // Hkv * Lq
+    rest = (mask, length, scale, softcap, sink_logits)
     if rows > MAX_ROWS or query.dtype == torch.float64:
-        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
-    out = native.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
+        return reference.attend(query, new_keys, new_values, keys, values, *rest)
+    out = native.attend(query, new_keys, new_values, keys, values, *rest)
     if out is not None:
         return out
+    if any(cached.format.by_tile or cached.format.raw_channels for cached in (keys, values)):
+        _say_reference(D > native.MAX_HEAD_DIM)
+        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
     # grouped heads share their keys: fold the group into the rows of one product
     q = (query.float() * scale).reshape(B * Hkv, rows, D)
     scores = _scores(q, keys, new_keys, length)
@@ -82,7 +88,11 @@ def attend(
             by_head.masked_fill_(~part, -torch.inf)
         else:
             by_head.add_(part)
-    weights = torch.softmax(scores, -1)
+    if sink_logits is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        sink = reference.sink_rows(sink_logits, Hkv, Lq).to(scores.dtype).repeat(B, 1).unsqueeze(2)
+        weights = torch.softmax(torch.cat([scores, sink], 2), -1)[..., :-1]
     if mask is not None:
         # a query that may attend to nothing gets zeros
         weights.masked_fill_(scores.amax(-1, keepdim=True) == -torch.inf, 0)
@@ -100,9 +110,10 @@ def attend_lse(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kvmix_kernels.reference.attention.attend_lse` for CPU tensors, by the kernel where it takes them."""
-    given = (query, new_keys, new_values, keys, values, mask, length, scale, softcap)
+    given = (query, new_keys, new_values, keys, values, mask, length, scale, softcap, sink_logits)
     B, Hq, Lq, _ = query.shape
     if query.dtype != torch.float64 and Hq // keys.residual.shape[1] * Lq <= MAX_ROWS:
         sums = torch.empty(B, Hq, Lq, 2)
@@ -110,6 +121,16 @@ def attend_lse(
         if out is not None:
             return out, sums[..., 0] + sums[..., 1].log()
     return reference.attend_lse(*given)
+
+
+@cache
+def _say_reference(too_wide: bool) -> None:
+    why = f"heads of more than {native.MAX_HEAD_DIM} channels" if too_wide else "no C kernel that takes them"
+    warnings.warn(
+        f"keys with orders of tiles or raw channels take the slow reference here: {why}. An order from the "
+        "plan or the prompt is faster",
+        stacklevel=3,
+    )
 
 
 def _scores(q: Tensor, cached: Cached, new: Tensor | None, length: int) -> Tensor:

@@ -7,6 +7,7 @@ runs on the threads that torch has.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import KernelMemoryError
+from kvmix_kernels.folders import cache_folder
 from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TIER_BITS, TIER_CHANNELS, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
@@ -55,9 +57,10 @@ _MASKS = {**_FLOATS, torch.bool: 3}
 _CODES = {torch.int16: 4}
 _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
-_ORDERS = {torch.int32: 7}
-_CALL = struct.Struct("=12q2d7q")
-_TENSORS = struct.Struct("=30q")
+_ORDERS = {**_CODES, **_BYTES, torch.int32: 7}
+_EXACT = {torch.bfloat16: 1}
+_CALL = struct.Struct("=13q2d7q")
+_TENSORS = struct.Struct("=35q")
 _NO_MEMORY = 1
 
 Kernel = Callable[[bytes], int]
@@ -76,6 +79,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
@@ -93,7 +97,12 @@ def attend(
     group = Hq // Hkv if Hkv else 0
     new = 0 if new_keys is None else new_keys.shape[2]
     fits = 0 < group * Lq <= MAX_ROWS and group * Hkv == Hq and B > 0 and length >= 0
+    # sums of values are turned back once, in an order that all tiles share
+    fits = fits and not (values.format.by_tile or values.format.raw_channels)
     if not fits or (new_keys is None) != (new_values is None):
+        return None
+    sinks = None if sink_logits is None else sink_logits.float().contiguous()
+    if sinks is not None and sinks.shape != (Hq,):
         return None
     q = _describe(query, (B, Hq, Lq, D), _FLOATS)
     m = _NONE if mask is None else _describe_mask(mask, (B, Hq, Lq, length + new))
@@ -108,7 +117,7 @@ def attend(
     origin = 0 if keys.format.is_raw else keys.format.sink
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
-    places = out.data_ptr(), 0 if sums is None else sums.data_ptr()
+    places = (out.data_ptr(), *(0 if x is None else x.data_ptr() for x in (sums, sinks)))
     call = _CALL.pack(*q, *m, *places, scale, softcap, *sizes)
     failed = function(call + k + v)
     if failed == _NO_MEMORY:
@@ -147,7 +156,7 @@ def _describe_cache(
     if placed is None:
         return None
     fmt = cached.format
-    codes = step = zero_point = order = _NONE
+    codes = step = zero_point = order = exact = _NONE
     if placed.rows:
         scales, offsets = (_BYTES, _QUARTERS) if fmt.scale_dtype == BYTE_SCALES else (_FLOATS, _FLOATS)
         codes = _describe(cached.qdata, (B, H, placed.rows, placed.words), _CODES)
@@ -161,16 +170,22 @@ def _describe_cache(
             zero_point = found
         if cached.order is not None:
             found = None
-            if cached.order.dim() == 3:
-                found = _describe(cached.order.unsqueeze(2), (B, H, 1, D), _ORDERS)
+            if cached.order.dim() == 3 + fmt.by_tile:
+                orders = cached.order if fmt.by_tile else cached.order.unsqueeze(2)
+                found = _describe(orders, (B, H, placed.orders, D), _ORDERS)
             if found is None:
                 return None
             order = found
+        if cached.exact is not None:
+            found = _describe(cached.exact, (B, H, placed.rows, fmt.raw_channels), _EXACT)
+            if found is None:
+                return None
+            exact = found
     residual = _describe(cached.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
     if residual is None or fresh is None:
         return None
-    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order) + placed.rest
+    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order, *exact) + placed.rest
 
 
 class _Placed(NamedTuple):
@@ -179,6 +194,7 @@ class _Placed(NamedTuple):
     rows: int
     words: int
     grid: tuple[int, int]
+    orders: int
     slots: int
     rest: bytes
 
@@ -224,7 +240,9 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         parts.append((_FRESH, length, length + new, 0))
     if len(parts) > _RUNS:
         return None
-    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group, rotated, center, block]
+    orders = tiles if fmt.by_tile else 1
+    numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group]
+    numbers += [fmt.tile if fmt.by_tile else 0, orders, fmt.raw_channels, rotated, center, block]
     numbers += [count, *digits, len(parts)]
     for part in parts:
         numbers += part
@@ -233,6 +251,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         rows=tiles * fmt.tile,
         words=words,
         grid=layout.scale_grid(fmt, head_dim, tiles),
+        orders=orders,
         slots=max((p[3] + p[2] - p[1] for p in parts if p[0] == _RESIDUAL), default=0),
         rest=struct.pack(f"={len(numbers)}q", *numbers),
     )
@@ -296,12 +315,13 @@ def _load() -> Kernel | None:
     if not sys.platform.startswith("linux") or sys.byteorder != "little":
         return None
     try:
-        function = ctypes.CDLL(str(build())).kvmix_attend
+        with _own(build()) as library:
+            function = ctypes.CDLL(library).kvmix_attend
     except (OSError, AttributeError, subprocess.SubprocessError) as failure:
         said = getattr(failure, "stderr", None) or failure
         warnings.warn(
             f"no compiled kernel for packed caches on CPU, slower PyTorch ops instead: {said}. "
-            "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a writable directory",
+            "Install gcc, or name a C compiler in CC, and let KVMIX_CACHE_DIR be a directory of your own",
             stacklevel=2,
         )
         return None
@@ -320,9 +340,13 @@ def build() -> Path:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
     made_from = (SOURCE.read_text(), *FLAGS, *command, version.stdout, _processor())
     digest = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("KVMIX_CACHE_DIR") or Path.home() / ".cache" / "kvmix_fx")
+    folder = cache_folder()
     library = folder / f"attend-{digest}.so"
-    if not library.exists():
+    try:
+        with _own(library):
+            return library
+    except OSError:
+        # not there, or not ours: in a directory that others can write into it could be anything
         folder.mkdir(parents=True, exist_ok=True)
         # other processes may be doing the same: each has its own file until it is whole
         with tempfile.TemporaryDirectory(dir=folder) as own:
@@ -334,8 +358,26 @@ def build() -> Path:
                 check=True,
                 timeout=300,
             )
+            made.chmod(0o755)
             made.replace(library)
     return library
+
+
+@contextlib.contextmanager
+def _own(library: Path) -> Iterator[str]:
+    """A path by which a library can be loaded that nobody else wrote, or can write or exchange meanwhile.
+
+    Raises:
+        OSError: it is missing, or belongs to another user than this one or root, or others may write it.
+    """
+    descriptor = os.open(library, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise PermissionError(f"{library} belongs to another user, or others may write it")
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _compiler() -> list[str]:

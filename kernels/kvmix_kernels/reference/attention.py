@@ -30,6 +30,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * Q K^T + mask) V over `length` cached tokens and the step's own.
 
@@ -45,11 +46,14 @@ def attend(
         scale: factor of the scores.
         softcap: if above 0, scores x become softcap * tanh(x / softcap) ahead of the mask (Gemma 2,
             arXiv 2408.00118).
+        sink_logits: [Hq], of a learned sink: one more score in each row's softmax, neither scaled nor capped
+            nor masked, with a value of zeros (gpt-oss, arXiv 2508.10925).
 
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
     """
-    out = attend_lse(query, new_keys, new_values, keys, values, mask, length, scale, softcap)[0]
+    given = (query, new_keys, new_values, keys, values, mask, length, scale, softcap, sink_logits)
+    out, _ = attend_lse(*given)
     return out.to(query.dtype)
 
 
@@ -63,12 +67,13 @@ def attend_lse(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and what merges it with attention over other tokens.
 
     Returns:
-        The output in the compute dtype, [B, Hq, Lq, Dv], and the logarithm of the sum of all weights,
-        [B, Hq, Lq]; -inf for a query that may attend to nothing.
+        The output in the compute dtype, [B, Hq, Lq, Dv], and the logarithm of the sum of all weights, that of
+        a learned sink included, [B, Hq, Lq]; without a sink -inf for a query that may attend to nothing.
     """
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
@@ -101,9 +106,19 @@ def attend_lse(
             total = total * shrink + weights.sum(3, keepdim=True)
             out = out * shrink + weights @ v
         best = merged
+    if sink_logits is not None:
+        sink = sink_rows(sink_logits, Hkv, Lq).to(dtype).unsqueeze(2)
+        merged = torch.maximum(best, sink)
+        shrink = torch.exp(best - merged)
+        total, out, best = total * shrink + torch.exp(sink - merged), out * shrink, merged
     out = out / total.masked_fill(total == 0, 1)
     lse = best + total.log()
     return out.view(B, Hq, Lq, Dv), lse.view(B, Hq, Lq)
+
+
+def sink_rows(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:
+    """A sink's logits [Hq] for the rows of one product, [Hkv, group * Lq]."""
+    return sink_logits.view(kv_heads, -1, 1).expand(-1, -1, queries).reshape(kv_heads, -1)
 
 
 def _blocks(

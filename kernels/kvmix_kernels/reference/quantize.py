@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
-from kvmix_kernels.cached import Cached
+from kvmix_kernels.cached import Cached, as_packed
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference.scales import load_scale, load_zero, rotate, store
 
@@ -34,10 +34,10 @@ def quantize(
         x: [B, H, n * tile, D], floating point.
         valid: tokens that may set a group's range, bool [B, n * tile]; None for all.
         fmt: a packed format.
-        order: for tiers, which channel each packed one is, [B, H, D].
+        order: for tiers, which channel each packed one is, [B, H, D] or of each tile [B, H, n, D].
 
     Returns:
-        codes int16 [B, H, n * tile, D] (with tiers in their order, of all but the dropped channels); scale
+        codes int16 [B, H, n * tile, D] (with tiers in their order, without dropped and raw channels); scale
         [B, H, *layout.scale_grid] and zero_point [B, H, *layout.zero_grid].
     """
     B, H, L, D = x.shape
@@ -72,6 +72,7 @@ def quantize(
     step = high / top - low / top
     if len(fmt.tiers) > 1:
         kept = fmt.channels(D)[0]
+        usable[..., D - fmt.raw_channels :] = False  # they have no mean either
         # summed in float64, whose order does not show
         finite = grouped[..., kept:].masked_fill(~usable[..., kept:], 0).double()
         counted = usable[..., kept:].sum(dim, keepdim=True).clamp(min=1)
@@ -101,13 +102,54 @@ def _per_channel(fmt: TensorFormat, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
-    """X [B, H, n, D] with its channels in the order [B, H, D]."""
-    return x.gather(3, order.long().unsqueeze(2).expand(x.shape))
+    """X [B, H, n, D] with its channels in the order [B, H, D], or of each tile [B, H, tiles, D]."""
+    return x.gather(3, _of_tokens(order, x.shape[2]).expand(x.shape))
 
 
 def out_of_order(x: Tensor, order: Tensor) -> Tensor:
     """The inverse of `in_order`."""
-    return torch.empty_like(x).scatter_(3, order.long().unsqueeze(2).expand(x.shape), x)
+    return torch.empty_like(x).scatter_(3, _of_tokens(order, x.shape[2]).expand(x.shape), x)
+
+
+def _of_tokens(order: Tensor, count: int) -> Tensor:
+    if order.dim() == 3:
+        return order.long().unsqueeze(2)
+    return order.long().repeat_interleave(count // max(1, order.shape[2]), 2)
+
+
+def order_of_tiles(x: Tensor, valid: Tensor | None, total: Tensor | None, fmt: TensorFormat) -> Tensor:
+    """The order of channels of each tile: int64 [B, H, n, D].
+
+    For ORDER_TILE the most important channel is that of the largest product of range and sizes of queries
+    (MixKVQ, arXiv 2512.19206); where no query was seen, that of the largest range. For ORDER_TILE_KEYS it is
+    that of the largest sum of sizes (Kitty, arXiv 2511.18643). Of equals the first.
+
+    Args:
+        x: keys of whole tiles, [B, H, n * tile, D].
+        valid: as for `quantize`.
+        total: for ORDER_TILE, the sums of the sizes of all queries until each tile is packed, float64
+            [B, H, n, D].
+        fmt: a format whose tiles have orders.
+    """
+    B, H, L, D = x.shape
+    if fmt.order == layout.ORDER_TILE:
+        assert total is not None
+        size = total.float().masked_fill((total == 0).all(3, keepdim=True), 1)
+        score = ranges(x, valid, fmt._replace(group_size=fmt.tile)) * size
+    else:
+        tiles = x.to(compute_dtype(x)).reshape(B, H, L // fmt.tile, fmt.tile, D)
+        usable = tiles.isfinite()
+        if valid is not None:
+            usable &= valid.view(B, 1, L // fmt.tile, fmt.tile, 1)
+        # summed in float64, whose order does not show
+        score = tiles.masked_fill(~usable, 0).double().abs().sum(3).float()
+    return as_packed(score.nan_to_num(0).argsort(dim=3, descending=True, stable=True), fmt)
+
+
+def query_size(query: Tensor, heads: int) -> Tensor:
+    """Sums of the sizes of queries [B, Hq, n, D] of each KV head, float64 [B, H, D]."""
+    size = torch.linalg.vector_norm(query.unflatten(1, (heads, -1)), 1, (2, 3), dtype=torch.float64)
+    return size.nan_to_num(0, 0, 0)
 
 
 def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorFormat) -> Tensor:
@@ -122,7 +164,7 @@ def choose_order(x: Tensor, valid: Tensor | None, query: Tensor, fmt: TensorForm
         query: queries, [B, Hq, Lq, D]; those of padding are 0.
         fmt: a format with tiers.
     """
-    return order_by(ranges(x, valid, fmt), query)
+    return order_by(ranges(x, valid, fmt), query, fmt)
 
 
 def ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
@@ -137,13 +179,14 @@ def ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
     return (high - low).masked_fill(low > high, 0)
 
 
-def order_by(spread: Tensor, query: Tensor) -> Tensor:
+def order_by(spread: Tensor, query: Tensor, fmt: TensorFormat) -> Tensor:
     """The order for keys with these `ranges`, as `choose_order` returns it."""
     # one pass and no copy, also over the queries of a long prompt
     grouped = query.unflatten(1, (spread.shape[1], -1))
     size = torch.linalg.vector_norm(grouped, 1, (2, 3), dtype=compute_dtype(query))
     size = size.nan_to_num(0, 0, 0).float()
-    return (spread.mean(2) * size).argsort(dim=2, descending=True, stable=True).to(torch.int32)
+    important = (spread.mean(2) * size).argsort(dim=2, descending=True, stable=True)
+    return as_packed(important, fmt).to(torch.int32)
 
 
 def pack(codes: Tensor, bits: int, block: int = 1, above: int | None = None) -> Tensor:
@@ -238,6 +281,13 @@ def dequantize(cached: Cached, first: int, last: int) -> Tensor:
         offset = load_zero(step, zero_point[:, :, first:last], fmt)
         codes = codes.view(B, H, count, head_dim // group, group)
         tokens = torch.addcmul(offset.unsqueeze(4), codes, step.unsqueeze(4)).view(B, H, count, head_dim)
-    if cached.order is not None:
+    if cached.exact is not None:
+        raw = fmt.raw_channels
+        tokens[..., head_dim - raw :] = cached.exact[:, :, first:last].to(dtype)
+    if fmt.by_tile:
+        assert cached.order is not None
+        tiles = torch.arange(first, last, device=tokens.device) // fmt.tile
+        tokens = out_of_order(tokens, cached.order.index_select(2, tiles))
+    elif cached.order is not None:
         tokens = out_of_order(tokens, cached.order)
     return rotate(tokens) if fmt.rotation else tokens

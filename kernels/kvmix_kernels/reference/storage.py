@@ -45,7 +45,8 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
         valid: bool [B, at least length + Lq] over token positions, or None.
         length: tokens stored before.
         query: queries of this step, [B, Hq, Lq, D]. Where the format says so, an order of channels is chosen
-            from them with the first tiles; without them channels keep the order that they have.
+            from them with the first tiles, and without them channels keep the order that they have; or orders
+            of tiles from all of them so far, and without any from keys alone.
     """
     fmt, residual = cached.format, cached.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
@@ -55,12 +56,15 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
         )
     end = length + x.shape[2]
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
+    totals = see_queries(cached, valid, length, end, query)
     if new > old:
         order_from_prompt(cached, x, valid, length, query)
         per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
         step = max(1, BLOCK_ELEMENTS // max(1, per_tile))
         for tile in range(old, new, step):
-            _flush(cached, x, valid, length, tile, min(new, tile + step))
+            stop = min(new, tile + step)
+            part = None if totals is None else totals[:, :, tile - old : stop - old]
+            _flush(cached, x, valid, length, tile, stop, part)
     if length < fmt.sink and not fmt.is_raw:
         stop = min(fmt.sink, end)
         residual[:, :, length:stop] = x[:, :, : stop - length]
@@ -92,16 +96,51 @@ def order_from_prompt(
         seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
         query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
     assert cached.order is not None
-    cached.order.copy_(q.order_by(ranges(first, seen, fmt), query))
+    cached.order.copy_(q.order_by(ranges(first, seen, fmt), query, fmt))
 
 
-def _flush(cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: int, new: int) -> None:
+def see_queries(
+    cached: Cached, valid: Tensor | None, length: int, end: int, query: Tensor | None
+) -> Tensor | None:
+    """Add the sizes of a step's queries to those seen before, where the format has such a sum.
+
+    Returns:
+        What was seen until each tile that is due was, float64 [B, H, tiles, D]: it depends on tokens alone,
+        not on the steps in which they came.
+    """
+    fmt, seen = cached.format, cached.seen
+    if seen is None:
+        return None
+    if query is not None and valid is not None:
+        query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
+    # a cache that starts anew has seen nothing, whatever it held
+    total, begin = seen.clone() if length else torch.zeros_like(seen), length
+    totals: list[Tensor] = []
+    for last in (*map(fmt.flushed_at, range(fmt.packed_tiles(length), fmt.packed_tiles(end))), end):
+        if query is not None:
+            total = total + q.query_size(query[:, :, begin - length : last - length], seen.shape[1])
+        totals.append(total)
+        begin = last
+    seen.copy_(total)
+    return torch.stack(totals, 2)[:, :, :-1]
+
+
+def _flush(
+    cached: Cached, x: Tensor, valid: Tensor | None, length: int, old: int, new: int, totals: Tensor | None
+) -> None:
     """Pack tiles old..new-1, whose tokens are in the window or among the new ones."""
     fmt = cached.format
     first, last = fmt.sink + old * fmt.tile, fmt.sink + new * fmt.tile
     tokens = _tokens(cached, x, length, first, last)
     seen = None if valid is None else valid[:, first:last]
-    codes, scale, zero_point = q.quantize(tokens, seen, fmt, cached.order)
+    order = cached.order
+    if fmt.by_tile and order is not None:
+        order[:, :, old:new] = q.order_of_tiles(tokens, seen, totals, fmt)
+        order = order[:, :, old:new]
+    codes, scale, zero_point = q.quantize(tokens, seen, fmt, order)
+    if cached.exact is not None and order is not None:
+        raw = q.in_order(tokens, order)[..., x.shape[3] - fmt.raw_channels :]
+        cached.exact[:, :, old * fmt.tile : new * fmt.tile] = raw
     cached.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(
         codes, fmt.code, layout.plane_block(fmt), fmt.channels(x.shape[3])[1]
     )

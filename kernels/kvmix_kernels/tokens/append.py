@@ -90,7 +90,7 @@ def append(
     ops.append_(
         *(keys.low.tensors, values.low.tensors, stored, new_values, mask, start, length),
         *(keys.low.format.encode(), values.low.format.encode()),
-        *(order if fmt.order == layout.ORDER_PROMPT else ()),
+        *(order if fmt.asks_queries else ()),
     )
 
 

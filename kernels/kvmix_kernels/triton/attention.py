@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
+from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import (
     check_grids,
@@ -71,6 +73,7 @@ def attend(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
     config: configs.AttendConfig | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
@@ -92,6 +95,10 @@ def attend(
         if sums is not None:
             sums.zero_()
         return out.zero_()
+    if v.format.by_tile or v.format.raw_channels:
+        warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
+        live = length if start is None else int(start)
+        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap)
     check_grids(k)
     check_grids(v)
 
@@ -101,7 +108,7 @@ def attend(
     alike = {query.dtype, k.residual.dtype, v.residual.dtype, new_k.dtype, new_v.dtype} == {query.dtype}
     half = query.dtype in (torch.float16, torch.bfloat16)
     step = Step(B * Hkv, rows, D, Dv, length, new_count, scale > 0, half, alike and not fields.INTERPRET)
-    plan = attend_plan(k.format, v.format, step, configs.device_name(query), config)
+    plan = attend_plan(k.format, v.format, step, configs.gpu_of(query), config)
     seen = _as_mask(mask, Lq)
     # scores are in units of log 2 where no additive mask forbids it
     unit = 1.0 if seen.kind == 2 else math.log2(math.e)
@@ -127,10 +134,10 @@ def attend(
             MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=softcap > 0,
             K_BITS=plan.keys.bits, K_AXIS=plan.keys.axis, K_GROUP=plan.keys.group, D=D,
             K_BLOCK=plan.keys.block, DP=plan.keys.padded, K_KEPT=plan.keys.kept, K_HIGH=plan.keys.high,
-            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned,
+            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned, K_RAW=plan.keys.raw,
             V_BITS=plan.values.bits, V_AXIS=plan.values.axis, V_GROUP=plan.values.group, DV=Dv,
             V_BLOCK=plan.values.block, DVP=plan.values.padded, V_KEPT=plan.values.kept, V_HIGH=plan.values.high,
-            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned,
+            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned, V_RAW=plan.values.raw,
             REST_PACKED=plan.rest_packed, N=N,
             BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
             PART=plan.part, SINGLE=plan.room <= plan.part, V_ALIGN=plan.v_align,
@@ -141,7 +148,9 @@ def attend(
             num_warps=plan.warps, maxnreg=plan.registers or None,
         )  # fmt: skip
         combine_kernel[(B * Hkv * rows * plan.merge_blocks,)](
-            partial, stats, out, stats if sums is None else sums, plan.bulk_splits, plan.splits, plan.column_blocks, rows,
+            partial, stats, out, stats if sums is None else sums,
+            out if sink_logits is None else sink_logits.contiguous(),
+            plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, Lq, SINKS=sink_logits is not None,
             MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
             SUMS=sums is not None, num_warps=plan.merge_warps, launch_pdl=early,
@@ -162,11 +171,12 @@ def attend_lse(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `attend_lse`."""
     sums = torch.empty(*query.shape[:3], 2, dtype=torch.float32, device=query.device)
     given = (query, new_keys, new_values, keys, values, mask, start, length, scale, key_format, value_format)
-    out = attend(*given, softcap, sums=sums)
+    out = attend(*given, softcap, sink_logits, sums=sums)
     # scores are in units of log 2 where no additive mask forbids it
     unit = math.log(2) if mask is None or mask.dtype == torch.bool else 1.0
     return out, sums[..., 0] * unit + sums[..., 1].log()

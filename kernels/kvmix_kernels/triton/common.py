@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kvmix_kernels.cached import Cached
+from kvmix_kernels.cached import RESIDUAL, Cached
 from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.triton.kernels import fields
 
@@ -52,19 +52,22 @@ def check_grids(cached: Cached) -> None:
 
 
 def strides(cached: Cached) -> tuple[int, ...]:
-    """Of batch and head: those of codes, of scales and offsets, of raw tokens, of the order."""
+    """Of batch and head: those of codes, of scales and offsets, of raw tokens, of the order, of raw channels."""
     order = (0, 0) if cached.order is None else cached.order.stride()[:2]
+    exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
     return (
         *cached.qdata.stride()[:2],
         *cached.scale.stride()[:2],
         *cached.residual.stride()[:2],
         *order,
+        *exact,
     )
 
 
 def pointers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers as kernels take them: in place of an order that is not there, some other one."""
-    return cached.tensors if cached.format.order else (*cached.tensors, cached.residual)
+    """The buffers as kernels take them: in place of an order or raw channels that are not there, others."""
+    more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
+    return (*cached.tensors[: RESIDUAL + 1], *more)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs
-from kvmix_kernels.triton.configs import AttendConfig
-from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED
+from kvmix_kernels.triton.configs import AttendConfig, Gpu
+from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED, TILED
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -63,6 +63,7 @@ class FormPlan(NamedTuple):
     high: int
     symmetric: bool
     turned: int
+    raw: int
 
 
 class AttendPlan(NamedTuple):
@@ -126,10 +127,10 @@ def form_plan(fmt: TensorFormat, head_dim: int) -> FormPlan:
     if not fmt.is_raw:
         group = layout.channel_group(fmt, head_dim) if fmt.axis == AXIS_TOKEN else fmt.group_size
     padded = max(16, next_power_of_2(head_dim))
-    turned = ROTATED if fmt.rotation else ORDERED if fmt.order else 0
+    turned = ROTATED if fmt.rotation else TILED if fmt.by_tile else ORDERED if fmt.order else 0
     return FormPlan(
         fmt.code, fmt.axis, group, head_dim, layout.plane_block(fmt), padded, *fmt.channels(head_dim),
-        bool(fmt.symmetric), turned,
+        bool(fmt.symmetric), turned, fmt.raw_channels,
     )  # fmt: skip
 
 
@@ -138,10 +139,10 @@ def attend_plan(
     key_format: TensorFormat,
     value_format: TensorFormat,
     step: Step,
-    gpu: str,
+    gpu: Gpu,
     config: AttendConfig | None = None,
 ) -> AttendPlan:
-    """The plan of one launch; `config` overrides the parameters tuned for `gpu`. Kept: every layer asks."""
+    """The plan of one launch; `config` overrides the parameters of `gpu`. Kept: every layer asks."""
     k, v = key_format, value_format
     keys, values = form_plan(k, step.D), form_plan(v, step.Dv)
     bulk = step.positive and has_bulk_path(k, v, step.Dv, step.rows)
@@ -152,7 +153,7 @@ def attend_plan(
 
     # columns that rows do not need take other groups of keys
     spread = 1
-    if bulk and column_blocks == 1:
+    if bulk and column_blocks == 1 and keys.turned != TILED:
         spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // keys.group, config.spread))
 
     # shares: fixed by the capacity, filled evenly by however many tokens are alive

@@ -33,7 +33,7 @@ def dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, form
             *strides(one),
             H, length, fmt.tile, fmt.sink, fmt.window, fmt.ring, blocks,
             ON_DEVICE=start is not None, BITS=form.bits, AXIS=form.axis, GROUP=form.group, D=D, BLOCK=form.block, DP=DP,
-            KEPT=form.kept, HIGH=form.high, SYMMETRIC=form.symmetric, TURNED=form.turned, TOKENS=tokens,
+            KEPT=form.kept, HIGH=form.high, SYMMETRIC=form.symmetric, TURNED=form.turned, RAW=form.raw, TOKENS=tokens,
             DTYPE=model_dtype(torch.float32), num_warps=4,
         )  # fmt: skip
     return out

@@ -30,8 +30,10 @@ from kvmix_kernels.triton.kernels.storage import (
     FRESH_TILES,
     RING_TILES,
     append_kernel,
+    order_kernel,
     pack_kernel,
     ranges_kernel,
+    see_kernel,
 )
 from kvmix_kernels.triton.launch_plan import form_plan
 
@@ -98,7 +100,7 @@ def _packing(fmt: TensorFormat, D: int, cut: _Cut, prefix: str = "", head: str =
     narrow = next((tier for tier in fmt.tiers if tier.bits == 2), wide)
     named = {
         "BITS": form.bits, "AXIS": form.axis, "GROUP": form.group, "BLOCK": form.block, "KEPT": form.kept,
-        "HIGH": form.high, "SYMMETRIC": form.symmetric, "TURNED": form.turned, "SCALE": fmt.scale_dtype,
+        "HIGH": form.high, "SYMMETRIC": form.symmetric, "TURNED": form.turned, "RAW": form.raw, "SCALE": fmt.scale_dtype,
         "FIELDS": cut.fields, "WORDS": cut.words, "WORDS_P": cut.words_p, "TOKENS": cut.tokens,
         "MARGIN": (100 - narrow.span) / 200, "MARGIN_HIGH": (100 - wide.span) / 200,
     }  # fmt: skip
@@ -160,10 +162,51 @@ def _ranges(x: Tensor, valid: Tensor | None, fmt: TensorFormat) -> Tensor:
     return out
 
 
+def _order_tiles(
+    cached: Cached, x: Tensor, mask: Tensor | None, start: Tensor | None, length: int, query: Tensor | None
+) -> None:
+    """Orders of the tiles that are due once the tokens x are stored, and what was seen of queries."""
+    fmt, order, seen = cached.format, cached.order, cached.seen
+    (B, H, L, D), rest = x.shape, cached.residual
+    most = -(-L // fmt.tile)
+    if start is None:
+        most = fmt.packed_tiles(length + L) - fmt.packed_tiles(length)
+    if not fmt.by_tile or order is None or B * H * L == 0 or (seen is None and most == 0):
+        return
+    valid, *valid_arguments, kind = valid_row(mask, x)
+    begin = x if start is None else start
+    # without queries, what was seen counts as it is
+    group = 0 if query is None else query.shape[1] // H
+    query = x if query is None else inner_dense(query)
+    alone, totals = seen is not None and L == 1, seen
+    tokens = max(1, 4096 // next_power_of_2(D))
+    with device_of(x):
+        if seen is not None and not alone:
+            found = torch.empty(B, H, most + 1, D, dtype=seen.dtype, device=x.device)
+            see_kernel[(B * H * (most + 1),)](
+                query, seen, found, valid, begin, *query.stride()[:3], *seen.stride()[:2], *valid_arguments,
+                H, group, L, length, fmt.tile, fmt.sink, fmt.window, most,
+                ON_DEVICE=start is not None, VALID=kind, D=D, TOKENS=tokens,
+            )  # fmt: skip
+            totals = found.cumsum_(2)
+            seen.copy_(totals[:, :, -1])
+        most = max(most, 1) if alone else most
+        if most:
+            order_kernel[(B * H * most,)](
+                x, query, rest, order, x if seen is None else seen, x if totals is None else totals, valid, begin,
+                *x.stride()[:3], *query.stride()[:3], *rest.stride()[:2], *order.stride()[:2],
+                *((0, 0) if seen is None else seen.stride()[:2]), 0 if totals is None else totals.stride(1),
+                *valid_arguments, H, group, L, length, fmt.sink, fmt.window, fmt.ring, most,
+                ON_DEVICE=start is not None, VALID=kind, BY_QUERIES=seen is not None, ALONE=alone,
+                TILE=fmt.tile, D=D, RAW=fmt.raw_channels, TOKENS=min(tokens, next_power_of_2(fmt.tile)),
+                num_warps=8,
+            )  # fmt: skip
+
+
 def quantize_pack(
     x: Tensor, mask: Tensor | None, format: list[int], hint: Tensor | None = None
 ) -> list[Tensor]:
-    """The op `quantize_pack`: one launch, x is read once. An order from the prompt is chosen ahead of it."""
+    """The op `quantize_pack`: one launch, x is read once. Orders of channels are chosen ahead of it."""
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     warps = _pack_warps(fmt, D)
@@ -178,8 +221,9 @@ def quantize_pack(
     x = inner_dense(x)
     cached = Cached(fmt, tuple(buffers))
     if cached.order is not None:
-        cached.order.copy_(torch.arange(D, dtype=torch.int32, device=x.device))
+        cached.order.copy_(torch.arange(D, device=x.device))
         cached.take_order(hint)
+        _order_tiles(cached, x, mask, None, 0, hint if fmt.asks_queries else None)
         if fmt.order == layout.ORDER_PROMPT and hint is not None:
             reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, x)
@@ -236,6 +280,10 @@ def append_(
     if start is None and k.order == layout.ORDER_PROMPT and k.packed_tiles(length) == 0:
         seen = reference.valid_tokens(mask, B)
         reference.order_from_prompt(caches[0], new_keys, seen, length, query, _ranges)
+    if k.by_tile:
+        _order_tiles(caches[0], new_keys, mask, start, length, query if k.asks_queries else None)
+    if v.by_tile:
+        _order_tiles(caches[1], new_values, mask, start, length, None)
     valid, *valid_arguments, kind = valid_row(mask, new_keys)
     early = starts_early(new_keys)
     if Lq == 1:

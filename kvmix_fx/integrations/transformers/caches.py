@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from kvmix_fx.integrations.transformers.layers import (
     KVMixDynamicLayer,
+    KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
     capacity_of,
@@ -21,13 +29,14 @@ class KVMixCache(DynamicCache):
     """A growing packed cache, for `generate(past_key_values=...)` on a compiled or plain model."""
 
     def __init__(self, plan: KVPlan, config: Any) -> None:
-        """`config`: the model's; layers that are no full attention keep their own kind."""
+        """`config`: the model's; layers that are no attention keep their own kind."""
         plan = plan.for_model(config)
         super().__init__(config=config)
         self.plan = plan
         for i, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer and not plan.layers[i].is_raw:
                 self.layers[i] = KVMixDynamicLayer(plan.layers[i])
+        pack_sliding_layers(self, plan)
 
 
 class KVMixStaticCache(StaticCache):
@@ -80,6 +89,13 @@ class KVMixStaticCache(StaticCache):
         for layer in self.layers:
             if not isinstance(layer, KVMixStaticLayer):
                 layer.reset()
+
+
+def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
+    """Exchange the plain growing layers of sliding and chunked windows for packed ones, with their tokens."""
+    for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
+        if type(layer) is DynamicSlidingWindowLayer and layer_plan.packs_window(layer.sliding_window):
+            cache.layers[i] = KVMixSlidingLayer.over(layer, layer_plan)
 
 
 def pack_static_layers(cache: Cache, plan: KVPlan) -> None:

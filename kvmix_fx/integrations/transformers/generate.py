@@ -16,7 +16,7 @@ from kvmix_fx.integrations import Hooks
 from kvmix_fx.integrations.transformers.caches import KVMixStaticCache
 from kvmix_fx.integrations.transformers.inputs import InsideGenerate, TransformersCalls
 from kvmix_fx.integrations.transformers.pool import GenerationCaches, in_steps
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan import KVPlan, ModelGeometry
 from kvmix_fx.runtime import recording
 from kvmix_fx.runtime.shortcut import Shortcut
 
@@ -32,7 +32,7 @@ def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut)
     if isinstance(model, GenerationMixin):
         attributes["_prepare_cache_for_generation"] = FixedCaches(model, plan)
         attributes["generate"] = Generate(model.generate, inside, shortcut)
-    return Hooks(TransformersCalls(model, plan, shortcut, inside).prepare, attributes)
+    return Hooks(TransformersCalls(model, plan, shortcut, inside).prepare, attributes, windows=True)
 
 
 class AlreadyCompiled:
@@ -106,6 +106,13 @@ class FixedCaches:
         return None
 
 
+def _has_only_windows(plan: KVPlan, geometry: ModelGeometry) -> bool:
+    """Whether every layer that the plan packs is a sliding or chunked window."""
+    sizes = [geometry.layer(i) for i in range(geometry.num_layers)]
+    packed = [s for s, layer in zip(sizes, plan.layers, strict=True) if s.num_kv_heads and not layer.is_raw]
+    return bool(packed) and all(s.window for s in packed)
+
+
 def _why_not_fixed(
     model: Any, plan: KVPlan, config: Any, model_kwargs: dict[str, Any], mode: GenerationMode
 ) -> str:
@@ -117,6 +124,8 @@ def _why_not_fixed(
         return f"the model is spread over {len(devices)} devices"
     if plan.geometry is None:
         return "the plan does not know the model's head sizes"
+    if _has_only_windows(plan, plan.geometry):
+        return "all layers of the model are windows, which are packed in growing caches"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers says that {type(model).__name__} cannot be compiled as one graph"
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,8 +39,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
-from kvmix_fx.integrations.transformers.caches import KVMixStaticCache, pack_static_layers
+from kvmix_fx.integrations.transformers.caches import (
+    KVMixStaticCache,
+    pack_sliding_layers,
+    pack_static_layers,
+)
 from kvmix_fx.integrations.transformers.layers import (
+    KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
     fixed_layers,
@@ -65,21 +71,31 @@ class TokensCall(Call):
     """A call of a transformers model.
 
     tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. cache: `past_key_values`
-    if it is a Cache. fixed: its layers of fixed capacity.
+    if it is a Cache. fixed: its layers of fixed capacity. sliding: its packed layers of a window.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool, model: TransformersCalls
+    ) -> None:
         """A call of which nothing is known yet."""
         super().__init__(args, kwargs, generating)
+        self._model = model
         self.tokens: Tensor | None = None
         self.batch = self.n = 0
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
+        self.sliding: list[KVMixSlidingLayer] = []
 
     def finish(self) -> None:
-        """Count the tokens that fixed layers have got."""
+        """Count the tokens that layers have got."""
+        for window in self.sliding:
+            window.count(self.n)
         for layer in self.fixed:
             layer.host_length += self.n
+
+    def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
+        """As `Call.widen`; this call's fixed layers are allocated anew."""
+        self._model.widen(self, found)
 
 
 class TransformersCalls:
@@ -90,6 +106,7 @@ class TransformersCalls:
     ) -> None:
         """Keep what the checks need."""
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
+        self._wide: set[tuple[int | None, int]] = set()
         self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -100,7 +117,7 @@ class TransformersCalls:
             CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
         """
         args, kwargs = self._by_name(args, kwargs)
-        call = TokensCall(args, kwargs, self.inside.calls > 0)
+        call = TokensCall(args, kwargs, self.inside.calls > 0, self)
         if any(kwargs.get(name) for name in _RECORDED):
             _install_recorders(self.model)
         if not _find_tokens(call):
@@ -114,6 +131,16 @@ class TransformersCalls:
         for check in self._CHECKS:
             check(self, call)
         return call
+
+    def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
+        """Remember the tensors whose scales are wide, and allocate those of this call anew."""
+        self._wide |= set(found)
+        for layer in call.fixed:
+            if not layer.has_tokens:
+                # the step has counted its tokens
+                layer.cumulative_length.zero_()
+                layer.is_initialized &= not isinstance(layer, KVMixStaticLayer)
+        self._allocate(call)
 
     def _by_name(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -184,6 +211,14 @@ class TransformersCalls:
         if call.cache is not None:
             call.fixed = fixed_layers(call.cache)
 
+    def _pack_sliding_layers(self, call: TokensCall) -> None:
+        cache = call.cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is not None:
+            pack_sliding_layers(cache, self.plan)
+            call.sliding = [layer for layer in cache.layers if isinstance(layer, KVMixSlidingLayer)]
+
     def _fit_mask(self, call: TokensCall) -> None:
         if not call.fixed:
             return
@@ -225,14 +260,20 @@ class TransformersCalls:
     def _allocate(self, call: TokensCall) -> None:
         live: Tensor | None = None
         dtypes: tuple[torch.dtype, torch.dtype] | None = None
-        for layer in call.fixed:
-            if not layer.is_initialized:
-                geometry = self.plan.geometry
-                assert geometry is not None
-                shape = (call.batch, kv_heads_here(self.model, geometry), 0, geometry.head_dim)
+        for index, layer in enumerate(call.cache.layers if call.cache is not None else ()):
+            if isinstance(layer, PromptFirstStaticLayer) and not layer.is_initialized:
+                assert self.plan.geometry is not None
+                sizes = self.plan.geometry.layer(index)
+                heads = kv_heads_here(self.model, sizes.num_kv_heads)
                 dtypes = dtypes or self._cached_dtypes()
-                keys, values = (torch.empty(shape, dtype=dtype, device=self.model.device) for dtype in dtypes)
+                keys, values = (
+                    torch.empty(call.batch, heads, 0, channels, dtype=dtype, device=self.model.device)
+                    for channels, dtype in zip((sizes.head_dim, sizes.value_dim), dtypes, strict=True)
+                )
                 if isinstance(layer, KVMixStaticLayer):
+                    layer.layer_plan = layer.layer_plan.widened(
+                        [role for number, role in self._wide if number == index]
+                    )
                     # one counter for all layers: a step then updates one number
                     layer.lazy_initialization(keys, values, live)
                     live = layer.keys.live
@@ -312,6 +353,7 @@ class TransformersCalls:
         _drop_mask_of_one_row,
         _note_single_token,
         _pack_static_layers,
+        _pack_sliding_layers,
         _fit_mask,
         _choose_lane,
     )

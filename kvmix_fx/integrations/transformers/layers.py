@@ -1,4 +1,4 @@
-"""Cache layers: one that grows, and two of fixed capacity."""
+"""Cache layers: two that grow, one of them for a window, and two of fixed capacity."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.orders import key_order
+from kvmix_fx.dynamo import mark_dimension
+from kvmix_fx.errors import CacheMutationError
 from kvmix_fx.plan import LayerPlan
 
 
@@ -28,16 +30,156 @@ class KVMixDynamicLayer(DynamicLayer):
         if torch.compiler.is_compiling() or self.get_seq_length() > 0:
             return super().update(key_states, value_states, *args, **kwargs)
         self.lazy_initialization(key_states, value_states)
-        key_format, value_format = self.layer_plan.formats(key_states.shape[-1])
-        order = key_order(self.layer_plan, key_states.shape[1], key_states.shape[-1], key_states.device)
-        self.keys = QuantizedKVTensor.from_hp(key_states, key_format, hint=order)
-        self.values = QuantizedKVTensor.from_hp(value_states, value_format)
+        self.keys, self.values = pack(self.layer_plan, key_states, value_states)
         return key_states, value_states
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = None
         self.is_initialized = False
+
+
+class KVMixSlidingLayer(DynamicLayer):
+    """A growing layer of a sliding or chunked window, packed; whole tiles leave it at the front.
+
+    A window of W tokens needs the last W - 1. The layer holds these, and up to a tile more; the model's mask
+    hides what is too far away. Tokens leave between steps.
+    """
+
+    is_sliding = True
+    is_croppable = True
+    keys: Any
+    values: Any
+
+    def __init__(self, sliding_window: int, layer_plan: LayerPlan) -> None:
+        """`sliding_window`: W, in tokens."""
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.layer_plan = layer_plan.in_window()
+        self.record_past = False
+        self.reset()
+
+    @classmethod
+    def over(cls, layer: DynamicSlidingWindowLayer, layer_plan: LayerPlan) -> KVMixSlidingLayer:
+        """What holds the tokens of a layer of transformers' own, packed."""
+        new = cls(layer.sliding_window, layer_plan)
+        new.record_past = layer.record_past
+        if layer.is_initialized and layer.cumulative_length:
+            new._start(layer.keys, layer.values)
+            if not isinstance(new.keys, QuantizedKVTensor):
+                new.keys, new.values = pack(new.layer_plan, new.keys, new.values)
+            new.count(layer.cumulative_length)
+        return new
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, Hkv, n, D]; the first tokens are returned exact, what the window needs of them kept."""
+        n = key_states.shape[-2]
+        if self.is_initialized:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            keys, values = key_states, value_states
+            # no branch on the number of tokens, which a trace does not know; whole tiles, as ever
+            far = 0 if self.record_past else torch.sym_max(0, n - self.sliding_window + 1)
+            far = far // self.layer_plan.tile_length * self.layer_plan.tile_length
+            self._start(key_states[:, :, far:], value_states[:, :, far:])
+        if not torch.compiler.is_compiling():
+            if not isinstance(self.keys, QuantizedKVTensor):
+                self.keys, self.values = pack(self.layer_plan, self.keys, self.values)
+            self.count(n)
+        return keys, values
+
+    def _start(self, keys: Any, values: Any) -> None:
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def count(self, n: int) -> None:
+        """After `n` tokens were appended: let go of tiles that no later query sees."""
+        self.host_length += n
+        self._settle()
+
+    def _settle(self) -> None:
+        stored, tile = self.keys.shape[2], self.layer_plan.tile_length
+        # what is packed ends at least a window of raw tokens before the last one
+        needed = self.layer_plan.most_of_window(self.sliding_window) - tile + 1
+        tiles = 0 if self.record_past else max(0, stored - needed) // tile
+        if tiles and isinstance(self.keys, QuantizedKVTensor):
+            room = needed + tile - 1
+            self.keys, self.values = (x.without_front(tiles, room) for x in (self.keys, self.values))
+            stored -= tiles * tile
+        self._gone = _size(self.host_length - stored, self.device)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the attention mask."""
+        if not self.is_initialized:
+            return query_length, 0
+        return self.keys.shape[2] + query_length, self._gone.shape[0] - _OFFSET
+
+    def get_seq_length(self) -> int:
+        """Tokens that have been seen."""
+        return self.keys.shape[2] + self._gone.shape[0] - _OFFSET if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves the window until `crop` is called, which may bring it back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:  # type: ignore[override]
+        """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens.
+
+        Raises:
+            CacheMutationError: tokens that the window would reach again have left the cache.
+        """
+        if not self.is_initialized:
+            return
+        length = self.host_length
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        kept = max(0, self.keys.shape[2] - remove)
+        if remove and kept < min(length - remove, self.sliding_window - 1):
+            raise CacheMutationError(
+                f"tokens that a window of {self.sliding_window} would reach again have left the cache: call "
+                "cache.activate_past_recording() before the steps that may be taken back"
+            )
+        if remove:
+            self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+        self.host_length = length - remove
+        recorded, self.record_past = self.record_past, False
+        self._settle()
+        self.record_past = recorded
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.host_length = 0
+        self._gone = _size(0, "cpu")
+
+
+_OFFSET = 2
+"""Compilers take sizes of 0 and 1 for constants."""
+
+
+def _size(number: int, device: Any) -> Tensor:
+    """A number that changes from step to step, as a size: compilers take others for constants."""
+    with torch.inference_mode(False):
+        x = torch.empty(number + _OFFSET, 0, device=device)
+    mark_dimension(x, 0)
+    return x
+
+
+def pack(layer_plan: LayerPlan, keys: Tensor, values: Tensor) -> tuple[QuantizedKVTensor, QuantizedKVTensor]:
+    """The first keys and values [B, Hkv, n, D] of a growing layer, packed as planned."""
+    key_format, value_format = layer_plan.formats(keys.shape[-1], values.shape[-1])
+    order = key_order(layer_plan, keys.shape[1], keys.shape[-1], keys.device)
+    return (
+        QuantizedKVTensor.from_hp(keys, key_format, hint=order),
+        QuantizedKVTensor.from_hp(values, value_format),
+    )
 
 
 class PromptFirstStaticLayer(StaticLayer):
@@ -124,7 +266,7 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        key_format, value_format = self.layer_plan.formats(self.k_head_dim)
+        key_format, value_format = self.layer_plan.formats(self.k_head_dim, self.v_head_dim)
         if live is None:
             live = torch.zeros((), dtype=torch.int64, device=self.device)
         shape = (self.batch_size, self.num_heads, self.max_cache_len)

@@ -13,14 +13,15 @@ _RESHAPES = {"reshape", "view", "flatten", "contiguous"}
 _FULL = slice(None)
 
 
-def heads_root(node: fx.Node) -> fx.Node:
+def heads_root(node: fx.Node, casts: bool = False) -> fx.Node:
     """The [B, Hkv, L, D] node that `node` repeats along heads (or `node` itself).
 
     Knows three spellings: x[:, :, None].expand(B, H, G, L, D).reshape(B, H * G, L, D);
-    x.repeat_interleave(G, 1); and x.contiguous().
+    x.repeat_interleave(G, 1); and x.contiguous(). With `casts` also sees through those to float32 and back.
     """
     while True:
         inner = _contiguous(node) or _repeat_interleave(node) or _expand_reshape(node)
+        inner = inner or (_cast(node) if casts else None)
         if inner is None:
             return node
         node = inner
@@ -33,6 +34,15 @@ def called(node: Any) -> str:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _cast(node: fx.Node) -> fx.Node | None:
+    """What a node is in another floating-point dtype, on the same device."""
+    if called(node) not in ("to", "float", "type_as", "type") or not isinstance(node.args[0], fx.Node):
+        return None
+    before, after = example(node.args[0]), example(node)
+    alike = before.is_floating_point() and after.is_floating_point() and before.device == after.device
+    return node.args[0] if alike else None
 
 
 def _contiguous(node: fx.Node) -> fx.Node | None:

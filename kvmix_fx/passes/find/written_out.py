@@ -6,6 +6,8 @@ knows no cap. Everything between the two products must serve this attention alon
 before   s = q @ k.transpose(2, 3) * c; w = softmax(s + mask, -1); o = w @ v
 found    AttentionCall(node=o, query=q, key=k, value=v, mask=mask, scale=c, inside=(w, s + mask, s, q @ ...))
 
+Learned sinks are found in either of the spellings of `learned_sinks`.
+
 Where a softmax over a product weighs something in another form, the answer is a `Miss` that says what is in
 the way.
 """
@@ -23,6 +25,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from kvmix_fx.dynamo import example
+from kvmix_fx.passes.find import learned_sinks
 from kvmix_fx.passes.find.views import called, heads_root
 from kvmix_fx.passes.sites import AttentionCall, Miss
 
@@ -52,11 +55,15 @@ _SEARCHED = 32
 
 @dataclass
 class _Scores:
-    """What is known of scores on the way back from softmax to the product; `inside`: nodes passed."""
+    """What is known of scores on the way back from softmax to the product; `inside`: nodes passed.
+
+    sinks: a column or a factor that is to be logits of a learned sink.
+    """
 
     scale: float = 1.0
     softcap: float = 0.0
     mask: fx.Node | None = None
+    sinks: fx.Node | None = None
     inside: list[fx.Node] = field(default_factory=list)
 
 
@@ -89,10 +96,34 @@ def _match(node: fx.Node) -> AttentionCall | str:
     weights, value = operands
     found = _Scores()
     weights = _skip(weights, found, _is_cast, _is_idle_dropout)
-    reason = _why_no_softmax(weights)
+    all_but_one = learned_sinks.dropped_column(weights)
+    if all_but_one is not None:
+        if not _alone(weights, found):
+            return READS_WEIGHTS
+        found.inside.append(weights)
+        weights = all_but_one
+    factor = learned_sinks.factor(node)
+    if factor is not None:
+        node, found.sinks = factor.node, factor.sinks
+        found.inside += factor.inside
+    reason = _why_no_softmax(weights, found)
     if reason:
         return reason
     scores = _skip(_take(weights, found), found, _is_cast)
+    if factor is not None and factor.scores is not scores:
+        return "what is scaled is no attention over the scores that its factor is made of"
+    less = learned_sinks.below_the_highest(scores)
+    if less is not None and _alone(scores, found):
+        found.inside += less[1]
+        scores = less[0]
+    appended = learned_sinks.appended_column(scores)
+    if (appended is None) != (all_but_one is None):
+        return "a column is added to the scores or dropped from the weights, and not both"
+    if appended is not None:
+        if not _alone(scores, found):
+            return "something else reads the scores"
+        found.inside.append(scores)
+        scores, found.sinks = appended
     product, found = _unmasked(scores, found)
     if isinstance(product, str):
         return product
@@ -106,16 +137,23 @@ def _match(node: fx.Node) -> AttentionCall | str:
         return "queries, keys and values are not all [B, heads, L, D]"
     if found.mask is not None and _columns(found.mask, -1) == 1 and _columns(key, 2) != 1:
         return "the mask has one column for all keys"
+    sinks = None
+    if found.sinks is not None:
+        sinks = learned_sinks.logits(found.sinks, example(query).shape[1])
+        if sinks is None:
+            return "what joins the scores or scales the output is no sink, one number for each head"
+    inside = tuple(sorted((*found.inside, product), reverse=True))
     return AttentionCall(
-        node, query, key, value, found.mask, 0.0, False, found.scale, found.softcap, (*found.inside, product)
+        node, query, key, value, found.mask, 0.0, False, found.scale, found.softcap, inside, sinks
     )
 
 
-def _why_no_softmax(weights: Any) -> str:
+def _why_no_softmax(weights: Any, found: _Scores) -> str:
     """Why these are not the weights that a softmax over keys gave to one reader; empty if they are."""
     if _is(weights, _DROPOUT) and not _is_idle_dropout(weights):
         return "weights are dropped at random (model.eval() ends that)"
-    if (_is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)) and not _alone(weights):
+    known = _is(weights, _SOFTMAX) or _is_cast(weights) or _is_idle_dropout(weights)
+    if known and not _alone(weights, found):
         return READS_WEIGHTS
     if not _is(weights, _SOFTMAX):
         return f"{called(weights)} lies between softmax and values"
@@ -133,14 +171,14 @@ def _unmasked(scores: Any, found: _Scores) -> tuple[fx.Node | str, _Scores]:
     operands = _operands(scores, _ADD)
     if operands is None:
         return _uncapped(scores, found), found
-    if not _alone(scores):
+    if not _alone(scores, found):
         return "something else reads the scores", found
     if scores.target in _IN_PLACE and not _behind(operands[0], _is_product):
         return "the scores are added to something else in place", found
     reasons = []
     # the mask may stand on either side, unless it would be written to; the scores lead back to a product
     for first, mask in (operands,) if scores.target in _IN_PLACE else (operands, operands[::-1]):
-        below = _Scores(mask=mask, inside=[*found.inside, scores])
+        below = _Scores(mask=mask, sinks=found.sinks, inside=[*found.inside, scores])
         product = _uncapped(first, below)
         if isinstance(product, fx.Node):
             if _is_mask(mask):
@@ -155,7 +193,7 @@ def _uncapped(scores: Any, found: _Scores) -> fx.Node | str:
     """The product behind scores that may be scaled, then capped (backwards), or what is in the way."""
     softcap, capped = _factor(scores)
     if _is(capped, _TANH) and softcap > 0 and scores is not capped:
-        if not (_alone(scores) and _alone(capped)):
+        if not (_alone(scores, found) and _alone(capped, found)):
             return "something else reads the scores"
         # cap * tanh(c x) is x times cap * c, capped
         found.softcap = found.scale = softcap
@@ -165,7 +203,7 @@ def _uncapped(scores: Any, found: _Scores) -> fx.Node | str:
         factor, inner = _factor(scores)
         if inner is scores:
             break
-        if not _alone(scores):
+        if not _alone(scores, found):
             return "something else reads the scores"
         found.scale *= factor
         found.inside.append(scores)
@@ -173,7 +211,7 @@ def _uncapped(scores: Any, found: _Scores) -> fx.Node | str:
     product = _skip(scores, found, _is_cast)
     if _operands(product, _MATMUL) is None:
         return f"{called(product)} lies between the product of queries and keys and softmax"
-    return product if _alone(product) else "something else reads the scores"
+    return product if _alone(product, found) else "something else reads the scores"
 
 
 def _behind(node: Any, wanted: Callable[[Any], bool]) -> fx.Node | None:
@@ -225,7 +263,7 @@ def _number(x: Any) -> float:
 
 def _skip(node: Any, found: _Scores, *kinds: Callable[[Any], bool]) -> Any:
     """What is behind nodes of these kinds that nothing else reads."""
-    while any(kind(node) for kind in kinds) and _alone(node):
+    while any(kind(node) for kind in kinds) and _alone(node, found):
         node = _take(node, found)
     return node
 
@@ -248,8 +286,9 @@ def _operands(node: Any, targets: set[Any]) -> tuple[fx.Node, fx.Node] | None:
     return (left, right) if isinstance(left, fx.Node) and isinstance(right, fx.Node) else None
 
 
-def _alone(node: Any) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1
+def _alone(node: Any, found: _Scores) -> bool:
+    """Whether nothing reads this but one node, or those that were passed."""
+    return isinstance(node, fx.Node) and (len(node.users) == 1 or all(x in found.inside for x in node.users))
 
 
 def _rank(node: Any) -> int:

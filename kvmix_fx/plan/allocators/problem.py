@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, TypeAlias
@@ -81,7 +81,7 @@ class Problem:
 
     def element_bits(self, spec: QuantSpec) -> float:
         """Effective bits of one format, in the limit of long contexts."""
-        plan = KVPlan((LayerPlan(spec, spec),), replace(self.geometry, num_layers=1))
+        plan = KVPlan((LayerPlan(spec, spec),), self.geometry.one_layer())
         return plan.bits_per_element()
 
     @property

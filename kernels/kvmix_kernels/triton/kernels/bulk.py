@@ -12,6 +12,7 @@ import triton.language as tl
 from kvmix_kernels.triton.kernels.fields import (
     ORDERED,
     ROTATED,
+    TILED,
     as_offset,
     digit_above,
     digit_bits,
@@ -187,7 +188,7 @@ def _add_values(outs, words, scaled, fade, X: tl.constexpr, DIGIT: tl.constexpr,
 @triton.jit
 def _sweep(
     k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
-    restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+    asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
     K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -195,7 +196,8 @@ def _sweep(
 
     MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
     of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
-    up by itself. A step has as many groups or one.
+    up by itself. A step has as many groups or one. `asked`: pointers of the queries of each column, their factor
+    and that of raw channels, for what is made of them in every step.
     """
     KD: tl.constexpr = digit_count(K.BITS)
     VD: tl.constexpr = digit_count(V.BITS)
@@ -245,9 +247,21 @@ def _sweep(
         folded = ()
         for d in tl.static_range(KD):
             folded = folded + (_fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE),)
+        order_ptr = k.order
+        if K.TURNED == TILED:
+            order_ptr += k_first // k.tile * K.D
+            own_queries = ()
+            for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
+                own_queries = own_queries + (_queries(asked[0], order_ptr, mask.column_ok, asked[1], K, d),)
+        else:
+            own_queries = queries
+        if K.RAW > 0:
+            score = _add_exact(
+                score, k.exact, k_first + token, asked[0], order_ptr, mask.column_ok, asked[2], K, P.PRECISION
+            )
         for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
             score = _add_scores(
-                score, folded[d], folded[KD - 1], queries[d], step_ptr, k_unit, K, d, P.PORTABLE
+                score, folded[d], folded[KD - 1], own_queries[d], step_ptr, k_unit, K, d, P.PORTABLE
             )
         if SPREAD > 1:
             offset = tl.load(offset_ptr + own_group * N + column)
@@ -333,7 +347,53 @@ def _in_order(query_ptr, order_ptr, gathered_ptr, column_ok, N: tl.constexpr, X:
 
 
 @triton.jit
-def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
+def _in_tile(query_ptr, order_ptr, first, channel, ok, X: tl.constexpr):
+    """Queries in packed channels from `first` on, as float32 [channels, N]; ordered here if orders are of tiles."""
+    at = first + channel
+    if X.TURNED == TILED:
+        at = tl.load(order_ptr + at, mask=at < X.D, other=0).to(tl.int32)
+    return tl.load(query_ptr[None, :] + at[:, None], mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_exact(
+    score, exact_ptr, row, query_ptr, order_ptr, column_ok, unit, X: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores plus the products of raw channels with the queries."""
+    channel = tl.arange(0, max(16, next_power_of_2(X.RAW)))
+    channel_ok = channel < X.RAW
+    ok = column_ok[None, :] & channel_ok[:, None]
+    q = _in_tile(query_ptr, order_ptr, X.D - X.RAW, channel, ok, X)
+    exact = tl.load(
+        exact_ptr + row[:, None] * X.RAW + channel[None, :], mask=channel_ok[None, :], other=0.0
+    ).to(tl.float32)
+    return tl.dot(exact, q * unit[None, :], score, input_precision=PRECISION)
+
+
+@triton.jit
+def _tile_offsets(
+    offset_ptr, query_ptr, k, first_row, groups, scale, column_ok, N: tl.constexpr, X: tl.constexpr
+):
+    """Products of queries and offsets of each group, where orders are of tiles."""
+    COUNT: tl.constexpr = fold_channels(digit_bits(X.BITS, 0), X.D)
+    channel = tl.arange(0, fold_width(digit_bits(X.BITS, 0), X.D))
+    channel_ok = channel < COUNT
+    ok = column_ok[None, :] & channel_ok[:, None]
+    for group in range(groups):
+        row = first_row + group * X.GROUP
+        offset = tl.zeros([N], tl.float32)
+        # a few channels at a time: all of them spill
+        for f in tl.range(0, X.D, COUNT):
+            q = _in_tile(query_ptr, k.order + row // k.tile * X.D, f, channel, ok, X)
+            at = row // X.GROUP * X.D + f + channel
+            step = narrow_step(tl.load(k.scale + at, mask=channel_ok, other=0)).to(tl.float32)
+            zero = as_offset(tl.load(k.zero + at, mask=channel_ok, other=0), step)
+            offset += tl.sum(q * zero[:, None], 0)
+        tl.store(offset_ptr + group * N + tl.arange(0, N), offset * scale)
+
+
+@triton.jit
+def _queries(query_ptr, order_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
     """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
@@ -342,7 +402,7 @@ def _queries(query_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr)
     ok = column_ok[None, :] & (channel < CHANNELS)[:, None]
     found = ()
     for f in tl.static_range(fold_fields(OWN, D)):
-        q = tl.load(query_ptr[None, :] + f * CHANNELS + channel[:, None], mask=ok, other=0.0).to(tl.float32)
+        q = _in_tile(query_ptr, order_ptr, f * CHANNELS, channel, ok, X)
         factor = field_factor(OWN, D, f) * digit_factor(X.BITS, DIGIT)
         found = found + ((q * shrink[None, :] * factor).to(tl.float16),)
     return found
@@ -425,13 +485,17 @@ def attend_bulk(
             at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
             at_ok = (group < groups)[:, None] & k_column_ok[None, :]
             k_steps = narrow_step(tl.load(k.scale + at, mask=at_ok, other=0)).to(tl.float32)
-            zero = as_offset(tl.load(k.zero + at, mask=at_ok, other=0), k_steps)
-            offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
+            if K.TURNED != TILED:
+                zero = as_offset(tl.load(k.zero + at, mask=at_ok, other=0), k_steps)
+                offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
             if K.KEPT < K.D:
                 # what is dropped has an offset alone
                 k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
             largest_k = tl.maximum(largest_k, k_steps)
-        tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
+        if K.TURNED != TILED:
+            tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
+    if K.TURNED == TILED:
+        _tile_offsets(offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, N, K)
     tl.debug_barrier()
     LOOK: tl.constexpr = P.PART * min(MAX_LOOK, K.GROUP * next_power_of_2(VG))
     v_top = TINY
@@ -454,11 +518,12 @@ def attend_bulk(
     shrink = k_peak / largest
     queries = ()
     for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
-        queries = queries + (_queries(query_ptr, mask.column_ok, shrink, K, d),)
+        queries = queries + (_queries(query_ptr, k.order, mask.column_ok, shrink, K, d),)
     # undoes 2**-24 of the subnormals and the peak
     restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)
     if not K_HALF:
         restore = restore * k_top
+    asked = (query_ptr, shrink, scale / restore)
     # probabilities are exp(score - top) with top so far below the running maximum that they peak at v_peak
     headroom = tl.log2(v_peak)
     if S.KIND == 2:
@@ -494,20 +559,20 @@ def attend_bulk(
         masked = tl.minimum((masked - skipped + SPREAD - 1) // SPREAD, full)
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
-            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
             K, V, S, True, N, P.TOKENS, P.STAGES, P,
         )  # fmt: skip
     if S.KIND == 0 or S.SHARED:
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SPREAD, (full - masked) * STEPS,
-            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
             K, V, S, False, N, P.TOKENS, P.STAGES, P,
         )  # fmt: skip
     if SPREAD > 1:
         # groups that do not fill a step
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SPREAD, groups - skipped - full * SPREAD,
-            queries, offset_ptr, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
             K, V, S, S.KIND != 0, N, K.GROUP, 1, P,
         )  # fmt: skip
 

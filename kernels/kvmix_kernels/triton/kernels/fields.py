@@ -35,6 +35,7 @@ RAW_BITS = tl.constexpr(layout.RAW_BITS)
 TIERED = tl.constexpr(layout.TIERED)
 ROTATED = tl.constexpr(forms.ROTATED)
 ORDERED = tl.constexpr(forms.ORDERED)
+TILED = tl.constexpr(forms.TILED)
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -542,7 +543,12 @@ def packed_values(x, position, channel, packed, sink, X: tl.constexpr):
         offset = step * -middle(X.BITS)
     else:
         offset = as_offset(tl.load(x.zero + at, mask=packed, other=0), step)
-    return code.to(tl.float32) * step + offset
+    value = code.to(tl.float32) * step + offset
+    if X.RAW > 0:
+        # so far they are 0
+        raw = channel - (X.D - X.RAW)
+        value += tl.load(x.exact + row * X.RAW + raw, mask=packed & (raw >= 0), other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit

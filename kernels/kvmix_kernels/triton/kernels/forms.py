@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-ROTATED, ORDERED = 1, 2
+ROTATED, ORDERED, TILED = 1, 2, 3
 """What packed channels are, in `Form.TURNED`; 0 where they are the model's."""
 
 
@@ -19,7 +19,8 @@ class Form(NamedTuple):
     BITS: the width of its codes, as `layout.DIGITS` names them; GROUP: tokens (AXIS 0) or channels (AXIS 1)
     that share a scale; BLOCK: tokens whose planes lie together; DP: D padded to a power of two; KEPT, HIGH:
     channels of the lowest digit and of those above; SYMMETRIC: whether there are no offsets; TURNED: ROTATED if
-    packed tokens are rotated, ORDERED if their channels are in an order.
+    packed tokens are rotated, ORDERED if their channels are in an order, TILED if they are in one of every tile;
+    RAW: the last channels, which are kept in 16 bits.
     """
 
     BITS: Any
@@ -32,6 +33,7 @@ class Form(NamedTuple):
     HIGH: Any
     SYMMETRIC: Any
     TURNED: Any
+    RAW: Any
 
 
 class Packing(NamedTuple):
@@ -53,13 +55,15 @@ class Packing(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Pointers to the buffers of one tensor, of one head."""
+    """Pointers to the buffers of one tensor, of one head; tile: tokens of one."""
 
     qdata: Any
     scale: Any
     zero: Any
     residual: Any
     order: Any
+    exact: Any
+    tile: Any
 
 
 class Places(NamedTuple):

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from kvmix_kernels.triton.kernels.fields import rotate
-from kvmix_kernels.triton.kernels.masks import LOWEST, exp
+from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp
 
 
 @triton.jit
@@ -32,16 +32,20 @@ def _summed(
     return out
 
 
-@triton.jit(do_not_specialize=["bulk_splits", "splits", "column_blocks", "rows"])
+@triton.jit(do_not_specialize=["bulk_splits", "splits", "column_blocks", "rows", "kv_heads", "query_length"])
 def combine_kernel(
     partial_ptr,
     stats_ptr,
     out_ptr,
     sums_ptr,
+    sinks_ptr,
     bulk_splits,
     splits,
     column_blocks,
     rows,
+    kv_heads,
+    query_length,
+    SINKS: tl.constexpr,
     MASK: tl.constexpr,
     N: tl.constexpr,
     DV: tl.constexpr,
@@ -57,9 +61,10 @@ def combine_kernel(
 
     Grid: blocks of CHANNELS channels, fastest, x query rows of a KV head x KV heads x batch. Output
     [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are rotated
-    back once they are one sum; a program then has all channels. EARLY: this kernel is started before
-    `attend_kernel` ends, and waits for it. SUMS: m and the sum of weights against it are stored as well, as
-    [batch * heads, rows, 2].
+    back once they are one sum; a program then has all channels. SINKS: each query head has a score more, in
+    natural units, [kv_heads * query heads of a group]. EARLY: this kernel is started before
+    `attend_kernel` ends, and waits for it. SUMS: m and the sum of weights against it, a sink's included, are
+    stored as well, as [batch * heads, rows, 2].
     """
     block = tl.program_id(0) % CHANNEL_BLOCKS
     pid = (tl.program_id(0) // CHANNEL_BLOCKS).to(tl.int64)
@@ -75,7 +80,15 @@ def combine_kernel(
     tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
     totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
+    if SINKS:
+        head = pid // rows % kv_heads * (rows // query_length) + row // query_length
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        if MASK != 2:
+            sink *= LOG2E
+        top = tl.maximum(top, sink)
     total = tl.sum(exp(tops - top, MASK) * totals, 0)
+    if SINKS:
+        total += exp(sink - top, MASK)
     if ROTATED:
         turned = _summed(partial_ptr, stats_ptr, 0, bulk_splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
         out = _summed(partial_ptr, stats_ptr, bulk_splits, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)

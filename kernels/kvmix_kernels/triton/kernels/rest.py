@@ -9,11 +9,31 @@ from kvmix_kernels.triton.kernels.fields import (
     ORDERED,
     RAW_BITS,
     ROTATED,
+    TILED,
     packed_values,
     rotate,
     stored_values,
 )
 from kvmix_kernels.triton.kernels.masks import LOWEST, capped, exp, under_mask
+
+
+@triton.jit
+def _by_tile(
+    score, key, query_ptr, k, tile, packed, column_ok, K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Scores plus the products of queries and packed keys, each in the order of its tile."""
+    channel = tl.arange(0, K.DP)
+    first = tl.min(tl.where(packed, tile, 1 << 30), 0)
+    for t in range(first, tl.max(tl.where(packed, tile, -1), 0) + 1):
+        at = tl.load(k.order + t * K.D + channel, mask=channel < K.D, other=0).to(tl.int32)
+        q = tl.load(
+            query_ptr[None, :] + at[:, None],
+            mask=column_ok[None, :] & (channel < K.D)[:, None],
+            other=0.0,
+        )
+        own = tl.where((tile == t)[:, None], key, 0.0)
+        score = tl.dot(own.to(DTYPE), q.to(DTYPE), score, input_precision=PRECISION)
+    return score
 
 
 @triton.jit
@@ -47,7 +67,7 @@ def attend_rest(
                 mask=mask.column_ok[None, :] & (channel < K.D)[:, None],
                 other=0.0,
             ).to(DTYPE)
-        else:
+        elif K.TURNED == ROTATED:
             q_turned = rotate(q.to(tl.float32), K.D, 0).to(DTYPE)
     top = tl.zeros([N], tl.float32) + LOWEST
     total = tl.zeros([N], tl.float32)
@@ -71,7 +91,13 @@ def attend_rest(
             key = packed_values(
                 k, position[:, None], channel[None, :], packed[:, None] & (channel < K.D)[None, :], k_places.sink, K
             )  # fmt: skip
-            score = tl.dot(key.to(DTYPE), q_turned, score, input_precision=PRECISION)
+            if K.TURNED == TILED:
+                score = _by_tile(
+                    score, key, query_ptr, k, (position - k_places.sink) // k.tile, packed, mask.column_ok,
+                    K, DTYPE, PRECISION,
+                )  # fmt: skip
+            else:
+                score = tl.dot(key.to(DTYPE), q_turned, score, input_precision=PRECISION)
         score = score * scale
         if S.CAPPED:
             score = capped(score, cap)

@@ -18,6 +18,7 @@ from kvmix_kernels.triton.kernels.fields import (
     RAW_BITS,
     ROTATED,
     TIERED,
+    TILED,
     as_offset,
     constexpr_function,
     cut_column,
@@ -415,7 +416,8 @@ def _pack_group(
         if X.BITS == TIERED:
             top = tl.where(f * WORDS + word < X.HIGH, 15.0, 3.0)
             divisors = divisors + (_divisor(step[None, :], top[None, :], P.SCALE_DTYPE),)
-            places = places + (tl.load(order_ptr + f * WORDS + word, mask=word_ok, other=0),)
+            place = tl.load(order_ptr + f * WORDS + word, mask=word_ok, other=0)
+            places = places + (place.to(tl.int32),)
         else:
             divisors = divisors + (_divisor(step[None, :], 2**X.BITS - 1, P.SCALE_DTYPE),)
     for start in range(0, X.GROUP, P.TOKENS):
@@ -443,6 +445,27 @@ def _pack_group(
             _store_plane(qdata_ptr, codes, first + at, word, row_ok, ok, X, DIGIT, P.FIELDS, WORDS)
         else:
             _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, P)
+
+
+@triton.jit
+def _copy_exact(
+    new_ptr, new_stride, ring_ptr, exact_ptr, order_ptr, fresh_from, first, ring, held,
+    P: tl.constexpr, FROM_RING: tl.constexpr,
+):  # fmt: skip
+    """The raw channels of a group of tokens, as bfloat16; zeros if it is not held."""
+    X: tl.constexpr = P.X
+    raw = tl.arange(0, next_power_of_2(X.RAW))
+    raw_ok = raw < X.RAW
+    place = tl.load(order_ptr + (X.D - X.RAW) + raw, mask=raw_ok, other=0).to(tl.int32)
+    for start in range(0, X.GROUP, P.TOKENS):
+        at = tl.minimum(start + tl.arange(0, P.TOKENS), X.GROUP - 1)
+        x = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, place, raw_ok, X.D, X.RAW, 1, FROM_RING
+        )[0]  # fmt: skip
+        # what is no number stays so
+        x = tl.where(held & (x == x), _stored(x, 1), tl.where(held, x, 0.0))
+        exact_at = exact_ptr + (first + at)[:, None] * X.RAW + raw[None, :]
+        tl.store(exact_at, x.to(tl.bfloat16), mask=raw_ok[None, :] & (at >= 0)[:, None])
 
 
 @triton.jit
@@ -518,7 +541,7 @@ def _group_range(
 
 @triton.jit
 def _flush(
-    new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr, valid_stride,
+    new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr, valid_stride,
     hidden_below, tile_index, part, rows_held, live, tile, sink, ring,
     P: tl.constexpr, VALID: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
@@ -554,6 +577,8 @@ def _flush(
     fresh_from = live - sink - first
     new_ptr += -fresh_from.to(tl.int64) * new_stride
     ring_ptr = residual_ptr + sink * D
+    if X.TURNED == TILED:
+        order_ptr += tile_index * D
     if AXIS == 0:
         channel = _channels(X)
         channel_ok = channel < D
@@ -563,7 +588,7 @@ def _flush(
         )  # fmt: skip
         if BITS == TIERED:
             # from here on in the order in which channels are packed
-            place = tl.load(order_ptr + channel, mask=channel_ok, other=0)
+            place = tl.load(order_ptr + channel, mask=channel_ok, other=0).to(tl.int32)
             low = tl.gather(low, place, 0)
             high = tl.gather(high, place, 0)
             low_4, high_4 = _narrowed(low, high, P.MARGIN_HIGH)
@@ -575,7 +600,7 @@ def _flush(
                 mean = total / tl.maximum(counted, 1).to(tl.float64)
                 mean = tl.gather(mean.to(tl.float32), place, 0)
                 step = tl.where(channel < X.KEPT, step, 0.0)
-                low = tl.where(channel < X.KEPT, low, mean)
+                low = tl.where(channel < X.KEPT, low, tl.where(channel < D - X.RAW, mean, 0.0))
         else:
             low, high = _narrowed(low, high, P.MARGIN)
             step = _steps(low, high, BITS)
@@ -588,6 +613,10 @@ def _flush(
             _pack_group(
                 new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
                 P, d, FROM_RING,
+            )  # fmt: skip
+        if X.RAW > 0:
+            _copy_exact(
+                new_ptr, new_stride, ring_ptr, exact_ptr, order_ptr, fresh_from, first, ring, held, P, FROM_RING
             )  # fmt: skip
     else:
         # how many words a thread holds side by side. For keys few: it computes for each of its channels what
@@ -661,9 +690,9 @@ FRESH_TILES = tl.constexpr(2)
 
 @triton.jit
 def _append_one(
-    new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr,
+    new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr,
     new_sb, new_sh, new_sl, qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh, order_sb, order_sh,
-    valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
+    exact_sb, exact_sh, valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
     P: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """This program's share of one tensor: parts of the tiles that are due, and rows of new tokens."""
@@ -691,7 +720,7 @@ def _append_one(
                 new_ptr + b * new_sb + h * new_sh, new_sl, qdata_ptr + b * qdata_sb + h * qdata_sh,
                 scale_ptr + b * scale_sb + h * scale_sh, zero_ptr + b * scale_sb + h * scale_sh,
                 residual_ptr + b * residual_sb + h * residual_sh, order_ptr + b * order_sb + h * order_sh,
-                valid_ptr + b * valid_sb, valid_ss, hidden_below,
+                exact_ptr + b * exact_sb + h * exact_sh, valid_ptr + b * valid_sb, valid_ss, hidden_below,
                 old + job % jobs // parts, job % parts, due * tile, live, tile, sink, ring,
                 P, VALID, FLUSH != FRESH_TILES,
             )  # fmt: skip
@@ -730,21 +759,23 @@ def _append_one(
     ]
 )  # fmt: skip
 def append_kernel(
-    keys_ptr, values_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr,
-    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, valid_ptr, start_ptr,
+    keys_ptr, values_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr,
+    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr, valid_ptr, start_ptr,
     keys_sb, keys_sh, keys_sl, values_sb, values_sh, values_sl,
     k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh, k_order_sb, k_order_sh,
+    k_exact_sb, k_exact_sh,
     v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh, v_order_sb, v_order_sh,
+    v_exact_sb, v_exact_sh,
     valid_sb, valid_ss, hidden_below, batch, heads, count, length,
     k_tile, k_sink, k_window, k_ring, k_parts, v_tile, v_sink, v_window, v_ring, v_parts,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
     K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr,
     DP: tl.constexpr, K_KEPT: tl.constexpr, K_HIGH: tl.constexpr, K_SYMMETRIC: tl.constexpr, K_TURNED: tl.constexpr,
-    K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
+    K_RAW: tl.constexpr, K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
     K_TOKENS: tl.constexpr, K_MARGIN: tl.constexpr, K_MARGIN_HIGH: tl.constexpr, K_ROWS: tl.constexpr,
     V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr,
     DVP: tl.constexpr, V_KEPT: tl.constexpr, V_HIGH: tl.constexpr, V_SYMMETRIC: tl.constexpr, V_TURNED: tl.constexpr,
-    V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
+    V_RAW: tl.constexpr, V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
     V_TOKENS: tl.constexpr, V_MARGIN: tl.constexpr, V_MARGIN_HIGH: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
@@ -754,11 +785,11 @@ def append_kernel(
     before the kernel ahead ends, it waits for it, and lets the next one do the same.
     """
     K: tl.constexpr = Packing(
-        Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED),
+        Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED, K_RAW),
         K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_MARGIN, K_MARGIN_HIGH,
     )  # fmt: skip
     V: tl.constexpr = Packing(
-        Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED),
+        Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED, V_RAW),
         V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_MARGIN, V_MARGIN_HIGH,
     )  # fmt: skip
     if EARLY:
@@ -771,16 +802,16 @@ def append_kernel(
         fits = live + count <= length
     if fits:
         _append_one(
-            keys_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, valid_ptr,
+            keys_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr, valid_ptr,
             keys_sb, keys_sh, keys_sl, k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh,
-            k_residual_sb, k_residual_sh, k_order_sb, k_order_sh, valid_sb, valid_ss, hidden_below,
+            k_residual_sb, k_residual_sh, k_order_sb, k_order_sh, k_exact_sb, k_exact_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, k_tile, k_sink, k_window, k_ring, k_parts,
             K, K_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
         _append_one(
-            values_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, valid_ptr,
+            values_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr, valid_ptr,
             values_sb, values_sh, values_sl, v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh,
-            v_residual_sb, v_residual_sh, v_order_sb, v_order_sh, valid_sb, valid_ss, hidden_below,
+            v_residual_sb, v_residual_sh, v_order_sb, v_order_sh, v_exact_sb, v_exact_sh, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, v_tile, v_sink, v_window, v_ring, v_parts,
             V, V_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
@@ -790,11 +821,11 @@ def append_kernel(
     do_not_specialize=["heads", "count", "tiles", "slots", "tile", "sink", "window", "ring", "parts", "jobs"]
 )
 def pack_kernel(
-    x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, valid_ptr,
+    x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr,
     x_sb, x_sh, x_sl, valid_sb, valid_ss, hidden_below, heads, count, tiles, slots, tile, sink, window, ring, parts, jobs,
     VALID: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
-    TURNED: tl.constexpr, SCALE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    TURNED: tl.constexpr, RAW: tl.constexpr, SCALE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
     WORDS_P: tl.constexpr, TOKENS: tl.constexpr, MARGIN: tl.constexpr, MARGIN_HIGH: tl.constexpr,
 ):  # fmt: skip
     """Fill the buffers of one tensor but for its order from its tokens x; what holds no token becomes 0.
@@ -802,7 +833,7 @@ def pack_kernel(
     Grid: jobs (parts of tiles, then blocks of residual slots), fastest, x heads x batch.
     """
     P: tl.constexpr = Packing(
-        Form(BITS, AXIS, GROUP, D, BLOCK, DP, KEPT, HIGH, SYMMETRIC, TURNED),
+        Form(BITS, AXIS, GROUP, D, BLOCK, DP, KEPT, HIGH, SYMMETRIC, TURNED, RAW),
         SCALE, FIELDS, WORDS, WORDS_P, TOKENS, MARGIN, MARGIN_HIGH,
     )  # fmt: skip
     pid = tl.program_id(0)
@@ -820,7 +851,8 @@ def pack_kernel(
             index = job // parts
             _flush(
                 x_ptr, x_sl, qdata_ptr + at * tiles * tile * words_per_token(BITS, KEPT, HIGH),
-                scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr, order_ptr + at * D,
+                scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr,
+                order_ptr + at * (tiles * D if TURNED == TILED else D), exact_ptr + at * tiles * tile * RAW,
                 valid_ptr + sequence * valid_sb, valid_ss, hidden_below, index, job % parts,
                 end - sink, 0, tile, sink, ring, P, VALID, False,
             )  # fmt: skip
@@ -855,7 +887,7 @@ def ranges_kernel(
     VALID: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """`reference.quantize.ranges`. Grid: groups of tokens, fastest, x heads x batch."""
-    X: tl.constexpr = Form(TIERED, 0, GROUP, D, 1, DP, D, D, False, ORDERED)
+    X: tl.constexpr = Form(TIERED, 0, GROUP, D, 1, DP, D, D, False, ORDERED, 0)
     pid = tl.program_id(0).to(tl.int64)
     first = (pid % groups) * GROUP
     batch = pid // groups // heads
@@ -866,3 +898,165 @@ def ranges_kernel(
     )  # fmt: skip
     channel = _channels(X)
     tl.store(out_ptr + pid * D + channel, high - low, mask=channel < D)
+
+
+@triton.jit
+def _key_sizes(
+    new_ptr, new_stride, ring_ptr, valid_ptr, valid_stride, hidden_below, fresh_from, first, ring, sink,
+    X: tl.constexpr, TOKENS: tl.constexpr, VALID: tl.constexpr,
+):  # fmt: skip
+    """Sums of the sizes of a tile's keys in each channel, of what counts."""
+    channel = _channels(X)
+    total = tl.zeros([next_power_of_2(X.D)], tl.float64)
+    for start in range(0, X.GROUP, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        at = tl.minimum(token, X.GROUP - 1)
+        x = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel < X.D, X.D, X.D, 1, True
+        )[0]  # fmt: skip
+        counts = token < X.GROUP
+        if VALID != 0:
+            entry = tl.load(valid_ptr + (sink + first + at) * valid_stride)
+            counts &= (entry != 0) if VALID == 1 else (entry.to(tl.float32) > hidden_below)
+        size = tl.abs(x)
+        total += tl.sum(tl.where(counts[:, None] & (size < float("inf")), size, 0.0).to(tl.float64), 0)
+    return total
+
+
+@triton.jit
+def _query_sizes(
+    query_ptr, query_sh, query_sl, valid_ptr, valid_stride, hidden_below, live, begin, end, group,
+    D: tl.constexpr, TOKENS: tl.constexpr, VALID: tl.constexpr,
+):  # fmt: skip
+    """`reference.quantize.query_size` of new tokens begin..end-1 that are no padding, of one KV head."""
+    channel = tl.arange(0, next_power_of_2(D))
+    total = tl.zeros([next_power_of_2(D)], tl.float64)
+    for start in range(begin, end, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        counts = token < end
+        if VALID != 0:
+            entry = tl.load(valid_ptr + (live + token) * valid_stride, mask=counts, other=0)
+            counts &= (entry != 0) if VALID == 1 else (entry.to(tl.float32) > hidden_below)
+        at = query_ptr + token.to(tl.int64)[:, None] * query_sl + channel[None, :]
+        for head in range(group):
+            q = tl.load(at + head * query_sh, mask=counts[:, None] & (channel < D)[None, :], other=0.0)
+            total += tl.sum(tl.abs(q.to(tl.float32)).to(tl.float64), 0)
+    return tl.where(total < float("inf"), total, 0.0)
+
+
+@triton.jit
+def _flushed_at(tile_index, tile, sink, window):
+    """`TensorFormat.flushed_at`."""
+    return sink + window + (tile_index + 1) * tile
+
+
+@triton.jit(do_not_specialize=["heads", "group", "count", "length", "tile", "sink", "window", "most"])
+def see_kernel(
+    query_ptr, seen_ptr, totals_ptr, valid_ptr, start_ptr, query_sb, query_sh, query_sl, seen_sb, seen_sh,
+    valid_sb, valid_ss, hidden_below, heads, group, count, length, tile, sink, window, most,
+    ON_DEVICE: tl.constexpr, VALID: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Sizes of new queries between the lengths at which tiles are due, totals [batch * heads, most + 1, D].
+
+    Grid: stretches, fastest, x heads x batch: up to the first tile that is due, to the next, to the end. The first
+    brings what was seen before; a cache that starts anew has seen nothing, whatever it held.
+    """
+    pid = tl.program_id(0)
+    stretch = pid % (most + 1)
+    owner = pid // (most + 1)
+    batch = (owner // heads).to(tl.int64)
+    live = length
+    if ON_DEVICE:
+        live = tl.load(start_ptr).to(tl.int32)
+        count = tl.where(live + count <= length, count, 0)
+    old = tl.maximum(live - sink - window, 0) // tile
+    begin = tl.where(stretch == 0, 0, _flushed_at(old + stretch - 1, tile, sink, window) - live)
+    end = tl.where(stretch == most, count, _flushed_at(old + stretch, tile, sink, window) - live)
+    total = _query_sizes(
+        query_ptr + batch * query_sb + (owner % heads).to(tl.int64) * group * query_sh, query_sh, query_sl,
+        valid_ptr + batch * valid_sb, valid_ss, hidden_below, live, tl.minimum(begin, count), tl.minimum(end, count),
+        group, D, TOKENS, VALID,
+    )  # fmt: skip
+    channel = tl.arange(0, next_power_of_2(D))
+    seen_ptr += batch * seen_sb + (owner % heads).to(tl.int64) * seen_sh
+    before = tl.where((stretch == 0) & (live > 0), D, 0)
+    total += tl.load(seen_ptr + channel, mask=channel < before, other=0.0)
+    tl.store(totals_ptr + pid.to(tl.int64) * D + channel, total, mask=channel < D)
+
+
+@triton.jit(
+    do_not_specialize=["heads", "group", "count", "length", "sink", "window", "ring", "most", "totals_sh"]
+)
+def order_kernel(
+    keys_ptr, query_ptr, residual_ptr, order_ptr, seen_ptr, totals_ptr, valid_ptr, start_ptr,
+    keys_sb, keys_sh, keys_sl, query_sb, query_sh, query_sl, residual_sb, residual_sh, order_sb, order_sh,
+    seen_sb, seen_sh, totals_sh, valid_sb, valid_ss, hidden_below, heads, group, count, length, sink, window, ring, most,
+    ON_DEVICE: tl.constexpr, VALID: tl.constexpr, BY_QUERIES: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`reference.quantize.order_of_tiles` of the tiles that are due.
+
+    Grid: tiles that may be due, fastest, x heads x batch. With BY_QUERIES, `totals` has what was seen until each
+    is due; ALONE: of one new token, which is added to what was seen here.
+    """
+    pid = tl.program_id(0)
+    index = pid % most
+    owner = pid // most
+    batch = (owner // heads).to(tl.int64)
+    head = (owner % heads).to(tl.int64)
+    X: tl.constexpr = Form(TIERED, 0, TILE, D, 1, next_power_of_2(D), D, D, False, 0, 0)
+    live = length
+    fits = True
+    if ON_DEVICE:
+        live = tl.load(start_ptr).to(tl.int32)
+        fits = live + count <= length
+    channel = _channels(X)
+    channel_ok = channel < D
+    valid_ptr += batch * valid_sb
+    total = tl.zeros([next_power_of_2(D)], tl.float64)
+    if BY_QUERIES:
+        if ALONE:
+            seen_at = seen_ptr + batch * seen_sb + head * seen_sh + channel
+            total = tl.load(seen_at, mask=channel < tl.where(live > 0, D, 0), other=0.0)
+            if fits:
+                total += _query_sizes(
+                    query_ptr + batch * query_sb + head * group * query_sh, query_sh, query_sl,
+                    valid_ptr, valid_ss, hidden_below, live, 0, 1, group, D, 1, VALID,
+                )  # fmt: skip
+                tl.store(seen_at, total, mask=channel_ok)
+        else:
+            total = tl.load(
+                totals_ptr + owner.to(tl.int64) * totals_sh + index * D + channel, mask=channel_ok, other=0.0
+            )
+    due = tl.maximum(live + count - sink - window, 0) // TILE
+    tile_index = tl.maximum(live - sink - window, 0) // TILE + index
+    if fits & (tile_index < due):
+        first = tile_index * TILE
+        fresh_from = live - sink - first
+        new_ptr = keys_ptr + batch * keys_sb + head * keys_sh - fresh_from.to(tl.int64) * keys_sl
+        ring_ptr = residual_ptr + batch * residual_sb + head * residual_sh + sink * D
+        if BY_QUERIES:
+            low, high, _, _ = _group_range(
+                new_ptr, keys_sl, ring_ptr, valid_ptr, valid_ss, hidden_below, fresh_from, first, ring, sink,
+                due * TILE, X, TOKENS, VALID, True,
+            )  # fmt: skip
+            size = tl.where(tl.max(total, 0) > 0, total, 1.0).to(tl.float32)
+            score = (high - low) * size
+        else:
+            score = _key_sizes(
+                new_ptr, keys_sl, ring_ptr, valid_ptr, valid_ss, hidden_below, fresh_from, first, ring, sink,
+                X, TOKENS, VALID,
+            ).to(tl.float32)  # fmt: skip
+        score = tl.where(score == score, tl.minimum(score, 3.4028234663852886e38), 0.0)
+        score = tl.where(channel_ok, score, -1.0)
+        order_ptr += batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D
+        # how many come before a channel is its place
+        SOME: tl.constexpr = min(32, next_power_of_2(D))
+        for begin in tl.static_range(0, next_power_of_2(D), SOME):
+            some = begin + tl.arange(0, SOME)
+            own = tl.gather(score, some, 0)
+            before = score[None, :] > own[:, None]
+            before |= (score[None, :] == own[:, None]) & (channel[None, :] < some[:, None])
+            place = tl.sum(before.to(tl.int32), 1) - RAW
+            place = tl.where(place < 0, place + D, place)
+            tl.store(order_ptr + place, some.to(order_ptr.dtype.element_ty), mask=some < D)

@@ -1,0 +1,77 @@
+"""Keys and values outside the range of half-precision scales get wider ones, and somebody is told."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import kvmix_fx
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import NarrowScalesWarning
+from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.passes import rewrite
+from kvmix_fx.testing.models import tiny_llama
+from kvmix_kernels import layout
+
+
+def scaled_model(scale):
+    """The same function for every scale: values are multiplied, the output projection is divided."""
+    model = tiny_llama(num_hidden_layers=1).bfloat16()
+    attention = model.model.layers[0].self_attn
+    attention.v_proj.weight.data.mul_(scale)
+    attention.o_proj.weight.data.div_(scale)
+    return model
+
+
+def logits(model, past=None):
+    ids = torch.randint(1, 128, (2, 91), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        past = model(ids[:, :90].contiguous(), use_cache=True, past_key_values=past).past_key_values
+        out = model(ids[:, 90:].contiguous(), past_key_values=past, use_cache=True)
+    return out.logits[:, -1].float(), past.layers[0]
+
+
+@pytest.mark.parametrize(("scale", "fixed"), [(1e-5, False), (1e6, True)])
+def test_scales_get_the_range_of_the_data(scale, fixed):
+    model = scaled_model(scale)
+    want, _ = logits(model)
+    plan = kvmix_fx.KVPlan.uniform(model, 8, window=16)
+    kvmix_fx.compile(model, plan, inner="eager")
+    cache = [KVMixStaticCache(plan, model.config, 100) if fixed else None for _ in range(2)]
+    with pytest.warns(NarrowScalesWarning, match=r"of values of layer 0 \(up to .*scale_dtype=\"float32\""):
+        got, layer = logits(model, cache[0])
+    assert (got - want).abs().max() < 2e-2
+    assert (layer.keys.scale.dtype, layer.values.scale.dtype) == (torch.float16, torch.float32)
+    assert "float32 scales" in repr(layer.values)
+    # the next cache has them from the beginning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NarrowScalesWarning)
+        again, layer = logits(model, cache[1])
+    assert torch.equal(again, got)
+    assert layer.values.scale.dtype == torch.float32
+
+
+def test_scales_without_the_range_would_show(monkeypatch):
+    model = scaled_model(1e6)
+    want, _ = logits(model)
+    monkeypatch.setattr(rewrite, "ranges_wider", lambda *_: False)
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 8, window=16), inner="eager")
+    got, layer = logits(model)
+    assert (got - want).abs().max() > 0.1
+    assert layer.values.scale.dtype == torch.float16
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale_dtype", ["float16", "byte"])
+@pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e-3, 1.0, 3e4, 1e6])
+def test_a_packed_tensor_loses_no_more_than_at_scale_one(bits, scale_dtype, scale):
+    x = torch.randn(1, 2, 64, 32, generator=torch.Generator().manual_seed(0))
+    fmt = layout.make_format(bits, window=0, scale_dtype=scale_dtype)
+
+    def error(factor):
+        y = x * factor
+        return ((QuantizedKVTensor.from_hp(y, fmt).dequantize() - y).abs().max() / y.abs().max()).item()
+
+    assert error(scale) < 1.1 * error(1.0)
