@@ -50,11 +50,9 @@ def models() -> list[list[str]]:
         for (config, variant), ways in found.items()
     ]
     for name, (config, _, attention) in WINDOWS.items():
-        rows.append([_title(config), _variant(name), f"`{attention}`", "packed, windows in growing caches"])
+        rows.append([_title(config), _variant(name) or "-", f"`{attention}`", "packed in growing caches"])
     for name, (config, _, attention) in STORED.items():
-        rows.append(
-            [_title(config), _variant(name), f"`{attention}`", "stored packed, unpacked by every step"]
-        )
+        rows.append([_title(config), _variant(name) or "-", f"`{attention}`", "packed, unpacked by steps"])
     for name, (config, _, reason) in LEFT_ALONE.items():
         rows.append([_title(config), _variant(name) or "-", "`sdpa`", f'left at 16 bits, "{reason}"'])
     return rows

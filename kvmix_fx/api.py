@@ -22,14 +22,19 @@ from kvmix_fx.passes.find.written_out import READS_WEIGHTS
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.passes.sites import STORE
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan import KVPlan, default_plan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import CompiledStep, Delegating
 
 _ATTRIBUTE = "_kvmix"
 
 
-def _fitted(plan: KVPlan, model: nn.Module) -> KVPlan:
+def _fitted(plan: KVPlan | None, model: nn.Module) -> KVPlan:
+    from kvmix_fx.integrations import called_models
+
+    if plan is None:
+        # of a module around a model, the model tells its sizes
+        return default_plan(next(iter(called_models(model)), model))
     if not isinstance(plan, KVPlan):
         raise BackendOptionError(
             f"kvmix_fx.compile needs a plan, got {type(plan).__name__}: make one with "
@@ -104,7 +109,7 @@ class Compiled:
 
 def compile(
     model: nn.Module,
-    plan: KVPlan,
+    plan: KVPlan | None = None,
     *,
     inner: Inner = None,
     on_nothing: str = "raise",
@@ -120,7 +125,8 @@ def compile(
         model: any module whose forward calls scaled_dot_product_attention on cached keys and
             values; transformers models work with generate(). Of a module around one (peft, your own) the
             model inside is compiled; calls that go past that one raise NoSiteError.
-        plan: bits per layer; checked against the model's config if it has one.
+        plan: bits per layer; checked against the model's config if it has one. None for the preset "tiers",
+            about 2.4 bits without calibration.
         inner: compiler of the rewritten graph, a Dynamo backend name or callable. None is Inductor
             for decode steps on accelerators, else eager.
         on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
@@ -130,6 +136,7 @@ def compile(
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.
+        PlanGeometryError: no plan is given and the model does not tell its sizes.
         BackendOptionError: an option is unknown.
         TrainingError: the model is in training mode.
         HeadSplitError: its KV heads cannot be shared out among the ranks of tensor parallelism.

@@ -6,6 +6,8 @@ are defined beside it, in `kvmix_kernels.errors`, and offered here too.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvmix_kernels.errors import (
     CacheShapeError,
     CapacityError,
@@ -15,6 +17,9 @@ from kvmix_kernels.errors import (
     KVMixError,
     TuningFileError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "AllocatorError",
@@ -54,6 +59,7 @@ __all__ = [
     "ProfileError",
     "ProfileFileError",
     "ProfileMismatchError",
+    "RangeWarning",
     "RewriteInvariantError",
     "SignalError",
     "SignalUnavailable",
@@ -209,22 +215,28 @@ class GraphBreakWarning(UserWarning):
     """A model that cannot be traced as one graph is compiled in pieces, which makes its steps slower."""
 
 
-class NarrowScalesError(KVMixError, OverflowError):
+class NarrowScalesError(KVMixError, ValueError):
     """Keys or values are outside the range of the scales planned for them.
 
     found: layer, 0 for keys and 1 for values, and the largest element, of each such tensor. A compiled model
     that raises it is traced anew with wider scales.
     """
 
-    def __init__(self, found: list[tuple[int | None, int, float]]) -> None:
+    def __init__(self, message: str, found: Sequence[tuple[int | None, int, float]] = ()) -> None:
+        """Keep the tensors beside the message."""
+        super().__init__(message)
+        self.found = list(found)
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[int | None, int, float]]) -> NarrowScalesError:
         """Name the tensors."""
-        self.found = found
         names = ", ".join(
             f"{('keys', 'values')[role]} of layer {layer} (up to {peak:.3g})" for layer, role, peak in found
         )
-        super().__init__(
+        return cls(
             f"scales of half precision do not have the range of {names}: give these tensors "
-            'scale_dtype="float32" in the plan'
+            'scale_dtype="float32" in the plan',
+            found,
         )
 
 
@@ -234,3 +246,7 @@ class NarrowScalesWarning(UserWarning):
 
 class PlainCacheWarning(UserWarning):
     """A call of a compiled model returned a plain cache, for gradients were on."""
+
+
+class RangeWarning(UserWarning):
+    """A plan cuts off part of the range of values that are not rotated, which loses more than it saves."""

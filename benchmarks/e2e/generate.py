@@ -94,7 +94,7 @@ def kvmix_plan(group: int, window: int) -> Callable[[nn.Module], KVPlan]:
 
     def make(model: nn.Module) -> KVPlan:
         v_group = "head" if group >= model.config.head_dim else group  # type: ignore[union-attr]
-        plan = KVPlan.uniform(model, 2, 2, window=window).with_layers(
+        plan = KVPlan.uniform(model, 2, 2, window=window, sink_length=0).with_layers(
             "all",
             key=QuantSpec(2, "channel", group),
             value=QuantSpec(2, "token", v_group),
@@ -108,7 +108,7 @@ def kvmix_plan(group: int, window: int) -> Callable[[nn.Module], KVPlan]:
 KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
     "kvmix k2.2v2.4 g128 w32": kvmix_plan(128, 32),
     "kvmix k2.2v2.4 g32 w32": kvmix_plan(32, 32),
-    "kvmix k4v2 g128 w32": lambda model: KVPlan.uniform(model, 4, 2, window=32).with_layers(
+    "kvmix k4v2 g128 w32": lambda model: KVPlan.uniform(model, 4, 2, window=32, sink_length=0).with_layers(
         "all", key=QuantSpec(4, "channel", 128), value=QuantSpec(2, "token", "head"), tile=128
     ),
 }

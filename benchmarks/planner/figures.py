@@ -73,6 +73,58 @@ def quality(theme: Theme, rows: list[Row]) -> Figure:
     return figure
 
 
+FAMILIES = {
+    "uniform": {"color": "text", "marker": "s"},
+    "planner untiered": {"color": "purple", "marker": "o"},
+    "kvmix default": {"color": "ours", "marker": "o"},
+    "kvmix tiers": {"color": "blue", "marker": "D"},
+    "kvmix tiers, order from the prompt": {"color": "sky", "marker": "D"},
+    "kvmix tiers, shuffled": {"color": "plain", "marker": "x"},
+    "kvmix tiers, without tiers": {"color": "green", "marker": "v"},
+}
+"""Of the providers of `benchmarks.planner.tiers`, by what their names start with; others by their names."""
+
+
+def family(provider: str) -> str:
+    """Providers that differ in bits alone are one line."""
+    for word, name in (
+        ("prompt", "order from the prompt"),
+        ("shuffled", "shuffled"),
+        ("without", "without tiers"),
+    ):
+        if provider.startswith("kvmix tiers") and word in provider:
+            return f"kvmix tiers, {name}"
+    return next((name for name in FAMILIES if provider.startswith(name)), provider)
+
+
+def tiers(theme: Theme, rows: list[Row]) -> Figure:
+    """KL against bits with precision inside a layer; filled marks on the planner's chunks, open held out."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 5.6), sharey=True)
+    for axis, text in zip(axes, TEXTS, strict=True):
+        for part, style in (("", {}), (" held out", {"fillstyle": "none", "linestyle": ":"})):
+            found = defaultdict(list)
+            for row in rows:
+                if row.metric == "kl_nats" and row.case == f"smollm2 {text} tiers{part}":
+                    found[family(row.provider)].append(row)
+            for name, group in found.items():
+                group.sort(key=lambda row: row.effective_bits)
+                look = FAMILIES.get(name, {"color": "text", "marker": "*"})
+                look = {"linestyle": "-", "linewidth": 0.8} | look | style
+                look["color"] = getattr(theme, look["color"])
+                axis.plot(
+                    [row.effective_bits for row in group],
+                    [row.value for row in group],
+                    label=None if part else name,
+                    **look,
+                )
+        axis.set(title=text, xlabel="effective bits per element", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("KL, nats per token")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=3)
+    figure.suptitle("SmolLM2-135M, packed cache: precision inside a layer (open marks: held-out text)")
+    return figure
+
+
 def scores(theme: Theme, profile: Profile) -> Figure:
     """Every signal by layer, as a share of its largest."""
     figure, axes = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True)
@@ -129,6 +181,7 @@ def main() -> None:
     }
     rows = load("quality")
     drawn("planner-quality", lambda theme: quality(theme, rows), out)
+    drawn("planner-tiers", lambda theme: tiers(theme, rows), out)
     drawn("planner-scores", lambda theme: scores(theme, profile), out)
     drawn("planner-bits", lambda theme: bits_per_layer(theme, solved), out)
 

@@ -34,13 +34,15 @@ TILE = 128
 
 def menu(geometry: ModelGeometry) -> Menu:
     """What every allocator and the uniform control choose from."""
-    return Menu.default(geometry)
+    return Menu.uniform(geometry)
 
 
 def of_signal(signal: Scores | Prices, allocator: str, bits: float, geometry: ModelGeometry) -> KVPlan:
     """One cell of the grid."""
     offered = menu(geometry) if isinstance(signal, Scores) else None
-    return allocate(allocator, signal, Budget(bits=bits), geometry, menu=offered, window=WINDOW, tile=TILE)
+    return allocate(
+        allocator, signal, Budget(bits=bits), geometry, menu=offered, window=WINDOW, sink_length=0, tile=TILE
+    )
 
 
 def uniform(key: QuantSpec, value: QuantSpec, geometry: ModelGeometry) -> KVPlan:
@@ -94,6 +96,7 @@ def controls(bits: float, geometry: ModelGeometry) -> Iterator[tuple[str, KVPlan
             geometry,
             menu=menu(geometry),
             window=WINDOW,
+            sink_length=0,
             tile=TILE,
             seed=seed,
         )
@@ -120,6 +123,7 @@ def paper_rule(scores: Scores, bits: float, geometry: ModelGeometry) -> KVPlan |
             geometry,
             menu=menu(geometry),
             window=WINDOW,
+            sink_length=0,
             tile=TILE,
             share=0.2,
         )

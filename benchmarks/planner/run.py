@@ -141,9 +141,9 @@ def kl_prices(bench: Bench, path: Path) -> Prices:
 
     The reference that cheap signals stand for; 20 minutes of one core. Kept in a file as it comes.
     """
-    offered = Menu.default(bench.geometry, bits=(2, 3, 4))
+    offered = Menu.uniform(bench.geometry, bits=(2, 3, 4))
     known = json.loads(path.read_text()) if path.exists() else {}
-    raw = KVPlan.uniform(bench.geometry, 16, window=plans.WINDOW)
+    raw = KVPlan.uniform(bench.geometry, 16, window=plans.WINDOW, sink_length=0)
     evaluate = None
     for role, specs in (("key", offered.keys), ("value", offered.values)):
         for spec, layer in product(specs, range(bench.geometry.num_layers)):

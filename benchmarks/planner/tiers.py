@@ -1,9 +1,11 @@
 """What precision inside a layer gains: presets with tiers against plans without, really packed.
 
 The protocol of `benchmarks.planner.run`, with prompts of 420 tokens, so that with and without four sinks the
-same three tiles of 128 are packed. Orders of channels come from the calibration text that the package brings
-along, and are judged on others. "held out" are texts that no choice was made on: other chunks than the
-planner's.
+same three tiles of 128 are packed. Orders of channels of presets come from the calibration text that the
+package brings along; those of the planner, its prices and the layers that may drop channels from the
+calibration parts of the two texts. All are judged on others. "held out" are texts that no choice was made on:
+other chunks than the planner's. Worst chunks are kept beside the means. "planner untiered" chooses among
+uniform formats alone, "kvmix default" among all that were priced.
 
     python -m benchmarks.planner.tiers                  # 5 minutes of two cores
 """
@@ -17,12 +19,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+import kvmix_fx
 from benchmarks.planner.evaluate import Evaluator, Loss
-from benchmarks.rows import machine_name, make_row, percentiles, save
+from benchmarks.planner.plans import TILE
+from benchmarks.planner.run import calibration_chunks
+from benchmarks.rows import RESULTS, machine_name, make_row, percentiles, save
 from kvmix_fx.plan import KVPlan, ModelGeometry
 from kvmix_fx.plan.orders import decode_order, encode_order
-from kvmix_fx.profiling import channel_orders
+from kvmix_fx.plan.prices import Menu
+from kvmix_fx.profiling import Profile, channel_orders
 from kvmix_fx.testing import texts
 from kvmix_fx.testing.smollm2 import load_smollm2
 
@@ -30,6 +37,9 @@ PROMPT, JUDGED, STEP, CHUNKS = 420, 32, 16, 12
 TEXTS = {"prose": texts.prose, "code": texts.code}
 HELD_OUT = 5
 """By how many chunks the held-out ones lie behind the planner's."""
+PROFILE = RESULTS / "planner" / "tiers.safetensors"
+CALIBRATION = 264
+"""Tokens of each piece that is profiled: the sink, two groups of 128, a few that no query finds packed."""
 SMALLEST_FACTOR = 2.5
 """A shuffled order has to lose so many times what the chosen one loses, or the order decides nothing."""
 
@@ -49,10 +59,24 @@ def shuffled(orders: tuple[str, ...], head_dim: int) -> tuple[str, ...]:
     )
 
 
-def compared(geometry: ModelGeometry, orders: tuple[str, ...]) -> Iterator[tuple[str, KVPlan]]:
+def profile_of(model: nn.Module, tokenizer: object) -> Profile:
+    """What the planner goes by, measured on the calibration parts of the texts; kept in a file."""
+    if not PROFILE.exists():
+        print(f"profiling into {PROFILE}", flush=True)
+        whole = Menu.default(ModelGeometry.of(model))
+        menu = Menu(*(tuple(s for s in specs if s.bits < 8) for specs in (whole.keys, whole.values)))
+        # a piece of each text: they are read 50 times
+        ids = calibration_chunks(tokenizer)[::4, :CALIBRATION]
+        kvmix_fx.profile(model, ids, menu=menu, signals="fisher_scaled").save(PROFILE)
+    return Profile.load(PROFILE)
+
+
+def compared(
+    geometry: ModelGeometry, orders: tuple[str, ...], profile: Profile
+) -> Iterator[tuple[str, KVPlan]]:
     """Providers and their plans."""
     for name, key_bits, value_bits, group in (("K2V2 g32", 2, 2, 32), ("K3V3 g64", 3, 3, 64)):
-        plan = KVPlan.uniform(geometry, key_bits, value_bits, group_size=group)
+        plan = KVPlan.uniform(geometry, key_bits, value_bits, group_size=group, sink_length=0)
         yield f"uniform {name}", plan
         yield f"uniform {name} s4", plan.with_layers("all", sink_length=4)
     for bits in (2.4, 2.6, 3.1):
@@ -60,6 +84,13 @@ def compared(geometry: ModelGeometry, orders: tuple[str, ...]) -> Iterator[tuple
         yield f"kvmix tiers {bits} prompt", KVPlan.preset("tiers", geometry, bits=bits)
     chance = shuffled(orders, geometry.head_dim)
     yield "kvmix tiers 2.4 shuffled", KVPlan.preset("tiers", geometry, bits=2.4, channel_orders=chance)
+    dropping = {"channel_orders": profile.orders, "drop_layers": profile.droppable()}
+    yield "kvmix tiers 2.15 drops", KVPlan.preset("tiers", geometry, bits=2.15, **dropping)
+    plain = Menu.uniform(geometry, bits=(2, 3, 4))
+    for bits in (2.5, 3.0):
+        yield f"planner untiered {bits}", profile.plan(bits=bits, menu=plain, tile=TILE)
+    for bits in (2.5, 2.75, 3.0):
+        yield f"kvmix default {bits}", profile.plan(bits=bits, tile=TILE)
     whole = KVPlan.preset("tiers", geometry, bits=2.4, channel_orders=orders)
     key = replace(whole.layers[0].key, bits=2, tiers=(), order="none", channel_order="", range_factor=0.8)
     yield "kvmix tiers 2.4 without tiers g32", whole.with_layers("all", key=replace(key, group_size=32))
@@ -75,17 +106,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--provider", action="append", help="only those whose names contain this; repeatable")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        help="only the one of this name, or those whose names contain it; repeatable",
+    )
     chosen = parser.parse_args().provider
     model, tokenizer = load_smollm2()
     geometry = ModelGeometry.of(model)
     orders = channel_orders(model, tokenizer=tokenizer)
+    profile = profile_of(model, tokenizer)
+    print(profile.describe(), f"dropping: {profile.droppable()}", sep="\n", flush=True)
     for case, shift in (("smollm2 {} tiers", 0), ("smollm2 {} tiers held out", HELD_OUT)):
         ids = torch.cat([chunks(tokenizer, name, shift) for name in TEXTS])
         evaluate = Evaluator(model, ids, PROMPT, STEP)
         found: dict[str, Loss] = {}
-        for provider, plan in compared(geometry, orders):
-            if chosen and not any(part in provider for part in chosen):
+        plans = dict(compared(geometry, orders, profile))
+        for provider, plan in plans.items():
+            if chosen and not any(part == provider if part in plans else part in provider for part in chosen):
                 continue
             started = time.perf_counter()
             found[provider] = loss = evaluate(plan)

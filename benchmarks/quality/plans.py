@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry
+from kvmix_fx.profiling import channel_orders
 
 HIGH_KEY_LAYERS = (17, 18, 19, 20, 23, 24)
 """The 20 % of SmolLM2's layers whose 2-bit keys cost most: `python -m benchmarks.quality.sensitivity`."""
@@ -29,6 +32,19 @@ def kvmix(model: object) -> KVPlan:
     return KVPlan.preset("kvmix", model, high_key_layers=HIGH_KEY_LAYERS, high_value_layers=HIGH_VALUE_LAYERS)
 
 
+def tiers(name: str) -> Callable[[nn.Module], KVPlan]:
+    """The preset of so many bits, its orders of channels from the package's own text, or from the prompt."""
+
+    def make(model: nn.Module) -> KVPlan:
+        _, bits, source = name.split()
+        orders = channel_orders(model) if source == "plan" else None
+        return KVPlan.preset("tiers", model, bits=float(bits), channel_orders=orders)
+
+    return make
+
+
+TIERS = ("tiers 2.4 plan", "tiers 2.4 prompt", "tiers 2.6 plan", "tiers 3.1 plan")
+
 NAMES = (
     "k4v4 g32 w32",
     "k4v2 g32 w32",
@@ -48,9 +64,10 @@ NAMES = (
     "k2v2 g128 w32",
     "k4v4 g128 w32",
 )
-PLANS: dict[str, Callable[[object], KVPlan]] = {
+PLANS: dict[str, Callable[[nn.Module], KVPlan]] = {
     name: kvmix if name.startswith("preset") else uniform(name) for name in NAMES
-}
+} | {name: tiers(name) for name in TIERS}
 """g: elements per group; w: recent tokens raw at least; s: first tokens raw. g128 groups values per head.
 
-"preset" is KVmix's own plan, the others are uniform."""
+"preset" is KVmix's own plan; "tiers" are the preset of that name, with orders of channels that the plan
+brings, or that the first flush chooses; the others are uniform."""

@@ -33,7 +33,7 @@ def main() -> None:
     model, tokenizer = load_smollm2()
     plans = {
         "unquantized": None,
-        "uniform K2V2 g32": KVPlan.uniform(model, 2, 2, 32),
+        "uniform K2V2 g32": KVPlan.uniform(model, 2, 2, 32, sink_length=0),
         "kvmix tiers 2.4 prompt": KVPlan.preset("tiers", model),
     }
     depths = [float(depth) for depth in given.depths.split(",")]

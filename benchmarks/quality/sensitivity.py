@@ -56,8 +56,8 @@ def main() -> None:
         ]
     )
     reference = reference_predictions(model, ids)
-    raw = KVPlan.uniform(model, 16)
-    two = KVPlan.uniform(model, 2, window=0)
+    raw = KVPlan.uniform(model, 16, sink_length=0)
+    two = KVPlan.uniform(model, 2, window=0, sink_length=0)
     case = f"smollm2-135m prose calibration {options.chunks}x{options.length} one layer at 2 bits w0"
     for tensor in ("key", "value"):
         found = {}

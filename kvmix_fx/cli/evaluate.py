@@ -154,6 +154,7 @@ def _figures(found: Evaluation) -> Table:
     ratio, plain = found.perplexity_ratio, found.perplexity_16bit
     table.add_row("perplexity ratio", *_told(ratio), f"perplexity {plain.value:.2f}")
     table.add_row("KL mean, nats per token", *_told(found.kl_mean))
+    table.add_row("KL of the worst chunk", *_told(found.kl_worst_chunk))
     for name, share in (("median", 0.5), ("99 %", 0.99), ("99.9 %", 0.999), ("max", 1.0)):
         table.add_row(f"KL {name}", *_told(found.kl_quantile(share)))
     table.add_row("same top token", *_told(found.same_top_share, percent=True))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvmix_fx.cli.common import Answer, answers, load_config, size
 from kvmix_fx.errors import CommandError, PlanError, PlanFieldError, PresetError
-from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, QuantSpec, join_layers
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, QuantSpec, default_plan, join_layers
 from kvmix_fx.plan.selection import select_layers
 from kvmix_fx.plan.text import parse_bits
 
@@ -73,7 +73,7 @@ class PresetChoice:
             name, equals, value = option.partition("=")
             if not equals:
                 raise CommandError(f"--option takes NAME=VALUE, got {option!r}")
-            given[name.replace("-", "_")] = int(value) if value.isdecimal() else value
+            given[name.replace("-", "_")] = _number(value)
         return given
 
     def changed(self, plan: KVPlan) -> KVPlan:
@@ -110,9 +110,14 @@ class PlanChoice(PresetChoice):
         return self.changed(read_plan(self.plan).for_model(target))
 
 
-def default_plan(target: object) -> KVPlan:
-    """The plan of commands that are not told one: the preset "tiers", about 2.4 bits without calibration."""
-    return KVPlan.preset("tiers", target)
+def _number(text: str) -> int | float | str:
+    """A number where the text is one, which no selection of layers is but a single layer's."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def read_plan(name: str) -> KVPlan:

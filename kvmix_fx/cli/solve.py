@@ -10,6 +10,8 @@ import typer
 from kvmix_fx.cli.common import Answer, answers
 from kvmix_fx.cli.plan import described, view
 from kvmix_fx.cli.profile import check_target
+from kvmix_fx.errors import CommandError
+from kvmix_fx.plan.schema import DEFAULT_SINK
 
 
 @answers
@@ -32,12 +34,26 @@ def solve(
         str | None, typer.Option(help="What to go by; the best that was measured.", show_default=False)
     ] = None,
     allocator: Annotated[str, typer.Option(help="How to spend the budget.")] = "exact",
+    order: Annotated[
+        str, typer.Option(help="Of channels with bits of their own: plan, as measured, or prompt.")
+    ] = "plan",
+    max_drop_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Nats that dropping channels of one layer may have cost for a plan to do so; 0 for none.",
+            show_default=False,
+        ),
+    ] = None,
+    sink: Annotated[int, typer.Option(min=0, help="Leading tokens kept at 16 bits.")] = DEFAULT_SINK,
+    window: Annotated[int, typer.Option(min=0, help="Recent tokens kept at 16 bits.")] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace the plan if it exists.")] = False,
 ) -> Answer:
     """Make a plan from a profile under a budget; needs no model."""
-    from kvmix_fx.profiling.report import Profile
+    from kvmix_fx.profiling.report import MAX_DROP_KL, Profile
 
     check_target(out, force)
+    if order not in ("plan", "prompt"):
+        raise CommandError(f"--order is plan or prompt, got {order!r}")
     found = Profile.load(file)
     plan = found.plan(
         bits=bits,
@@ -48,6 +64,10 @@ def solve(
         tp_size=tp,
         signal=signal,
         allocator=allocator,
+        order="plan" if order == "plan" else "prompt",
+        max_drop_kl=MAX_DROP_KL if max_drop_kl is None else max_drop_kl,
+        sink_length=sink,
+        window=window,
     )
     plan.save(out)
     return Answer({"path": str(out), **described(plan)}, f"{view(plan)}\nwritten to {out}")

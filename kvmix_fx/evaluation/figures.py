@@ -87,6 +87,11 @@ class Evaluation:
         return _figure(self.kl, lambda x: float(x.mean()))
 
     @property
+    def kl_worst_chunk(self) -> Figure:
+        """Nats per token, in the chunk where it is most: a mean can hide one that breaks."""
+        return Figure(float(self.kl.mean(1).max()))
+
+    @property
     def same_top_share(self) -> Figure:
         """Of the predictions, from 0 to 1."""
         return _figure(self.same_top.double(), lambda x: float(x.mean()))
@@ -121,6 +126,7 @@ class Evaluation:
             "perplexity_ratio": self.perplexity_ratio,
             "perplexity_16bit": self.perplexity_16bit,
             "kl_mean": self.kl_mean,
+            "kl_worst_chunk": self.kl_worst_chunk,
             "kl_median": self.kl_quantile(0.5),
             "kl_99": self.kl_quantile(0.99),
             "kl_99_9": self.kl_quantile(0.999),

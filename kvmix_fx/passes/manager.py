@@ -32,6 +32,7 @@ from kvmix_kernels.layout import TensorFormat
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
+FIXED_WINDOW = "a window in a cache of fixed capacity stays at 16 bits: growing caches pack it"
 UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
@@ -88,6 +89,8 @@ def run(
     for site in sites:
         if not own_buffers:
             site.buffers = None
+        if windows and plan.geometry is not None and _is_fixed_window(site):
+            site.buffers, site.reason = None, FIXED_WINDOW
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
@@ -109,6 +112,17 @@ def run(
         log.debug("%s", site)
     log.info("kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(sites))
     return PassResult(result, report)
+
+
+def _is_fixed_window(site: Site) -> bool:
+    """Whether a site reads plain buffers of a layer: where others are exchanged, those of a window."""
+    root = site.key_root
+    return (
+        site.action == LEAVE
+        and root is not None
+        and root.op == "placeholder"
+        and dynamo.place(root).endswith("].keys")
+    )
 
 
 def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
@@ -233,13 +247,14 @@ def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
 def _missed(one: Missed) -> SiteReport:
     """Its cache is packed where it came in packed: then it is unpacked for whoever reads it."""
     formats = [update.tensor.format for update in one.updates][:2]
+    uncounted = any(fmt.high is not None for fmt in formats)
     keys, values = (formats[0], formats[-1]) if formats else (None, None)
     return SiteReport(
         layer=one.layer,
         module=one.module,
         idiom=one.updates[0].idiom.name if one.updates else "none",
         action=NOT_RECOGNIZED,
-        reason=one.miss.reason,
+        reason="; ".join((one.miss.reason, *((NOT_COUNTED,) if uncounted else ()))),
         key_bits=keys.bits if keys else layout.RAW_BITS,
         value_bits=values.bits if values else layout.RAW_BITS,
         bytes_per_token=None,

@@ -25,7 +25,7 @@ from kvmix_fx.passes.find.updates import (
     is_append,
     packed_inputs,
 )
-from kvmix_fx.passes.find.views import heads_root
+from kvmix_fx.passes.find.views import called, heads_root
 from kvmix_fx.passes.sites import (
     ADOPT,
     APPEND,
@@ -42,6 +42,7 @@ from kvmix_fx.passes.sites import (
 NO_CACHE = "keys and values do not leave the graph: there is no cache here"
 STORED = "no attention that reads it was recognized, so every step unpacks one layer at a time"
 COMPUTED = "what it attends to is computed from cached tensors, which are packed as storage"
+NEW_BUFFER = "its cache is a buffer of fixed capacity, which stays at 16 bits: growing caches are packed"
 SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
 
 
@@ -110,7 +111,7 @@ def match(graph: fx.Graph) -> Matched:
     sites += _stored(outputs, sites)
     served = {update for site in sites for update in (site.key_update, site.value_update) if update}
     left = [update for update in updates if update not in served]
-    _tell_computed(sites, left)
+    _tell_computed(sites, left, outputs)
     pairs, single = _pairs(left)
     missed = []
     # what got furthest comes first
@@ -293,7 +294,7 @@ def _stored(outputs: Collection[fx.Node], sites: list[Site]) -> list[Site]:
         if len(pair) < 2 or any(node in roots or node.op == "placeholder" for node in pair.values()):
             continue
         key, value = pair["keys"], pair["values"]
-        if not all(_is_plain_cache(example(node)) for node in (key, value)):
+        if not all(_is_plain_cache(example(node)) and not _is_buffer(node) for node in (key, value)):
             continue
         starts = [_start_of_tail(node) if node.target is operator.getitem else None for node in (key, value)]
         if starts[0] != starts[1]:
@@ -305,12 +306,27 @@ def _stored(outputs: Collection[fx.Node], sites: list[Site]) -> list[Site]:
     return sorted(found, key=lambda site: site.call.node)
 
 
-def _tell_computed(sites: list[Site], left: list[Update]) -> None:
+def _tell_computed(sites: list[Site], left: list[Update], outputs: Collection[fx.Node]) -> None:
     """Attention in a module that has a cache is not without one, even if it reads something else."""
     modules = {module_path(update.node) for update in left} | {site.module for site in sites if site.stored}
+    made = {module_path(node) for node in outputs if place(node).endswith("].keys") and _is_buffer(node)}
     for site in sites:
-        if site.reason == NO_CACHE and site.module in modules:
-            site.reason = COMPUTED
+        if site.reason == NO_CACHE and site.module in modules | made:
+            site.reason = COMPUTED if site.module in modules else NEW_BUFFER
+
+
+def _is_buffer(node: fx.Node) -> bool:
+    """Whether this is memory that is filled by position, and later written in place."""
+    written = (user for user in node.users if user.args and user.args[0] is node)
+    in_place = any(
+        user.target is operator.setitem or called(user).rstrip("_") != called(user) for user in written
+    )
+    return in_place or called(node).removeprefix("new_").removesuffix("_like") in (
+        "zeros",
+        "empty",
+        "full",
+        "ones",
+    )
 
 
 def _is_plain_cache(x: Any) -> bool:

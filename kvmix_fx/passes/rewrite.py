@@ -240,7 +240,8 @@ class _Rewriter:
         more: tuple[Any, ...] = (query,) if fmt.asks_queries else ()
         if fmt.high is not None:
             scale, softcap = (1.0, 0.0) if call is None else (_scale(call), call.softcap)
-            more = (query, self.mass.get(k.past), scale, softcap)
+            sinks = None if call is None else call.sinks
+            more = (query, self.mass.get(k.past), scale, softcap, sinks)
         with self.graph.inserting_after(anchor):
             self.graph.call_function(
                 ops.append_ if fmt.high is None else token_ops.append_tiers_,
@@ -280,7 +281,8 @@ class _Rewriter:
         """Pack both at once: the tokens of their high tier are the same."""
         roots = site.key_root, site.value_root
         key_format, value_format = self.formats(site)
-        order = self._hint(site, key_format) if key_format.order == layout.ORDER_PLAN else ()
+        hint = self._hint(site, key_format) if key_format.order == layout.ORDER_PLAN else ()
+        order = hint[0] if hint else None
         for role, (root, fmt) in enumerate(zip(roots, (key_format, value_format), strict=True)):
             self._look_at(site, role, root, fmt)
         call = site.call
@@ -289,7 +291,7 @@ class _Rewriter:
                 token_ops.pack_tiers,
                 (
                     *(*roots, call.query, call.mask, _scale(call), call.softcap),
-                    *(key_format.encode(), value_format.encode(), *order),
+                    *(key_format.encode(), value_format.encode(), order, None, call.sinks),
                 ),
             )
         after, first = packed, 0

@@ -1,7 +1,7 @@
 """Plans: how every layer's keys and values are kept. Imports neither torch nor a model library."""
 
 from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
-from kvmix_fx.plan.presets import PRESETS, preset
+from kvmix_fx.plan.presets import PRESETS, default_plan, preset
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.schema import KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import LayerSelection, join_layers, select_layers
@@ -18,6 +18,7 @@ __all__ = [
     "QuantSpec",
     "TokenTier",
     "WindowRule",
+    "default_plan",
     "join_layers",
     "preset",
     "select_layers",

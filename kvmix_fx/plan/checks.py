@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kvmix_fx.errors import PlanFieldError
@@ -13,6 +14,14 @@ def check_integer(field: str, value: object, minimum: int) -> None:
         raise PlanFieldError(f"{field} must be an integer, got {value!r}", field)
     if value < minimum:
         raise PlanFieldError(f"{field} must be at least {minimum}, got {value}", field)
+
+
+def check_positive(field: str, value: object) -> None:
+    """Raise PlanFieldError unless `value` is a number (not a bool) above 0 and finite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise PlanFieldError(f"{field} must be a number, got {value!r}", field)
+    if not 0 < value < math.inf:
+        raise PlanFieldError(f"{field} must be positive and finite, got {value}", field)
 
 
 def check_choice(field: str, value: object, choices: Sequence[int] | Sequence[str]) -> None:

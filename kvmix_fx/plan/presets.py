@@ -15,8 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 from kvmix_fx.errors import PlanLayerError, PresetError
+from kvmix_fx.plan.checks import check_positive
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.schema import (
+    DEFAULT_SINK,
     Axis,
     GroupSize,
     KVPlan,
@@ -26,7 +28,7 @@ from kvmix_fx.plan.schema import (
     WindowRule,
     as_window,
 )
-from kvmix_fx.plan.selection import LayerSelection
+from kvmix_fx.plan.selection import LayerSelection, select_layers
 from kvmix_fx.plan.token_tier import Policy, TokenTier
 
 
@@ -39,7 +41,7 @@ def uniform(
     key_axis: Axis = "channel",
     value_axis: Axis = "token",
     window: WindowRule | int = 32,
-    sink_length: int = 0,
+    sink_length: int = DEFAULT_SINK,
     tile: int | None = None,
     scale_dtype: ScaleDtype = "float16",
     name: str | None = None,
@@ -86,8 +88,10 @@ def kivi(
 ) -> KVPlan:
     """KIVI (arXiv 2402.02750): one low bit width, keys per channel, values per token, a raw window.
 
-    KIVI's window holds 0 to R - 1 recent keys and R recent values; here keys and values share one window
-    that never falls below `window` tokens, so this plan keeps somewhat more keys raw.
+    Groups of 32, scales and offsets in float16, no sinks, R = 128, as published. One thing differs: KIVI's
+    window holds 0 to R - 1 recent keys and R recent values; here keys and values share one window that never
+    falls below `window` tokens and holds up to a group more, so this plan keeps more keys raw. In the limit
+    of long contexts its bits are KIVI's own.
     """
     layer = LayerPlan(
         QuantSpec(bits, "channel", group_size),
@@ -103,20 +107,24 @@ def kv_adaquant(
     key_bits: int = 4,
     value_bits: int = 2,
     *,
-    key_group_size: int = 32,
+    key_axis: Axis = "token",
+    key_group_size: GroupSize | None = None,
     value_group_size: GroupSize = "head",
     window: WindowRule | int = 64,
     sink_length: int = 0,
 ) -> KVPlan:
     """KV-AdaQuant (arXiv 2502.15075): more bits for keys than for values, K4V2 in every layer.
 
-    Differs from the paper, which groups 128 channels of one token in keys and values alike and rounds the
-    whole cache again at each flush: keys are per channel in groups of 32 tokens, the variant that the
-    paper's own group-size study favours, values take one group per head (128 channels in its models),
-    and nothing is rounded twice.
+    Keys and values are grouped per token, 128 channels in the paper: one group per head here, which is the
+    same for heads of 128. `key_axis="channel"` groups keys along 32 tokens of a channel instead, the variant
+    that the paper's own study of group sizes favours. Two things differ. The paper's code rounds the whole
+    cache again at each flush; here nothing is rounded twice. Its residual empties when it reaches 64 tokens;
+    here it never falls below 64. The allocator of its repository is `kvmix_fx.plan.allocators` "greedy".
     """
+    if key_group_size is None:
+        key_group_size = "head" if key_axis == "token" else 32
     layer = LayerPlan(
-        QuantSpec(key_bits, "channel", key_group_size),
+        QuantSpec(key_bits, key_axis, key_group_size),
         QuantSpec(value_bits, "token", value_group_size),
         as_window(window),
         sink_length,
@@ -138,12 +146,21 @@ def kvmix(
 ) -> KVPlan:
     """KVmix (arXiv 2506.08018): more bits in the layers whose keys, or whose values, matter most.
 
-    The two rankings are independent; the paper takes the first 20 % of each. Either may be empty.
+    The two rankings are independent; the paper takes the first 20 % of each. Either may be empty. Groups of
+    32, keys per channel, values per token, after the rotary embedding, no sinks, as published. Two things
+    differ.
 
-    Differs from the paper in two ways. Its 3-bit keys put 11 elements into a 32-bit word, which clips every
-    eleventh and needs a scale per 11 tokens (5.8 bits per element); here 3 bits are dense, in groups like
-    the others' (4.0 bits at 32), and `high_key_bits=4` is the next step up. Its window is a ratio of itself
-    that shrinks to about one group; here it is one group.
+    Its 3-bit keys put 11 elements into a 32-bit word, which clips every eleventh and needs a scale per 11
+    tokens (5.8 bits per element); here 3 bits are dense, in groups like the others' (4.0 bits at 32), and
+    `high_key_bits=4` is the next step up.
+
+    Its window keeps a ratio r of *itself and what is new* (.1 at 2 bits, .2 above) whenever it flushes: with
+    .2 a prompt of 688 leaves 144 tokens, the next steps 49 and 18, and from then on it is at most
+    G / (1 - r). Here it is one group. There is no kind of window for that rule, nor for the one of a class in
+    its repository, a ratio of the whole context. The first would make what is packed depend on how the tokens
+    arrived, while here it follows from their number alone: appended one by one or at once, a cache holds the
+    same bits. The second grows without end, and raw slots are allocated once; it would cost r * (16 - b) bits
+    per element at any length, for b effective bits: 1.3 at 10 % and 2.6 at 20 % of the context at 3 bits.
 
     Args:
         target: model, configuration, ModelGeometry or number of layers.
@@ -176,6 +193,8 @@ def kvmix(
 
 TIER_STEPS = ((2.5, 4, 2), (3.0, 2, 2), (float("inf"), 2, 3))
 """Of `tiers`: below so many bits, one of how many channels of keys is at 4 bits, and bits of values."""
+DROPS_BELOW = 2.25
+"""Bits below which `tiers` drops channels of keys, where it is told the layers that can do without them."""
 
 
 def tiers(
@@ -183,15 +202,19 @@ def tiers(
     bits: float = 2.4,
     *,
     channel_orders: Sequence[str] | None = None,
+    drop_layers: LayerSelection = (),
     group_size: int = 128,
     window: WindowRule | int = 32,
-    sink_length: int = 4,
+    sink_length: int = DEFAULT_SINK,
 ) -> KVPlan:
     """Channel tiers of keys, rotated values, scales of a byte and four sinks: the plan for who names none.
 
     Keys keep a part of their channels at 4 bits and the others at 2, values are rounded in a rotated basis.
     By `bits`: up to 2.5 a quarter of the channels at 4 bits and symmetric values of 2 (about 2.35 bits in
     all at head size 128), up to 3.0 half of them (2.6), above that half of them and values of 3 bits (3.1).
+    Below 2.25 bits the layers of `drop_layers` keep of a quarter of their channels the mean of each group of
+    tokens alone (2.1 if all do). One layer that cannot do without spoils everything, and it is another one in
+    each model: take them from a profile, whose `droppable()` has measured every layer.
     Counts are rounded to multiples of 8 channels. The idea of tiers is MixKVQ's (arXiv 2512.19206) and
     Kitty's (arXiv 2511.18643); rotation is QuaRot's (arXiv 2404.00456).
 
@@ -200,14 +223,16 @@ def tiers(
         bits: effective bits that are wished for; the largest of the three that is no larger, or the smallest.
         channel_orders: the order of channels of each layer, from `kvmix_fx.profiling.channel_orders`; None
             lets every prompt choose its own, which needs no calibration.
+        drop_layers: layers that may drop channels; without any, less than 2.25 bits is not to be had.
         group_size: tokens of keys that share a scale.
         window: recent tokens kept raw.
         sink_length: leading tokens kept raw.
 
     Raises:
-        PlanLayerError: not as many orders as layers.
+        PlanLayerError: not as many orders as layers, or a layer that there is not.
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
+    check_positive("bits", bits)
     geometry = ModelGeometry.of(target)
     share, value_bits = next((share, width) for below, share, width in TIER_STEPS if bits < below)
     if channel_orders is not None and len(channel_orders) != geometry.num_layers:
@@ -217,15 +242,19 @@ def tiers(
         )
     value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
 
+    dropping = bits < DROPS_BELOW and not _is_empty(drop_layers)
+    short = set(select_layers(drop_layers, geometry.num_layers)) if dropping else set()
+
     def layer(index: int) -> LayerPlan:
         head_dim = geometry.layer(index).head_dim
         high = max(8, head_dim // share // 8 * 8)
+        rest = head_dim - high
         key = QuantSpec(
             4,
             "channel",
             group_size,
             "byte",
-            tiers=((4, high), (2, head_dim - high)),
+            tiers=((4, high), (2, rest - high), (0, high)) if index in short else ((4, high), (2, rest)),
             order="prompt" if channel_orders is None else "plan",
             channel_order="" if channel_orders is None else channel_orders[index],
         )
@@ -413,6 +442,11 @@ TIER_TILE = 128
 def _eights(channels: float) -> int:
     """The multiple of 8 that is no smaller, which counts of channels have to be."""
     return math.ceil(channels / 8) * 8
+
+
+def default_plan(target: object) -> KVPlan:
+    """The plan of who names none: the preset `tiers`, about 2.4 bits without calibration."""
+    return tiers(target)
 
 
 PRESETS: Mapping[str, Callable[..., KVPlan]] = MappingProxyType(

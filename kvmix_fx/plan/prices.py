@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import NamedTuple
 
 from kvmix_fx.errors import PlanFieldError
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.schema import QuantSpec
+from kvmix_kernels.layout import TIER_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,49 @@ class Menu:
     values: tuple[QuantSpec, ...]
 
     @classmethod
-    def default(
+    def default(cls, geometry: ModelGeometry) -> Menu:
+        """All of `uniform`, and what lies between its formats.
+
+        Further keys have scales of a byte (2 bits of them over .8 of the range) or tiers of channels: an
+        eighth to three quarters at 4 bits and the others at 2, and one format that drops a quarter. Further
+        values are rotated, with scales of a byte. Orders of channels belong to layers, so the menu leaves
+        them to the prompt and `Profile.plan` puts in those that were measured.
+        """
+        plain, head_dim = cls.uniform(geometry), geometry.head_dim
+        byte = [
+            QuantSpec(bits, "channel", size, "byte", range_factor=NARROW_RANGE if bits == 2 else None)
+            for bits, size in ((2, 32), (2, 64), (2, 128), (3, 128), (4, 128))
+        ]
+        shares = [(1, 7, 0), (2, 6, 0), (4, 4, 0), (6, 2, 0), (2, 4, 2)]
+        counts = [[share * head_dim // 8 for share in part] for part in shares]
+        tiers = [
+            QuantSpec(
+                4,
+                "channel",
+                TIERED_GROUP,
+                "byte",
+                tiers=tuple((bits, n) for bits, n in zip((4, 2, 0), part, strict=True) if n),
+                order="prompt",
+            )
+            for part in counts
+            if sum(part) == head_dim and not any(n % TIER_CHANNELS for n in part)
+        ]
+        values = [
+            QuantSpec(bits, "token", "head", "byte", rotation="hadamard", symmetric=symmetric)
+            for bits, symmetric in ((2, True), (2, False), (3, False), (4, False))
+        ]
+        if head_dim > 32 and head_dim % 32 == 0:
+            values.insert(2, QuantSpec(2, "token", 32, "byte", rotation="hadamard"))
+        return cls((*plain.keys, *byte, *tiers), (*plain.values, *values))
+
+    @classmethod
+    def uniform(
         cls,
         geometry: ModelGeometry,
         bits: Sequence[int] = (2, 3, 4, 8),
         group_sizes: Sequence[int] = (32, 64, 128),
     ) -> Menu:
-        """Keys per channel in groups of tokens, values per token in groups of channels.
+        """Keys per channel in groups of tokens, values per token in groups of channels; float16 scales.
 
         Args:
             geometry: of the model; value groups divide its heads, and the whole head is always offered.
@@ -49,6 +87,36 @@ class Menu:
             tuple(QuantSpec(b, "channel", size) for b in bits for size in group_sizes),
             tuple(QuantSpec(b, "token", size) for b in bits for size in (*along_head, "head")),
         )
+
+    def predictable(self) -> Menu:
+        """The formats whose error `distortion` knows, which is all that a score can be priced with."""
+        return Menu(*(tuple(filter(is_predictable, specs)) for specs in (self.keys, self.values)))
+
+    def dropping(self) -> tuple[int, ...]:
+        """Positions of the formats of keys that drop channels."""
+        return tuple(n for n, spec in enumerate(self.keys) if drops(spec))
+
+
+NARROW_RANGE = 0.8
+"""Of keys of 2 bits with scales of a byte: what is cut off costs less than wide steps do."""
+TIERED_GROUP = 128
+"""Tokens that share a scale in formats with tiers."""
+
+
+def drops(spec: QuantSpec) -> bool:
+    """Whether a format drops channels."""
+    return any(bits == 0 for bits, _ in spec.tiers)
+
+
+def keeping(spec: QuantSpec) -> QuantSpec:
+    """A format that drops channels, with those at 2 bits instead."""
+    counts = dict(spec.tiers)
+    return replace(spec, tiers=((4, counts[4]), (2, counts.get(2, 0) + counts.get(0, 0))))
+
+
+def is_predictable(spec: QuantSpec) -> bool:
+    """Whether `distortion` says what a format costs: not with tiers, symmetric codes, or part of a range."""
+    return not spec.tiers and not spec.symmetric and spec.range_factor is None
 
 
 @dataclass(frozen=True)
@@ -85,18 +153,27 @@ class Prices:
         menu: the formats.
         keys: loss by layer and position in `menu.keys`.
         values: loss by layer and position in `menu.values`, in the same unit as the keys'.
+        barred: layers and positions in `menu.keys` that no plan may have together, whatever the price.
 
     Raises:
-        PlanFieldError: a table does not fit the menu, or a loss is negative or not finite.
+        PlanFieldError: a table does not fit the menu, a loss is negative or not finite, or a layer may have
+            no format at all.
     """
 
     signal: str
     menu: Menu
     keys: tuple[tuple[float, ...], ...]
     values: tuple[tuple[float, ...], ...]
+    barred: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         _check_layers(self.signal, self.keys, self.values)
+        for layer in {layer for layer, _ in self.barred}:
+            if all((layer, n) in self.barred for n in range(len(self.menu.keys))):
+                raise PlanFieldError(
+                    f"signal {self.signal!r}: no format of the menu is left for the keys of layer {layer}",
+                    "barred",
+                )
         for role, rows, options in (
             ("keys", self.keys, self.menu.keys),
             ("values", self.values, self.menu.values),
@@ -109,6 +186,31 @@ class Prices:
                         role,
                     )
                 _check_numbers(self.signal, row)
+
+    def within(self, menu: Menu) -> Prices:
+        """The prices of some of the formats.
+
+        Raises:
+            PlanFieldError: `menu` has a format that is not priced here.
+        """
+        places = []
+        for role, wanted, known in (
+            ("keys", menu.keys, self.menu.keys),
+            ("values", menu.values, self.menu.values),
+        ):
+            missing = [spec for spec in wanted if spec not in known]
+            if missing:
+                raise PlanFieldError(
+                    f"signal {self.signal!r} has no price for {missing[0]}: profile with a menu that has it",
+                    role,
+                )
+            places.append([known.index(spec) for spec in wanted])
+        keys, values = (
+            tuple(tuple(row[n] for n in found) for row in rows)
+            for found, rows in zip(places, (self.keys, self.values), strict=True)
+        )
+        barred = {(layer, n) for n, old in enumerate(places[0]) for layer, at in self.barred if at == old}
+        return Prices(self.signal, menu, keys, values, frozenset(barred))
 
     @classmethod
     def from_scores(cls, scores: Scores, menu: Menu, head_dim: int) -> Prices:
@@ -125,6 +227,13 @@ class Prices:
             tuple(tuple(score**2 * d for d in keys) for score in scores.keys),
             tuple(tuple(score**2 * d for d in values) for score in scores.values),
         )
+
+
+class Drop(NamedTuple):
+    """What dropping channels of one layer costs, nats per prediction: over all prompts, and in the worst."""
+
+    mean: float
+    worst: float
 
 
 def distortion(spec: QuantSpec, head_dim: int) -> float:

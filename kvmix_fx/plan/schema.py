@@ -9,14 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
-from kvmix_fx.plan.checks import check_choice, check_integer, check_type
+from kvmix_fx.errors import (
+    FormatError,
+    HeadSizeError,
+    PlanFieldError,
+    PlanGeometryError,
+    PlanLayerError,
+    RangeWarning,
+)
+from kvmix_fx.plan.checks import check_choice, check_integer, check_positive, check_type
 from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.orders import checked_tiers, decode_order
 from kvmix_fx.plan.provenance import Provenance
@@ -39,6 +47,9 @@ ROTATIONS: tuple[Rotation, ...] = ("none", "hadamard")
 PLAIN_FIELDS = ("bits", "axis", "group_size", "scale_dtype")
 """Of a spec, in plan files of version 1."""
 SMALLEST_DEFAULT_TILE = 32
+DEFAULT_SINK = 4
+"""First tokens that plans of ours keep raw. Models attend to them from everywhere: four cost nothing at
+length and take 40 to 60 % off the divergence at 2 bits (`benchmarks/README.md`)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,13 @@ class QuantSpec:
         check_type("symmetric", self.symmetric, bool)
         check_type("channel_order", self.channel_order, str)
         if self.range_factor is not None:
-            check_type("range_factor", self.range_factor, float)
+            check_positive("range_factor", self.range_factor)
+            if not 0.01 <= self.range_factor <= 1:
+                raise PlanFieldError(
+                    f"range_factor must be from 0.01 to 1, the whole range, got {self.range_factor}",
+                    "range_factor",
+                )
+            object.__setattr__(self, "range_factor", float(self.range_factor))
         object.__setattr__(self, "tiers", checked_tiers(self.tiers))
         if bool(self.channel_order) != (self.order == "plan"):
             raise PlanFieldError(
@@ -107,6 +124,8 @@ class QuantSpec:
                 "so give their number",
                 "group_size",
             )
+        else:
+            self.format(1)
 
     def format(self, tile: int, sink: int = 0, window: int = 0) -> TensorFormat:
         """The storage format under a tile, a sink and a window, all in tokens.
@@ -156,9 +175,8 @@ class WindowRule:
     """Which recent tokens of a layer stay raw.
 
     Attributes:
-        kind: "fixed", the only kind in this version: at least `length` recent tokens, whatever the
-            context. KVmix's window, a ratio applied to itself at every flush, shrinks to about one group
-            within a few steps, so a fixed window of one group stands for it.
+        kind: "fixed", the only kind: at least `length` recent tokens, whatever the context. KVmix's windows
+            are ratios; `kvmix_fx.plan.presets.kvmix` says what they would be and why there are none.
         length: tokens kept raw at least. Up to one tile more waits to be packed.
 
     Raises:
@@ -181,10 +199,14 @@ class LayerPlan:
         key: how keys are quantized.
         value: how values are quantized.
         window: recent tokens kept raw.
-        sink_length: leading tokens kept raw.
+        sink_length: leading tokens kept raw. None here, as in plan files that do not say; whatever makes a
+            plan of its own accord (the presets of ours, the allocators) keeps `DEFAULT_SINK`.
         tile: tokens packed together, a multiple of every group that runs along tokens. None takes the
             smallest such number from 32 up.
         token_tier: tokens that are kept at more bits; None for all alike.
+
+    Warns:
+        RangeWarning: values that are not rotated have a range factor below 1.
 
     Raises:
         PlanFieldError: a field has a wrong type or a value outside its choices.
@@ -213,6 +235,14 @@ class LayerPlan:
             raise PlanFieldError(
                 "keys are not rotated: it takes away the channels that tell them apart; rotate values",
                 "key",
+            )
+        factor = self.value.range_factor
+        if factor is not None and factor < 1 and self.value.rotation == "none" and not self.value.is_raw:
+            warnings.warn(
+                f"range_factor={factor} cuts off the largest values, which are not rotated: rotate them "
+                '(rotation="hadamard") or leave range_factor at 1',
+                RangeWarning,
+                stacklevel=3,
             )
         self._formats()
 
@@ -295,12 +325,14 @@ class LayerPlan:
         return replace(self, key=key, value=value)
 
     def packs_window(self, window: int) -> bool:
-        """Whether anything of a sliding window of so many tokens is packed: more than what stays raw.
-
-        A token tier is over all tokens, so a layer with one keeps windows at 16 bits.
-        """
-        fits = window - 1 > self.window.length + self.tile_length
-        return fits and not self.is_raw and self.token_tier is None
+        """Whether anything of a sliding window of so many tokens is packed: more than what stays raw."""
+        orders = (layout.ORDER_NONE, layout.ORDER_PLAN, layout.ORDER_PROMPT)
+        if any(
+            fmt.order not in orders or set(fmt.buffer_names) - {*layout.BUFFER_NAMES, "order"}
+            for fmt in self._formats()
+        ):
+            return False  # what such formats keep beside codes and scales does not leave with a tile
+        return not self.is_raw and window - 1 > self.window.length + self.tile_length
 
     def formats(self, head_dim: int, value_dim: int | None = None) -> tuple[TensorFormat, TensorFormat]:
         """Storage formats of the keys and the values for heads of `head_dim` channels.
@@ -587,10 +619,8 @@ class KVPlan:
         for layer, sizes in self._cached_layers():
             tokens = length
             if sizes.window and cache == "fixed":
-                layer, tokens = (
-                    replace(layer, key=_RAW, value=_RAW, token_tier=None),
-                    min(length, sizes.window),
-                )
+                layer = replace(layer, key=_RAW, value=_RAW, token_tier=None)
+                tokens = min(length, sizes.window)
             elif sizes.window:
                 layer = layer.in_window()
                 tokens = min(length, layer.most_of_window(sizes.window))

@@ -31,13 +31,15 @@ def allocated_bytes(fmt: TensorFormat, head_dim: int, length: int, itemsize: int
 def mean_bits(fmt: TensorFormat, head_dim: int, length: int | None) -> float:
     """Bits per element of `length` stored tokens, or of endlessly many for None.
 
-    Sink and window tokens count as raw; slots that are allocated and empty are not counted.
+    Sink and window tokens count as raw, and the order of channels, one number a channel, counts too; slots
+    that are allocated and empty are not counted.
     """
     packed_bits = layout.bits_per_packed_element(fmt, head_dim)
     if length is None:
         return packed_bits
     packed = fmt.packed_tiles(length) * fmt.tile
-    total = packed * packed_bits + (length - packed) * layout.RAW_BITS
+    order = 8 * layout.ORDER_ITEMSIZE if fmt.order else 0
+    total = packed * packed_bits + (length - packed) * layout.RAW_BITS + order
     if fmt.high is not None and fmt.high.count:
         total += min(fmt.high.count, packed) * layout.bits_per_high_element(fmt, head_dim)
     return total / length

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvmix_fx.errors import CalibrationError, MissingPackageError
 
@@ -108,6 +108,38 @@ def load_calibration(
     )
     start = _prefix(tokenizer)
     return _cut(ids, start, prompts or PROMPTS, length or LENGTH, source, shortest)
+
+
+def is_text(data: object) -> bool:
+    """Whether what the user gave has to be read by a tokenizer."""
+    return not isinstance(data, (Tensor, Mapping))
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that belongs to a model's name; None for a model without one.
+
+    Raises:
+        CalibrationError: there is none under that name.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"no tokenizer was found at {name!r}: pass tokenizer=...") from error
+
+
+def check_vocabulary(model: nn.Module, calibration: Calibration) -> None:
+    """Raise CalibrationError if the text has tokens that the model does not know."""
+    largest = int(calibration.ids.max())
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int) and largest >= size:
+        raise CalibrationError(
+            f"the calibration text has token id {largest}, the model knows {size}: pass its own tokenizer"
+        )
 
 
 def _from_ids(given: Any, mask: Any, shortest: int) -> Calibration:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kvmix_fx.errors import CalibrationError, SignalError, SignalUnavailable
-from kvmix_fx.plan.prices import Menu, Prices, Scores
+from kvmix_fx.plan.prices import TIERED_GROUP, Drop, Menu, Prices, Scores
 from kvmix_fx.profiling.calibration import Calibration
-from kvmix_fx.profiling.kl import measure_kl, scale_prices
+from kvmix_fx.profiling.kl import measure_drops, measure_kl, scale_prices
 from kvmix_fx.profiling.observe import Listeners, Observer
+from kvmix_fx.profiling.orders import measure_orders
 from kvmix_fx.profiling.signals import SIGNALS, Fisher, Labels, Observation, Signal
 
 KL = "kl"
@@ -28,10 +30,12 @@ SCALED = "fisher_scaled"
 class Measured:
     """What came out, and what it took.
 
+    drops: what dropping channels costs each layer, by position of the format in the menu's keys.
     loss: mean over the text's tokens, nats. forwards, backwards: of whole prompts.
     """
 
     scores: dict[str, Scores] = field(default_factory=dict)
+    drops: dict[int, tuple[Drop, ...]] = field(default_factory=dict)
     prices: dict[str, Prices] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     loss: float = math.nan
@@ -76,6 +80,9 @@ def measure(
     """
     check_signals(names)
     measured = Measured()
+    if any(spec.tiers for spec in menu.keys) and not observer.orders:
+        observer.orders = measure_orders(observer, calibration, TIERED_GROUP, step)
+        measured.forwards += len(calibration.lengths)
     passing = [name for name in names if name in SIGNALS]
     if SCALED in names and Fisher.name not in names:
         passing.append(Fisher.name)
@@ -90,9 +97,13 @@ def measure(
             measured.unavailable[one.name] = str(why)
             continue
         (measured.prices if isinstance(result, Prices) else measured.scores)[one.name] = result  # type: ignore[index]
+    if menu.dropping():
+        measured.drops = measure_drops(observer, calibration, menu, step)
     if SCALED in names:
-        measured.prices[SCALED] = scale_prices(observer, calibration, measured.prices[Fisher.name], step)
-        measured.forwards += len(calibration.lengths) * (1 + len(menu.keys) + len(menu.values))
+        fisher = measured.prices[Fisher.name]
+        measured.prices[SCALED] = scale_prices(observer, calibration, fisher, step, measured.drops)
+        formats = len(menu.keys) + len(menu.values) - len(menu.dropping())
+        measured.forwards += len(calibration.lengths) * (1 + formats)
         if Fisher.name not in names:
             del measured.prices[Fisher.name]
     if KL in names:
@@ -117,7 +128,7 @@ def _read(
     ]
     total = 0.0
     for number, (row, length) in enumerate(zip(calibration.ids, calibration.lengths, strict=True)):
-        hearing = _Hearing(listening, length)
+        hearing = _Hearing(observer, listening, length)
         observer.listeners = hearing.listeners()
         try:
             loss = _read_prompt(observer, row[:length].to(device), len(row), kinds, hearing, generator)
@@ -169,7 +180,8 @@ def _read_prompt(
 class _Hearing:
     """Passes what an observer tells of one prompt to the signals it is for."""
 
-    def __init__(self, signals: list[Signal], length: int) -> None:
+    def __init__(self, observer: Observer, signals: list[Signal], length: int) -> None:
+        self._observer = observer
         self.kind: Labels = "none"
         self._signals = signals
         self._length = length
@@ -192,7 +204,7 @@ class _Hearing:
         self._tell("projection", self.kind, layer, role, h, g)
 
     def _tell(self, hears: str, kind: Labels, layer: int, role: str, x: Tensor, g: Tensor | None) -> None:
-        seen = Observation(layer, role, x, g, self._length)
+        seen = Observation(layer, role, x, g, self._length, partial(self._observer.rounded, layer))
         for one in self._signals:
             if one.hears == hears and one.labels == kind:
                 one.observe(seen)

@@ -30,8 +30,9 @@ from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.find.views import heads_root
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, AttentionCall, Site
-from kvmix_fx.plan import ModelGeometry
+from kvmix_fx.plan import ModelGeometry, QuantSpec
 from kvmix_fx.profiling.projections import Projection, find_projection
+from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.profiling.segments import SegmentedGraph
 from kvmix_kernels import layout
 
@@ -85,10 +86,13 @@ class Observer:
     Attributes:
         model: left as it is but for what `observing` restores.
         window: recent tokens that a query sees exactly, at least; a tile of 32 more wait to be packed.
+        sink_length: leading tokens that every query sees exactly.
         checkpointing: keep only what enters a layer for the backward, and compute the rest again.
         listeners: who is told.
         replacements: far copies to use instead, by layer and role, or what makes them from the exact ones.
         skipped: layers that the pass would leave at 16 bits, with the reason.
+        orders: of the channels of each layer's keys, the most important first, int [Hkv, D] of this rank's
+            heads; for formats with tiers, and empty until somebody has measured them.
         geometry: of the observed layers.
         ranks: among which the heads are shared out; each observes its own.
     """
@@ -99,6 +103,8 @@ class Observer:
     listeners: Listeners = field(default_factory=Listeners)
     replacements: dict[tuple[int, str], Replacement] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
+    sink_length: int = 0
+    orders: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._forward = torch.compile(
@@ -111,12 +117,18 @@ class Observer:
         self._recording = False
         self._only_look = False
         self.ranks = Ranks.of(self.model)
-        self._schedule = layout.make_format(8, "token", 16, tile=32, sink=0, window=self.window)
+        self._schedule = layout.make_format(
+            8, "token", 16, tile=32, sink=self.sink_length, window=self.window
+        )
 
     @property
     def first_packed_query(self) -> int:
         """Position of the first query that finds packed tokens."""
-        return self.window + self._schedule.tile
+        return self.sink_length + self.window + self._schedule.tile
+
+    def rounded(self, layer: int, x: Tensor, spec: QuantSpec, valid: Tensor | None) -> Tensor:
+        """What packing leaves of keys or values of `layer`, as `round_trip` says."""
+        return round_trip(x, spec, valid, sink=self.sink_length, order=self.orders.get(layer))
 
     @property
     def layers(self) -> list[int]:
@@ -435,7 +447,8 @@ def _leaf(x: Tensor) -> Tensor:
 def _packed(length: int, schedule: layout.TensorFormat, device: torch.device) -> Tensor:
     """Whether query t finds token j packed, bool [L, L]: the cache as it stood before t was read."""
     ends = torch.tensor([schedule.packed_end(t) for t in range(length)], device=device)
-    return torch.arange(length, device=device) < ends[:, None]
+    tokens = torch.arange(length, device=device)
+    return (tokens >= schedule.sink) & (tokens < ends[:, None])
 
 
 def _plain_forward(model: nn.Module) -> Callable[..., Any]:

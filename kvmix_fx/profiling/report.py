@@ -17,14 +17,20 @@ from kvmix_fx.errors import (
     ProfileMismatchError,
     SignalError,
 )
-from kvmix_fx.plan import KVPlan, ModelGeometry, Provenance, QuantSpec
-from kvmix_fx.plan.prices import Menu, Prices, Scores
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, Provenance, QuantSpec
+from kvmix_fx.plan.checks import check_choice
+from kvmix_fx.plan.prices import Drop, Menu, Prices, Scores
+from kvmix_fx.plan.schema import Order
 
 FORMAT = "kvmix_profile"
-VERSION = 1
+VERSION = 2
+"""2 has orders of channels, and what dropping some costs."""
 ROLES = ("key", "value")
 
 DEFAULT_ALLOCATOR = "exact"
+
+MAX_DROP_KL = 0.0006
+"""Nats per prediction. Layers whose channels cost more when a quarter of them is dropped keep all of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Profile:
         unavailable: signals that this model does not offer, with the reason.
         skipped: layers that the pass leaves at 16 bits, with the reason; their numbers are 0 and what a
             plan says about them has no effect.
+        orders: the order of each layer's channels for formats with tiers, as `QuantSpec.channel_order`
+            has it; empty where the menu has none.
+        drops: what dropping channels costs each layer, by position of the format in the menu's keys: KL in
+            nats per prediction over the text, and in its worst prompt.
     """
 
     scores: Mapping[str, Scores]
@@ -76,6 +86,8 @@ class Profile:
     settings: Mapping[str, Any] = field(default_factory=dict)
     unavailable: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[int, str] = field(default_factory=dict)
+    orders: tuple[str, ...] = ()
+    drops: Mapping[int, tuple[Drop, ...]] = field(default_factory=dict)
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -109,6 +121,9 @@ class Profile:
         tp_size: int = 1,
         signal: str | None = None,
         allocator: str = DEFAULT_ALLOCATOR,
+        menu: Menu | None = None,
+        order: Order = "plan",
+        max_drop_kl: float = MAX_DROP_KL,
         **options: Any,
     ) -> KVPlan:
         """Spend a budget where it matters; needs no model and no GPU.
@@ -122,13 +137,19 @@ class Profile:
             tp_size: ranks that share the KV heads, for `total_bytes`; with 1 that is the whole cache's.
             signal: what to go by; None for the best that was measured.
             allocator: how to spend; see `kvmix_fx.plan.allocators`.
-            options: of the allocator.
+            menu: some of the formats that were priced; None for all.
+            order: of the channels of formats with tiers: "plan", as it was measured, or "prompt".
+            max_drop_kl: the largest divergence, nats per prediction, that dropping channels of one layer may
+                have cost on the text for a plan to do so there. Formats that drop channels and were not
+                measured are never taken.
+            options: of the allocator, and `window`, `sink_length` and `tile` of the plan.
 
         Returns:
             A plan with this model's geometry and its provenance: signal, data, model, budget, version.
 
         Raises:
             SignalError: the signal was not measured.
+            PlanFieldError: the menu has a format without a price, or the order is neither.
             PlanError: the budget or the allocator means nothing, or the budget cannot be met.
             HeadSplitError: the KV heads cannot be shared out among `tp_size` ranks.
         """
@@ -139,10 +160,16 @@ class Profile:
             bits=bits, bytes_per_token=bytes_per_token, total_bytes=total_bytes,
             batch=batch, length=length, tp_size=tp_size,
         )  # fmt: skip
+        check_choice("order", order, ("plan", "prompt"))
         measured = self.signal(signal)
         if isinstance(measured, Scores):
-            options.setdefault("menu", self.menu)
+            options["menu"] = menu or self.menu
+        else:
+            measured = replace(measured, barred=self._barred(max_drop_kl))
+            measured = measured if menu is None else measured.within(menu)
         plan = allocate(allocator, measured, budget, self.geometry, **options)
+        if order == "plan":
+            plan = self.ordered(plan)
         provenance = dict(plan.provenance) | {
             "signal": measured.signal,
             "model": self.model.name,
@@ -150,6 +177,29 @@ class Profile:
             "profile": dict(self.settings),
         }
         return replace(plan, provenance=Provenance(provenance), base_model=self.model.name)
+
+    def ordered(self, plan: KVPlan) -> KVPlan:
+        """`plan` with this profile's orders in the layers that would choose one from the prompt."""
+
+        def with_order(index: int, layer: LayerPlan) -> LayerPlan:
+            if layer.key.order != "prompt" or not self.orders or not self.orders[index]:
+                return layer
+            return replace(layer, key=replace(layer.key, order="plan", channel_order=self.orders[index]))
+
+        return replace(plan, layers=tuple(with_order(*entry) for entry in enumerate(plan.layers)))
+
+    def droppable(self, max_drop_kl: float = MAX_DROP_KL) -> tuple[int, ...]:
+        """Layers that may have every format of the menu that drops channels; see `plan`."""
+        barred = {layer for layer, _ in self._barred(max_drop_kl)}
+        return tuple(n for n in range(self.geometry.num_layers) if self.drops and n not in barred)
+
+    def _barred(self, max_drop_kl: float) -> frozenset[tuple[int, int]]:
+        return frozenset(
+            (layer, place)
+            for place in self.menu.dropping()
+            for layer in range(self.geometry.num_layers)
+            if place not in self.drops or not self.drops[place][layer].mean <= max_drop_kl
+        )
 
     def check_model(self, model: Any) -> None:
         """Raise ProfileMismatchError unless `model` has the architecture that was profiled."""
@@ -188,6 +238,8 @@ class Profile:
             "settings": dict(self.settings),
             "unavailable": dict(self.unavailable),
             "skipped": {str(layer): reason for layer, reason in self.skipped.items()},
+            "orders": list(self.orders),
+            "drops": {str(place): [list(drop) for drop in found] for place, found in self.drops.items()},
         }
         text = json.dumps(content, allow_nan=False, sort_keys=True)
         path = Path(path)
@@ -218,9 +270,10 @@ class Profile:
         if header.get("digest") != _digest(header[FORMAT], arrays):
             raise ProfileFileError(f"{path} is damaged: its digest does not match its content")
         content = json.loads(header[FORMAT])
-        if content.get("version") != VERSION:
+        if content.get("version") not in range(1, VERSION + 1):
             raise ProfileFileError(
-                f"{path} has version {content.get('version')}, this package reads {VERSION}: update kvmix-fx"
+                f"{path} has version {content.get('version')}, this package reads up to {VERSION}: update "
+                "kvmix-fx"
             )
         try:
             return cls._from(content, arrays)
@@ -236,10 +289,10 @@ class Profile:
             return [arrays[f"{kind}/{name}/{role}"].tolist() for role in ROLES]
 
         scores = {name: Scores(name, *map(tuple, columns("scores", name))) for name in content["scores"]}
-        prices = {
-            name: Prices(name, menu, *(tuple(map(tuple, rows)) for rows in columns("prices", name)))
-            for name in content["prices"]
-        }
+        prices = {}
+        for name in content["prices"]:
+            key_rows, value_rows = (tuple(map(tuple, rows)) for rows in columns("prices", name))
+            prices[name] = Prices(name, menu, key_rows, value_rows)
         return cls(
             scores,
             prices,
@@ -250,6 +303,11 @@ class Profile:
             content["settings"],
             content["unavailable"],
             {int(layer): reason for layer, reason in content["skipped"].items()},
+            tuple(content.get("orders", ())),
+            {
+                int(place): tuple(Drop(*drop) for drop in found)
+                for place, found in content.get("drops", {}).items()
+            },
         )
 
     def plot(self, path: str | Path) -> Path:
@@ -299,8 +357,23 @@ class Profile:
             f"signals: {', '.join(self.signals)}",
             *(f"not available: {name}: {why}" for name, why in self.unavailable.items()),
             *(f"layer {layer} stays at 16 bits: {why}" for layer, why in self.skipped.items()),
+            *self._drops_told(),
         ]
         return "\n".join(lines)
+
+    def _drops_told(self) -> list[str]:
+        """Where channels may be dropped, and what that costs over the text and in its worst prompt."""
+        told = []
+        for place, found in self.drops.items():
+            allowed = [drop for drop in found if drop.mean <= MAX_DROP_KL]
+            line = f"K{self.menu.keys[place].tiers}: {len(allowed)} of {len(found)} layers may have it"
+            if allowed:
+                line += (
+                    f", each at most {max(drop.mean for drop in allowed):.2g} nats, "
+                    f"{max(drop.worst for drop in allowed):.2g} in its worst prompt"
+                )
+            told.append(line)
+        return told
 
     def _arrays(self) -> dict[str, Any]:
         import numpy as np

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from kvmix_fx.errors import CalibrationError
 from kvmix_fx.parallel import check_placement
-from kvmix_fx.plan import LayerPlan, ModelGeometry, QuantSpec
+from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.plan.prices import Menu
-from kvmix_fx.profiling.calibration import load_calibration
+from kvmix_fx.plan.schema import DEFAULT_SINK
+from kvmix_fx.profiling.calibration import check_vocabulary, is_text, load_calibration, tokenizer_of
 from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
 from kvmix_fx.profiling.observe import Observer, observing
+from kvmix_fx.profiling.orders import encoded
 from kvmix_fx.profiling.report import ModelIdentity, Profile
 from kvmix_fx.progress import progress as bar
+from kvmix_kernels.layout import check_head_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +38,7 @@ def profile(
     prompts: int | None = None,
     length: int | None = None,
     window: int = 32,
+    sink_length: int = DEFAULT_SINK,
     seed: int = 0,
     checkpointing: bool | None = None,
     progress: bool = True,
@@ -57,10 +60,12 @@ def profile(
         tokenizer: of the model, for data that is text; None loads it by the model's name.
         signals: names; see `kvmix_fx.profiling.signals` and "kl", which reads the text once per layer, tensor
             and format.
-        menu: formats to price; None for `Menu.default`.
+        menu: formats to price; None for `Menu.default`. Where it has tiers of channels, their order is
+            measured first; where it drops some, the divergence that this costs, layer by layer.
         prompts: pieces of text, at most (8).
         length: tokens of each (512).
         window: recent tokens that plans will keep raw; errors of nearer tokens do not count.
+        sink_length: first tokens that plans will keep raw, likewise.
         seed: of labels that are drawn.
         checkpointing: keep only what enters each layer for the backward and compute the rest again, a third
             more time for a fraction of the memory. None: on accelerators only.
@@ -80,13 +85,13 @@ def profile(
     names = [signals] if isinstance(signals, str) else list(dict.fromkeys(signals))
     check_signals(names)
     check_placement(model)
-    observer = Observer(model, window)
-    if tokenizer is None and _is_text(data):
-        tokenizer = _tokenizer_of(model)
+    observer = Observer(model, window, sink_length=sink_length)
+    if tokenizer is None and is_text(data):
+        tokenizer = tokenizer_of(model)
     calibration = load_calibration(
         data, tokenizer, prompts=prompts, length=length, shortest=2 * observer.first_packed_query
     )
-    _check_vocabulary(model, int(calibration.ids.max()))
+    check_vocabulary(model, calibration)
     device = next(model.parameters()).device
     observer.checkpointing = device.type != "cpu" if checkpointing is None else checkpointing
     with observing(model):
@@ -95,11 +100,13 @@ def profile(
         geometry = observer.geometry
         menu = Menu.default(geometry) if menu is None else menu
         for spec in (*menu.keys, *menu.values):
-            _check_format(spec, geometry.head_dim)
+            check_head_size(spec.format(spec.tokens_per_group), geometry.head_dim)
         total = len(calibration.lengths) * _reads(names, menu, len(observer.layers))
         with bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
-    settings: dict[str, Any] = {"window": window, "seed": seed, "version": _version()}
+    settings: dict[str, Any] = {
+        "window": window, "sink_length": sink_length, "seed": seed, "version": _version(),
+    }  # fmt: skip
     if measured.forwards:
         settings["loss"] = measured.loss
     return Profile(
@@ -112,6 +119,8 @@ def profile(
         settings,
         measured.unavailable,
         dict(observer.skipped),
+        encoded(observer, observer.orders) if observer.orders else (),
+        measured.drops,
     )
 
 
@@ -121,38 +130,10 @@ def reads(signals: Sequence[str], geometry: ModelGeometry) -> int:
 
 
 def _reads(signals: Sequence[str], menu: Menu, layers: int) -> int:
-    formats = len(menu.keys) + len(menu.values)
-    steps = int(set(signals) != {KL})
-    return steps + (1 + formats) * (SCALED in signals) + (1 + layers * formats) * (KL in signals)
-
-
-def _is_text(data: object) -> bool:
-    return not isinstance(data, (Tensor, Mapping))
-
-
-def _tokenizer_of(model: nn.Module) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"no tokenizer was found at {name!r}: pass tokenizer=...") from error
-
-
-def _check_vocabulary(model: nn.Module, largest: int) -> None:
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    if isinstance(size, int) and largest >= size:
-        raise CalibrationError(
-            f"the calibration text has token id {largest}, the model knows {size}: pass its own tokenizer"
-        )
-
-
-def _check_format(spec: QuantSpec, head_dim: int) -> None:
-    """Raise HeadSizeError or FormatError, as making a plan of it would."""
-    LayerPlan(spec, spec).formats(head_dim)
+    formats, dropping = len(menu.keys) + len(menu.values), len(menu.dropping())
+    reads = int(set(signals) != {KL}) + any(spec.tiers for spec in menu.keys)
+    reads += (1 + layers * dropping) * (dropping > 0)
+    return reads + (1 + formats - dropping) * (SCALED in signals) + (1 + layers * formats) * (KL in signals)
 
 
 def _version() -> str:

@@ -40,6 +40,8 @@ class Observation:
         g: gradient of the loss, summed over the prompt's predictions, with respect to what packed tokens are
             read from [1, Hkv, L, D], or to the projection's outputs [1, L, n]; None without a backward.
         length: tokens that count; the rest is padding.
+        rounded: what packing leaves of a tensor of this layer, called with x, a format and the tokens that
+            count.
     """
 
     layer: int
@@ -47,6 +49,7 @@ class Observation:
     x: Tensor
     g: Tensor | None
     length: int
+    rounded: Callable[[Tensor, QuantSpec, Tensor | None], Tensor] = round_trip
     _errors: dict[tuple[QuantSpec, ...], list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -62,7 +65,7 @@ class Observation:
             if self.length < self.x.shape[2]:
                 valid = (torch.arange(self.x.shape[2], device=self.x.device) < self.length)[None]
             wide = self.x.float()
-            found = [round_trip(self.x, spec, valid).float() - wide for spec in formats]
+            found = [self.rounded(self.x, spec, valid).float() - wide for spec in formats]
             for error in found:
                 # what padding loses by being left out of its group's range is of no interest
                 error[:, :, self.length :] = 0

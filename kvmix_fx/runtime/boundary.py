@@ -166,7 +166,7 @@ class Boundary:
         found = [(layer, role, peak) for (layer, role, fmt), peak in ranged if not layout.holds(fmt, peak)]
         if not found:
             return
-        error = NarrowScalesError(found)
+        error = NarrowScalesError.of(found)
         if self._widens:
             raise error
         warnings.warn(str(error), NarrowScalesWarning, stacklevel=2)

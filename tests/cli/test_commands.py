@@ -14,8 +14,7 @@ from running import PROMPT, WORDS, Kvmix
 import kvmix_fx
 from kvmix_fx.cli.common import Placement, load_model, size
 from kvmix_fx.cli.env import EXTRAS
-from kvmix_fx.cli.plan import default_plan
-from kvmix_fx.plan import KVPlan, ModelGeometry
+from kvmix_fx.plan import KVPlan, ModelGeometry, default_plan
 
 ROOT = Path(__file__).parents[2]
 

@@ -42,8 +42,8 @@ def test_compare_names_windows_where_they_differ(
     (difference,) = answer["differing_layers"]
     assert difference["layers"] == "5"
     assert [text.split(", ", 1)[1] for text in difference["formats"]] == [
-        "window 32, sink 0, tile 32",
-        "window 64, sink 0, tile 32",
+        "window 32, sink 4, tile 32",
+        "window 64, sink 4, tile 32",
     ]
 
 

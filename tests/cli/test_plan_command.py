@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from running import Kvmix
 
-from kvmix_fx.cli.plan import LENGTHS, PlanChoice, default_plan
+from kvmix_fx.cli.plan import LENGTHS, PlanChoice
 from kvmix_fx.errors import PlanError
-from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, default_plan
 
 SIZES = ("--layers", 6, "--kv-heads", 2, "--head-dim", 64)
 GEOMETRY = ModelGeometry(6, 2, 64)
@@ -37,6 +37,13 @@ def test_new_without_plan_options_makes_tiers(kvmix: Kvmix, tmp_path: Path) -> N
     out = tmp_path / "plan.json"
     assert kvmix("plan", "new", out, *SIZES).code == 0
     assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY) == default_plan(GEOMETRY)
+
+
+def test_new_takes_options_that_are_no_whole_numbers(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    options = ("--preset", "tiers", "--option", "bits=2.15", "--option", "drop_layers=1-2")
+    assert kvmix("plan", "new", out, *SIZES, *options).code == 0
+    assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY, bits=2.15, drop_layers="1-2")
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128])

@@ -44,6 +44,15 @@ def test_a_profile_is_measured_once_and_solved_for_any_budget(
     assert solved.code == 0, solved.stderr
     assert KVPlan.load(other).provenance["signal"] == "weight_gradient"
     assert KVPlan.load(other).bytes_per_token <= 100
+    free = tmp_path / "free.json"
+    choice = ("--order", "prompt", "--sink", 0, "--window", 64, "--max-drop-kl", 0)
+    assert kvmix("plan", "solve", out, "--bits", 2.6, "--out", free, *choice).code == 0
+    assert KVPlan.load(free) == profile.plan(
+        bits=2.6, order="prompt", sink_length=0, window=64, max_drop_kl=0
+    )
+    wrong = kvmix("plan", "solve", out, "--bits", 2.6, "--out", tmp_path / "no.json", "--order", "tile")
+    assert wrong.code == 1
+    assert "--order is plan or prompt" in wrong.stderr
     mine = tmp_path / "rank.json"
     size = ("--total-bytes", 80_000, "--batch", 1, "--length", 1000)
     solved = kvmix("plan", "solve", out, *size, "--tp", 2, "--out", mine)

@@ -115,6 +115,14 @@ def test_windows_are_packed(name):
     assert len(report.graphs) == 2
 
 
+def test_windows_in_caches_of_fixed_capacity_say_why_they_stay():
+    model = tiny_architecture(*WINDOWS["mistral"][:2])
+    plan = kvmix_fx.KVPlan.uniform(model, 2, window=8)
+    kvmix_fx.compile(model, plan, inner="eager")
+    with pytest.raises(kvmix_fx.errors.NoSiteError, match="growing caches are packed"):
+        steps(model, tokens(length=80), 70, KVMixStaticCache(plan, model.config, 90))
+
+
 def test_a_model_of_windows_generates_from_a_packed_cache():
     """8 bits say what the plain model says, 2 bits do not; the default cache, without one handed in."""
     model = tiny_architecture(*WINDOWS["mistral"][:2])

@@ -22,7 +22,7 @@ DAMAGE = 0.02
 
 
 def plan_for(model, **kwargs):
-    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=16, **kwargs)
+    plan = kvmix_fx.KVPlan.uniform(model, 2, 2, window=16, sink_length=0, **kwargs)
     return plan.with_layers("last:1", key=4, value=3)
 
 

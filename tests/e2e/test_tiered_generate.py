@@ -8,8 +8,9 @@ import torch
 import kvmix_fx
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.passes.manager import NO_TIER_IN_WINDOW, NO_TIER_UNREAD
 from kvmix_fx.plan import TokenTier
-from kvmix_fx.testing.models import tiny_llama
+from kvmix_fx.testing.models import STORED, WINDOWS, tiny_architecture, tiny_llama
 
 from .oracle import worst
 
@@ -66,6 +67,32 @@ def test_growing_and_fixed_caches_keep_the_same_tokens():
     report = str(kvmix_fx.compiled(model).report)
     assert "packed on exit" in report
     assert "packed attention" in report
+
+
+def test_learned_sinks_count_once_and_windows_stay():
+    """gpt-oss: a layer with a window, one without; both have a learned sink."""
+    model = tiny_architecture(*WINDOWS["gpt-oss"])
+    plain = asked(model)[0]
+    plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=WHOLE)
+    compiled = kvmix_fx.compile(model, plan, inner="eager")
+    logits, cache, _ = asked(model)
+    assert worst(plain, logits) < 2e-4
+    packed = [isinstance(layer.keys, QuantizedKVTensor) for layer in cache.layers]
+    assert packed == [not layer.is_sliding for layer in cache.layers]
+    assert set(packed) == {True, False}
+    reasons = {site.reason for site in kvmix_fx.compiled(compiled).report.skipped()}
+    assert NO_TIER_IN_WINDOW in reasons
+
+
+def test_a_cache_that_no_known_attention_reads_stays_plain_and_the_report_says_why():
+    model = tiny_architecture(*STORED["bloom"])
+    plain = asked(model, max_new=3)[0]
+    plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=TokenTier())
+    kvmix_fx.compile(model, plan, inner="eager", on_nothing="ignore")
+    logits, cache, _ = asked(model, max_new=3)
+    assert worst(plain, logits) < 1e-4
+    assert not any(isinstance(layer.keys, QuantizedKVTensor) for layer in cache.layers)
+    assert NO_TIER_UNREAD in {site.reason for site in kvmix_fx.compiled(model).report.sites}
 
 
 @pytest.mark.gpu

@@ -117,6 +117,7 @@ def test_summaries_of_known_numbers() -> None:
     kl = torch.arange(12, dtype=torch.float64).view(3, 4)
     found = known(kl)
     assert found.kl_mean.value == 5.5
+    assert found.kl_worst_chunk.value == found.to_dict()["kl_worst_chunk"]["value"] == 9.5
     # of means, the jackknife is what everybody knows: of 1.5, 5.5 and 9.5 here
     assert found.kl_mean.standard_error == pytest.approx(4 / math.sqrt(3))
     assert found.perplexity_ratio.value == pytest.approx(math.exp(5.5))

@@ -24,8 +24,15 @@ from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.tokens import ops as token_ops
 from kvmix_kernels.tokens import places
 
-few = settings(max_examples=12)
+few = settings(max_examples=16)
 SCALE = 0.2
+RAW_TOO = {"bits": 4, "axis": "channel", "tiers": ((16, 8), (4, 8), (2, 16))}
+BY_CHANNEL = [
+    RAW_TOO | {"order": "prompt"},
+    RAW_TOO | {"order": "tile"},
+    RAW_TOO | {"tiers": ((4, 8), (2, 24)), "order": "tile_keys"},
+]
+"""Of keys whose channels have bits of their own."""
 
 
 def formats(high=None, bits=2, axis="token", tile=16, window=8, sink=0, **key):
@@ -62,20 +69,21 @@ class Filled:
     def normal(self, heads, n):
         return torch.randn(self.B, heads, n, self.D, generator=self.generator)
 
-    def step(self, n, mask=None, mass=None, softcap=0.0):
+    def step(self, n, mask=None, mass=None, softcap=0.0, sinks=None):
         """Attend to the cache and n tokens, then store them; what `attend_tiers` returned."""
         k, v, q = self.normal(self.Hkv, n) * self.spread, self.normal(self.Hkv, n), self.normal(self.Hq, n)
         start, found = torch.tensor(self.length), None
         if self.length:
             found = token_ops.attend_tiers(
                 *(q, k, v, self.k.tensors, self.v.tensors, mask, start, self.capacity, SCALE),
-                *(*self.formats, softcap),
+                *(*self.formats, softcap, sinks),
             )
             mass = found[1] if mass is None else mass
         # a first step is known to be one without asking the device
         place = (None, 0) if self.length == 0 else (start, self.capacity)
         token_ops.append_tiers_(
-            *(self.k.tensors, self.v.tensors, k, v, mask, *place, *self.formats, q, mass, SCALE, softcap)
+            *(self.k.tensors, self.v.tensors, k, v, mask, *place, *self.formats),
+            *(q, mass, SCALE, softcap, sinks),
         )
         self.keys, self.values, self.queries = (
             torch.cat([old, new], 2)
@@ -105,14 +113,17 @@ def causal(length, n, B=1, hidden=0):
     return mask
 
 
-def exact(q, k, v, mask, softcap):
+def exact(q, k, v, mask, softcap, sinks=None):
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    if not softcap:
-        return scaled_dot_product_attention(q, k, v, mask, scale=SCALE)
-    scores = softcap * torch.tanh(q @ k.mT * SCALE / softcap)
+    scores = q @ k.mT * SCALE
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sink], 3).softmax(-1)[..., :-1] @ v
     return scores.softmax(-1) @ v
 
 
@@ -132,23 +143,26 @@ def exact(q, k, v, mask, softcap):
     hidden=st.sampled_from((0, 0, 7)),
     softcap=st.sampled_from((0.0, 20.0)),
     on_device=st.booleans(),
+    learned=st.booleans(),
+    channels=st.sampled_from(({}, {}, *BY_CHANNEL)),
 )
 def test_attention_over_both_tiers_is_attention_over_what_they_hold(
-    high, sink, prompt, chunks, hidden, softcap, on_device
+    high, sink, prompt, chunks, hidden, softcap, on_device, learned, channels
 ):
     hidden = min(hidden, prompt - 1)
-    cache = Filled(formats(high, sink=sink), capacity=300)
+    cache = Filled(formats(high, sink=sink, **channels), capacity=300)
+    sinks = torch.randn(4) * 3 if learned else None
     with pytest.MonkeyPatch.context() as patch:
         if on_device:
             patch.setattr(places, "count_of", lambda start, length: length if start is None else start)
-        cache.step(prompt, causal(0, prompt, 2, hidden), softcap=softcap)
+        cache.step(prompt, causal(0, prompt, 2, hidden), softcap=softcap, sinks=sinks)
         for n in chunks:
             mask = causal(cache.length, n, 2, hidden) if hidden or n > 1 else None
             kept, before = cache.stored(), cache.length
-            out, mass = cache.step(n, mask, softcap=softcap)
+            out, mass = cache.step(n, mask, softcap=softcap, sinks=sinks)
             new = [x[:, :, before:] for x in (cache.keys, cache.values)]
             both = [torch.cat(pair, 2) for pair in zip(kept, new, strict=True)]
-            want = exact(cache.queries[:, :, before:], *both, mask, softcap)
+            want = exact(cache.queries[:, :, before:], *both, mask, softcap, sinks)
             low = scaled_dot_product_attention(
                 cache.queries[:, :, before:],
                 *(x.repeat_interleave(2, 1) for x in both),
@@ -224,13 +238,18 @@ def test_who_leaves_the_tier_is_read_from_its_first_codes_and_never_comes_back(o
     assert all(p >= packed for row in after for head in row for p in head)
 
 
-def test_accumulated_scores_are_the_column_sums_of_all_attention():
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 4.0, 8.0])])
+def test_accumulated_scores_are_the_column_sums_of_all_attention(sinks):
     cache = Filled(formats(make_high(60, recent=0), bits=8, window=64), B=1, Hkv=1, group=3)
-    cache.step(150)
+    cache.step(150, sinks=sinks)
     for _ in range(6):
-        cache.step(1)
+        cache.step(1, sinks=sinks)
     q, k = cache.queries.double(), cache.keys.double().expand(1, 3, -1, -1)
-    weights = (q @ k.mT * SCALE).masked_fill(~causal(0, 156), -torch.inf).softmax(-1)
+    scores = (q @ k.mT * SCALE).masked_fill(~causal(0, 156), -torch.inf)
+    # a learned sink takes its part and is in no tier
+    first = torch.full((3,), -torch.inf) if sinks is None else sinks
+    scores = torch.cat([first.double().view(1, 3, 1, 1).expand(-1, -1, 156, -1), scores], 3)
+    weights = scores.softmax(-1)[..., 1:]
     sums = weights.sum((1, 2))[0]
     inside = places.in_tier(cache.k, 156)[0, 0]
     members = cache.k.positions[0, 0][inside].long()
@@ -301,7 +320,8 @@ def test_eviction_sees_the_tier_and_raw_tokens_alone():
     assert (out - want).abs().max() < 1e-5
 
 
-def test_log_sum_exp_of_kernel_triton_and_reference_agree():
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.5, 2.0, 6.0])])
+def test_log_sum_exp_of_kernel_triton_and_reference_agree(sinks):
     from kvmix_kernels import triton
 
     fmt = make_format(4, "channel", 16, 16, 0, 8)
@@ -310,13 +330,15 @@ def test_log_sum_exp_of_kernel_triton_and_reference_agree():
     mask = torch.rand(1, 4, 2, 72) < 0.7
     mask[:, 1, 0] = False
     new = x[:, :, :2]
-    given = (q, new, new, k, v, mask, None, 70, SCALE, fmt.encode(), fmt.encode())
+    given = (q, new, new, k, v, mask, None, 70, SCALE, fmt.encode(), fmt.encode(), 0.0, sinks)
     keys = torch.cat([ops.dequantize(k, None, 70, fmt.encode()), new], 2).double().repeat_interleave(2, 1)
     want = (q.double() @ keys.mT * SCALE).masked_fill(~mask, -torch.inf).logsumexp(3)
+    if sinks is not None:
+        want = torch.logaddexp(want, sinks.double()[:, None])
     cached = [Cached.of(b, fmt.encode()) for b in (k, v)]
     for out, lse in (
         ops.attend_lse(*given),
-        reference.attend_lse(q, new, new, *cached, mask, 70, SCALE),
+        reference.attend_lse(q, new, new, *cached, mask, 70, SCALE, 0.0, sinks),
         triton.attend_lse(*given),
     ):
         assert torch.equal(lse.isinf(), want.isinf())
@@ -329,7 +351,7 @@ def test_log_sum_exp_of_kernel_triton_and_reference_agree():
     )
     if native.kernel() is not None:
         sums = torch.empty(1, 4, 2, 2)
-        assert native.attend(q, new, new, *cached, mask, 70, SCALE, 0.0, sums) is not None
+        assert native.attend(q, new, new, *cached, mask, 70, SCALE, 0.0, sinks, sums) is not None
 
 
 def test_both_tiers_by_the_triton_kernels(monkeypatch):
@@ -347,6 +369,16 @@ def test_both_tiers_by_the_triton_kernels(monkeypatch):
         (a, of_a), (b, of_b) = found
         assert (a - b).abs().max() < 5e-3
         assert torch.allclose(of_a, of_b, atol=5e-3)
+
+
+def test_a_prompt_that_asks_across_is_refused_before_anything_is_written():
+    cache = Filled(formats())
+    k, v, q = cache.normal(2, 40), cache.normal(2, 40), cache.normal(4, 7)
+    with pytest.raises(FormatError, match="got 7 queries for 40 tokens"):
+        token_ops.append_tiers_(
+            *(cache.k.tensors, cache.v.tensors, k, v, None, None, 0, *cache.formats, q, None, SCALE)
+        )
+    assert not cache.k.residual.any()
 
 
 def test_opcheck():

@@ -72,7 +72,7 @@ def test_never_exceeds_bits(signal, amount, name):
 def test_never_exceeds_bytes(signal, name, level, length, data):
     sizes = geometry(len(signal.keys), head_dim=96)
     problem_of = lambda budget: Problem(  # noqa: E731
-        Prices.from_scores(signal, Menu.default(sizes), 96), budget, sizes, WindowRule(length=32), 4
+        Prices.from_scores(signal, Menu.uniform(sizes), 96), budget, sizes, WindowRule(length=32), 4
     )
     for unit in ({"bytes_per_token": 1.0}, {"total_bytes": 1.0, "batch": 2, "length": length}):
         costs = problem_of(Budget(**unit)).costs.values()
@@ -115,7 +115,7 @@ def test_exact_is_exact_in_bytes(data, length):
     problem = Problem(signal, budget, sizes, WindowRule(length=0))
     every = product(problem.costs, repeat=sizes.num_layers)
     best = min(problem.total_loss(choice) for choice in every if problem.fits(choice))
-    assert loss(allocate("exact", signal, budget, sizes, window=0)) == best
+    assert loss(allocate("exact", signal, budget, sizes, window=0, sink_length=0)) == best
 
 
 @given(prices(), bits, st.sampled_from(sorted(ALLOCATORS)))
@@ -168,7 +168,7 @@ def test_equal_scores_give_a_uniform_plan(key, value, layers, amount, name):
 def test_equal_scores_give_a_uniform_plan_exactly_where_one_is_on_the_hull():
     signal = Scores("equal", (1.0,) * 6, (1.0,) * 6)
     sizes = geometry(6)
-    priced = Prices.from_scores(signal, Menu.default(sizes), sizes.head_dim)
+    priced = Prices.from_scores(signal, Menu.uniform(sizes), sizes.head_dim)
     problem = Problem(priced, Budget(bits=4), sizes, WindowRule())
     for offer in hull(problem.offers(0)):
         plan = solve("exact", signal, offer.cost)
@@ -234,7 +234,7 @@ def test_thresholds_keep_every_tensor_below_one_loss():
     ]
     worst = max(score**2 * distortion(spec, sizes.head_dim) for score, spec in tensors)
     for score, spec in tensors:
-        offered = Menu.default(sizes).keys if spec.axis == "channel" else Menu.default(sizes).values
+        offered = Menu.uniform(sizes).keys if spec.axis == "channel" else Menu.uniform(sizes).values
         cheaper = [
             other
             for other in offered

@@ -13,7 +13,9 @@ from kvmix_fx.errors import MissingPackageError, PlanFileError, PlanVersionError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, io
 from kvmix_fx.testing.strategies import plans
 
-PLAN = KVPlan.preset("kv-adaquant", ModelGeometry(3, 2, 64)).with_layers(1, key=8, sink_length=4, tile=64)
+PLAN = KVPlan.preset("kv-adaquant", ModelGeometry(3, 2, 64), key_axis="channel").with_layers(
+    1, key=8, sink_length=4, tile=64
+)
 
 
 def explicit():
@@ -105,7 +107,9 @@ def test_compact_form():
                     {"match": [1, 2], "key": {"group_size": 64}},
                     {"match": 2, "key": {"bits": 8}}]}
     """)
-    base = KVPlan.uniform(8, 2, window=64).with_layers("all", value=QuantSpec(2, "token", "head"))
+    base = KVPlan.uniform(8, 2, window=64, sink_length=0).with_layers(
+        "all", value=QuantSpec(2, "token", "head")
+    )
     changed = base.with_layers("0-2,-1", key=4, sink_length=4)
     changed = changed.with_layers(1, key=QuantSpec(4, group_size=64)).with_layers(
         2, key=QuantSpec(8, group_size=64)
@@ -116,7 +120,7 @@ def test_compact_form():
 
 def test_compact_form_without_defaults():
     content = {"num_layers": 2, "layers": [{"match": "all", "key": {"bits": 4}, "value": {"bits": 2}}]}
-    assert KVPlan.from_dict(content).layers == KVPlan.uniform(2, 4, 2).layers
+    assert KVPlan.from_dict(content).layers == KVPlan.uniform(2, 4, 2, sink_length=0).layers
     content["layers"][0]["match"] = 0
     with pytest.raises(PlanFileError, match=r"plan: layer 1: lacks key\.bits"):
         KVPlan.from_dict(content)

@@ -15,7 +15,10 @@ from kvmix_fx.errors import (
     PresetError,
 )
 from kvmix_fx.plan import PRESETS, KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, preset
-from kvmix_fx.plan.presets import kitty, kivi, kv_adaquant, kvmix, mixkvq, uniform
+from kvmix_fx.plan.allocators import allocate
+from kvmix_fx.plan.budget import Budget
+from kvmix_fx.plan.presets import kitty, kivi, kv_adaquant, kvmix, mixkvq, tiers, uniform
+from kvmix_fx.plan.prices import Scores
 
 GEOMETRY = ModelGeometry(32, 8, 128)
 CONFIG = SimpleNamespace(
@@ -26,7 +29,7 @@ CONFIG = SimpleNamespace(
 @pytest.mark.parametrize("target", [GEOMETRY, CONFIG, SimpleNamespace(config=CONFIG), 32])
 def test_targets(target):
     plan = uniform(target, 4, 2)
-    layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", 32), WindowRule(length=32))
+    layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", 32), WindowRule(length=32), 4)
     assert plan.layers == (layer,) * 32
     assert plan.geometry == (None if target == 32 else GEOMETRY)
     assert plan.name == "uniform K4V2 g32"
@@ -71,9 +74,45 @@ def test_kivi():
 
 def test_kv_adaquant():
     plan = kv_adaquant(GEOMETRY)
-    layer = LayerPlan(QuantSpec(4, "channel", 32), QuantSpec(2, "token", "head"), WindowRule(length=64))
+    layer = LayerPlan(QuantSpec(4, "token", "head"), QuantSpec(2, "token", "head"), WindowRule(length=64))
     assert plan.layers == (layer,) * 32
-    assert plan.bits_per_element() == (5 + 2.25) / 2
+    assert plan.bits_per_element() == 3.25
+    better = kv_adaquant(GEOMETRY, key_axis="channel").layers[0]
+    assert better == LayerPlan(QuantSpec(4, "channel", 32), layer.value, layer.window)
+
+
+@pytest.mark.parametrize(
+    ("bits", "tiers_of_keys", "value_bits", "effective"),
+    [
+        (2.15, ((4, 32), (2, 96)), 2, 2.34375),
+        (2.4, ((4, 32), (2, 96)), 2, 2.34375),
+        (2.6, ((4, 64), (2, 64)), 2, 2.59375),
+        (3.1, ((4, 64), (2, 64)), 3, 3.125),
+    ],
+)
+def test_tiers_by_bits(bits, tiers_of_keys, value_bits, effective):
+    plan = tiers(GEOMETRY, bits=bits)
+    assert {layer.key.tiers for layer in plan.layers} == {tiers_of_keys}
+    assert {layer.key.order for layer in plan.layers} == {"prompt"}
+    assert plan.layers[0].value.bits == value_bits
+    assert plan.bits_per_element() == effective
+    # with a length, raw tokens and the order of the channels count: one int32 per channel and sequence
+    packed, order = (4096 - 4 - 32) // 128 * 128, 32
+    counted = (packed * effective + (4096 - packed) * 16 + order / 2) / 4096
+    assert plan.bits_per_element(4096) == pytest.approx(counted, rel=1e-12)
+
+
+def test_tiers_drop_channels_where_that_is_allowed():
+    plan = tiers(GEOMETRY, bits=2.15, drop_layers="1-31")
+    assert plan.layers[0].key.tiers == ((4, 32), (2, 96))
+    assert {layer.key.tiers for layer in plan.layers[1:]} == {((4, 32), (2, 64), (0, 32))}
+    assert plan.bits_per_element() == pytest.approx(2.34375 - 0.25 * 31 / 32)
+    assert tiers(GEOMETRY, bits=2.4, drop_layers="all") == tiers(GEOMETRY, bits=2.4)
+    with pytest.raises(PlanLayerError, match="there is no layer 32"):
+        tiers(GEOMETRY, bits=2.15, drop_layers=[32])
+    for bits in ("2.4", True, 0, float("nan")):
+        with pytest.raises(PlanFieldError, match="bits must be"):
+            tiers(GEOMETRY, bits=bits)
 
 
 def test_mixkvq():
@@ -128,7 +167,7 @@ def test_kvmix_raises_keys_and_values_apart():
 
 @pytest.mark.parametrize("none", [(), [], set(), range(0)])
 def test_kvmix_without_important_layers_is_uniform(none):
-    assert kvmix(4, none, none).digest == uniform(4, 2).digest
+    assert kvmix(4, none, none).digest == uniform(4, 2, sink_length=0).digest
 
 
 @given(st.sampled_from([name for name in PRESETS if name != "kvmix"]))
@@ -137,6 +176,14 @@ def test_preset_by_name_is_the_function(name):
     assert preset(name, GEOMETRY, **options) == KVPlan.preset(name, GEOMETRY, **options)
     assert preset(name, GEOMETRY, **options) == PRESETS[name](GEOMETRY, **options)
     assert preset(name, GEOMETRY, **options).provenance["preset"] == name
+
+
+def test_plans_of_ours_keep_four_sinks_and_published_ones_their_papers():
+    signal = Scores("norm", (1.0,) * 32, (1.0,) * 32)
+    ours = [uniform(GEOMETRY, 4), tiers(GEOMETRY), allocate("exact", signal, Budget(bits=3.0), GEOMETRY)]
+    assert {layer.sink_length for plan in ours for layer in plan.layers} == {4}
+    published = [kivi(GEOMETRY), kv_adaquant(GEOMETRY), kvmix(GEOMETRY, [0], [1])]
+    assert {layer.sink_length for plan in published for layer in plan.layers} == {0}
 
 
 def test_plan_class_forwards_to_uniform():

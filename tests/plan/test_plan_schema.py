@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmix_fx.errors import FormatError, HeadSizeError, PlanFieldError, PlanGeometryError, PlanLayerError
+from kvmix_fx.errors import (
+    FormatError,
+    HeadSizeError,
+    PlanFieldError,
+    PlanGeometryError,
+    PlanLayerError,
+    RangeWarning,
+)
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier, WindowRule
 from kvmix_fx.plan.orders import encode_order
 from kvmix_fx.testing.strategies import layer_plans, plans
@@ -18,6 +25,65 @@ from kvmix_kernels import layout
 
 GEOMETRY = ModelGeometry(num_layers=4, num_kv_heads=2, head_dim=64)
 LAYER = LayerPlan(QuantSpec(4), QuantSpec(2, "token"))
+
+
+TIER_FIELDS = {"bits": 4, "group_size": 128, "scale_dtype": "byte", "order": "prompt"}
+HEAD = {"bits": 2, "axis": "token", "group_size": "head"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (TIER_FIELDS | {"tiers": ((4, 12), (2, 52))}, "multiples of 8"),
+        (TIER_FIELDS | {"tiers": ((2, 16), (4, 48))}, "each once and in this order"),
+        (TIER_FIELDS | {"tiers": ((4, 16), (2, 48)), "order": "none"}, "need an order of channels"),
+        (TIER_FIELDS | {"tiers": ((4, 16), (2, 48)), "order": "plan"}, "belong together"),
+        (
+            TIER_FIELDS
+            | {
+                "tiers": ((4, 16), (2, 48)),
+                "order": "plan",
+                "channel_order": encode_order([[0] * 64]),
+            },
+            "is no order of 64 channels: each must occur once",
+        ),
+        (
+            TIER_FIELDS
+            | {
+                "tiers": ((4, 16), (2, 48)),
+                "order": "plan",
+                "channel_order": encode_order([range(48)]),
+            },
+            "it is of another model",
+        ),
+        (HEAD | {"symmetric": True}, "symmetric codes need rotation"),
+        ({"bits": 4, "rotation": "hadamard"}, "leave rotation to values"),
+        (HEAD | {"range_factor": 1.5}, "range_factor must be from 0.01 to 1"),
+        (HEAD | {"range_factor": "all"}, "range_factor must be a number"),
+    ],
+)
+def test_tiers_rotation_and_ranges_are_checked_when_a_spec_is_made(fields, message):
+    with pytest.raises((PlanFieldError, FormatError), match=message):
+        QuantSpec(**fields)
+
+
+def test_tiers_and_orders_are_checked_against_the_model():
+    value = QuantSpec(2, "token", "head", "byte", rotation="hadamard", symmetric=True)
+    short = QuantSpec(**TIER_FIELDS, tiers=((4, 16), (2, 40)))
+    with pytest.raises(HeadSizeError, match=r"layer 0, key: tiers of .* do not add up to the head size 64"):
+        KVPlan((LayerPlan(short, value),) * 4, GEOMETRY)
+    order = encode_order([range(64)])
+    other = QuantSpec(**TIER_FIELDS | {"order": "plan"}, tiers=((4, 16), (2, 48)), channel_order=order)
+    with pytest.raises(PlanLayerError, match="orders of channels for 1 KV heads, the model has 2"):
+        KVPlan((LayerPlan(other, value),) * 4, GEOMETRY)
+    with pytest.raises(PlanFieldError, match="keys are not rotated"):
+        LayerPlan(value, value)
+
+
+def test_a_range_that_is_cut_off_unrotated_values_warns():
+    assert QuantSpec(**HEAD, range_factor=1) == QuantSpec(**HEAD, range_factor=1.0)
+    with pytest.warns(RangeWarning, match="rotate them"):
+        LayerPlan(QuantSpec(4), QuantSpec(**HEAD, range_factor=0.8))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_distortion_of_whole_heads_and_of_raw_tensors():
 
 @given(st.sampled_from((16, 32, 48, 64, 80, 96, 112, 128, 256)))
 def test_default_menu_fits_every_head(head_dim):
-    menu = Menu.default(ModelGeometry(2, 2, head_dim))
+    menu = Menu.uniform(ModelGeometry(2, 2, head_dim))
     for key in menu.keys:
         for value in menu.values:
             LayerPlan(key, value).formats(head_dim)
@@ -41,7 +41,7 @@ def test_default_menu_fits_every_head(head_dim):
 
 def test_default_menu_names_no_grouping_twice():
     def sizes(head_dim):
-        return [s.group_size for s in Menu.default(ModelGeometry(1, 1, head_dim), bits=(2,)).values]
+        return [s.group_size for s in Menu.uniform(ModelGeometry(1, 1, head_dim), bits=(2,)).values]
 
     assert sizes(32) == ["head"]
     assert sizes(64) == [32, "head"]
@@ -51,7 +51,7 @@ def test_default_menu_names_no_grouping_twice():
 
 
 def test_prices_of_scores_are_squares_times_distortion():
-    menu = Menu.default(ModelGeometry(2, 1, 64))
+    menu = Menu.uniform(ModelGeometry(2, 1, 64))
     prices = Prices.from_scores(Scores("norm", (1.0, 3.0), (2.0, 0.0)), menu, 64)
     for spec, one, three in zip(menu.keys, *prices.keys, strict=True):
         assert one == distortion(spec, 64)

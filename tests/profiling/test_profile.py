@@ -158,7 +158,7 @@ def test_a_model_is_restored_when_the_loss_is_not_finite() -> None:
 def test_unusable_text_is_refused() -> None:
     model = tiny_llama()
     cases = [
-        (tokens(1, 100), "at least 128 tokens"),
+        (tokens(1, 100), "at least 136 tokens"),
         (torch.zeros(1, 200), "integer tensor"),
         (torch.full((1, 200), 500), "token id 500"),
         ("", "empty"),

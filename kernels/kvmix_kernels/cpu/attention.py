@@ -73,7 +73,7 @@ def attend(
         return out
     if any(cached.format.by_tile or cached.format.raw_channels for cached in (keys, values)):
         _say_reference(D > native.MAX_HEAD_DIM)
-        return reference.attend(query, new_keys, new_values, keys, values, mask, length, scale, softcap)
+        return reference.attend(query, new_keys, new_values, keys, values, *rest)
     # grouped heads share their keys: fold the group into the rows of one product
     q = (query.float() * scale).reshape(B * Hkv, rows, D)
     scores = _scores(q, keys, new_keys, length)

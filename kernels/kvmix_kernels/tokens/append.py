@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.errors import CapacityError
+from kvmix_kernels.errors import CapacityError, FormatError
 from kvmix_kernels.importance import policy_of
 from kvmix_kernels.reference import quantize as q
 from kvmix_kernels.reference.storage import valid_tokens
@@ -28,6 +28,7 @@ def append(
     mass: Tensor | None,
     scale: float,
     softcap: float,
+    sink_logits: Tensor | None = None,
 ) -> None:
     """Append tokens [B, H, n, D] in place; choose anew who is in the high tier when a tile is packed.
 
@@ -44,13 +45,20 @@ def append(
             H, n]. None or no columns: the policy counts none, or nobody has.
         scale: factor of the scores, for a prompt's importance.
         softcap: likewise.
+        sink_logits: likewise, [Hq].
 
     Raises:
+        FormatError: a prompt's queries are not those of its tokens.
         CapacityError: the tokens do not fit, and the host can see it; nothing has been written.
     """
     fmt, n = keys.format, new_keys.shape[2]
     policy = policy_of(fmt)
     count = places.count_of(start, length)
+    if query is not None and query.shape[2] != n and isinstance(count, int) and count == 0:
+        raise FormatError(
+            f"a high tier is chosen by a prompt that attends to itself, got {query.shape[2]} queries for {n} "
+            "tokens: leave the high tier out where attention is across, or hand over no queries"
+        )
     if isinstance(count, int):
         if start is not None and count + n > length:
             raise CapacityError.exceeded(n, count, length)
@@ -64,7 +72,7 @@ def append(
         waiting.zero_()
         _balance(keys, new_keys, query, mask)
         if policy.queries and query is not None:
-            found = of_prompt(query, new_keys, mask, scale, softcap, policy.queries)
+            found = of_prompt(query, new_keys, mask, scale, softcap, policy.queries, sink_logits)
         else:
             found = mass
     elif mass is not None and mass.shape[2]:

@@ -24,6 +24,7 @@ def attend(
     length: int,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as `reference.attention.attend` has it, over a cache with a high tier.
 
@@ -38,6 +39,7 @@ def attend(
         length: tokens stored, or with `start` the capacity.
         scale: factor of the scores.
         softcap: bound of the scores, 0 for none.
+        sink_logits: [Hq], of a learned sink. It goes with the low tier, so it counts once.
 
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype; and the attention that each token got which is or may come into
@@ -65,7 +67,7 @@ def attend(
     new_values = None if new_keys is None else new_values
     low = ops.attend_lse(
         *(query, new_keys, new_values, keys.low.tensors, values.low.tensors, low_mask, start, length, scale),
-        *(keys.low.format.encode(), values.low.format.encode(), softcap),
+        *(keys.low.format.encode(), values.low.format.encode(), softcap, sink_logits),
     )
     slots = keys.positions.shape[2]
     if slots:

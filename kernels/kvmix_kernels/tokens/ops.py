@@ -21,17 +21,18 @@ _library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
 
 _library.define(
     "pack_tiers(Tensor keys, Tensor values, Tensor? query, Tensor? mask, float scale, float softcap, "
-    "int[] key_format, int[] value_format, Tensor? hint=None, Tensor? mass=None) -> Tensor[]"
+    "int[] key_format, int[] value_format, Tensor? hint=None, Tensor? mass=None, "
+    "Tensor? sink_logits=None) -> Tensor[]"
 )
 _library.define(
     "append_tiers_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor new_keys, Tensor new_values, Tensor? mask, "
     "Tensor? start, SymInt length, int[] key_format, int[] value_format, Tensor? query, Tensor? mass, "
-    "float scale, float softcap=0.0) -> ()"
+    "float scale, float softcap=0.0, Tensor? sink_logits=None) -> ()"
 )
 _library.define(
     "attend_tiers(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
-    "float softcap=0.0) -> (Tensor, Tensor)"
+    "float softcap=0.0, Tensor? sink_logits=None) -> (Tensor, Tensor)"
 )
 _library.define("dequantize_tiers(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
@@ -47,11 +48,13 @@ def _pack_tiers(
     value_format: list[int],
     hint: Tensor | None = None,
     mass: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> list[Tensor]:
     """Buffers of growing caches, of keys and then of values, that hold a prompt [B, H, L, D].
 
     `hint`: the plan's order of channels, if it has one. `mass`: scores of the tokens, [B, H, L], for policies
-    that look at neither attention nor keys. Without `query` nothing is balanced, and all tokens matter alike.
+    that look at neither attention nor keys. `sink_logits`: of a learned sink, [Hq]. Without `query` nothing
+    is balanced, and all tokens matter alike.
     """
     found = []
     for x, numbers in ((keys, key_format), (values, value_format)):
@@ -60,7 +63,7 @@ def _pack_tiers(
         tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
         found.append(allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device))
     found[0].take_order(hint)
-    append.append(found[0], found[1], keys, values, mask, None, 0, query, mass, scale, softcap)
+    append.append(found[0], found[1], keys, values, mask, None, 0, query, mass, scale, softcap, sink_logits)
     return [*found[0].tensors, *found[1].tensors]
 
 
@@ -78,9 +81,10 @@ def _append_tiers_(
     mass: Tensor | None,
     scale: float,
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> None:
     both = Cached.of(keys, key_format), Cached.of(values, value_format)
-    append.append(*both, new_keys, new_values, mask, start, length, query, mass, scale, softcap)
+    append.append(*both, new_keys, new_values, mask, start, length, query, mass, scale, softcap, sink_logits)
 
 
 def _attend_tiers(
@@ -96,9 +100,10 @@ def _attend_tiers(
     key_format: list[int],
     value_format: list[int],
     softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     both = Cached.of(keys, key_format), Cached.of(values, value_format)
-    return attend.attend(query, new_keys, new_values, *both, mask, start, length, scale, softcap)
+    return attend.attend(query, new_keys, new_values, *both, mask, start, length, scale, softcap, sink_logits)
 
 
 def _dequantize_tiers(

@@ -67,7 +67,13 @@ def mass(
 
 
 def of_prompt(
-    query: Tensor, keys: Tensor, mask: Tensor | None, scale: float, softcap: float, queries: int
+    query: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    queries: int,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """The same for a prompt that attends to itself: float32 [B, Hkv, L].
 
@@ -80,6 +86,7 @@ def of_prompt(
         scale: factor of the scores.
         softcap: as for attention.
         queries: how many of the last ones count, or EVERY_QUERY.
+        sink_logits: as for attention, [Hq].
     """
     B, Hq, L, _ = query.shape
     Hkv = keys.shape[1]
@@ -97,7 +104,10 @@ def of_prompt(
             scores = scores.masked_fill(place[:width] > place[first:last, None], -torch.inf)
         else:
             scores = masked(scores, whole(mask, B, Hq)[:, :, first:last, :L])
-        weights = torch.softmax(scores, 3).nan_to_num(0)
+        if sink_logits is not None:
+            sink = sink_logits.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sink], 3)
+        weights = torch.softmax(scores, 3)[..., :width].nan_to_num(0)
         if real is not None:
             # rows of padding may attend to anything
             weights = weights * real[:, None, first:last, None]

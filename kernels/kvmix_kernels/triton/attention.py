@@ -94,11 +94,19 @@ def attend(
     if length + new_count == 0:
         if sums is not None:
             sums.zero_()
+            if sink_logits is not None:
+                sums[..., 0] = sink_logits.float()[:, None] / _log_unit(mask)
+                sums[..., 1] = 1
         return out.zero_()
     if v.format.by_tile or v.format.raw_channels:
         warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
         live = length if start is None else int(start)
-        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap)
+        given = (query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
+        if sums is None:
+            return reference.attend(*given)
+        out, lse = reference.attend_lse(*given)
+        torch.stack([lse / _log_unit(mask), torch.ones_like(lse)], 3, out=sums)
+        return out
     check_grids(k)
     check_grids(v)
 
@@ -177,9 +185,12 @@ def attend_lse(
     sums = torch.empty(*query.shape[:3], 2, dtype=torch.float32, device=query.device)
     given = (query, new_keys, new_values, keys, values, mask, start, length, scale, key_format, value_format)
     out = attend(*given, softcap, sink_logits, sums=sums)
+    return out, sums[..., 0] * _log_unit(mask) + sums[..., 1].log()
+
+
+def _log_unit(mask: Tensor | None) -> float:
     # scores are in units of log 2 where no additive mask forbids it
-    unit = math.log(2) if mask is None or mask.dtype == torch.bool else 1.0
-    return out, sums[..., 0] * unit + sums[..., 1].log()
+    return math.log(2) if mask is None or mask.dtype == torch.bool else 1.0
 
 
 def _places(cached: Cached) -> tuple[int, int, int, int]:

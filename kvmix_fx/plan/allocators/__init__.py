@@ -19,7 +19,7 @@ from kvmix_fx.plan.allocators.rules import greedy, random, rank_quota, threshold
 from kvmix_fx.plan.budget import Budget
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.prices import Menu, Prices, Scores
-from kvmix_fx.plan.schema import KVPlan, WindowRule, as_window
+from kvmix_fx.plan.schema import DEFAULT_SINK, KVPlan, WindowRule, as_window
 
 ALLOCATORS: Mapping[str, Callable[..., Choice]] = MappingProxyType(
     {
@@ -43,7 +43,7 @@ def allocate(
     *,
     menu: Menu | None = None,
     window: WindowRule | int = 32,
-    sink_length: int = 0,
+    sink_length: int = DEFAULT_SINK,
     tile: int | None = None,
     **options: Any,
 ) -> KVPlan:
@@ -54,7 +54,8 @@ def allocate(
         signal: scores, which are priced by `Prices.from_scores`, or prices.
         budget: what the cache may cost.
         geometry: of the model.
-        menu: formats to choose from, for scores only; None for `Menu.default`. Prices bring their own.
+        menu: formats to choose from, for scores only, which price those of `Menu.predictable`; None for
+            `Menu.uniform`. Prices bring their own.
         window: recent tokens kept raw.
         sink_length: leading tokens kept raw.
         tile: tokens packed together; None for the smallest that fits each layer's groups.
@@ -64,7 +65,8 @@ def allocate(
         A plan with geometry, whose provenance tells signal, allocator, budget, predicted loss and version.
 
     Raises:
-        AllocatorError: no such allocator, an option it does not take, or a menu beside prices.
+        AllocatorError: no such allocator, an option it does not take, a menu beside prices, or one of which
+            scores price nothing.
         BudgetError: the budget is below the cheapest plan of the menu, or above an unquantized cache.
         PlanLayerError: the signal was measured on a model of another number of layers.
         FormatError, HeadSizeError: a format of the menu does not fit the tile or the model's heads.
@@ -86,14 +88,20 @@ def allocate(
             f"{geometry.num_layers}: profile this model"
         )
     if isinstance(signal, Scores):
-        prices = Prices.from_scores(signal, menu or Menu.default(geometry), geometry.head_dim)
+        offered = Menu.uniform(geometry) if menu is None else menu.predictable()
+        if not offered.keys or not offered.values:
+            raise AllocatorError(
+                f"signal {signal.signal!r} is scores, which price no tiers, symmetric codes or part of a "
+                "range: offer other formats as well, or take a signal that prices formats (fisher_scaled)"
+            )
+        prices = Prices.from_scores(signal, offered, geometry.head_dim)
     elif menu is not None:
         raise AllocatorError("prices come with their menu; pass a menu with scores only")
     else:
         prices = signal
 
     problem = Problem(prices, budget, geometry, as_window(window), sink_length, tile)
-    cheapest = problem.total_cost([problem.cheapest] * problem.num_layers)
+    cheapest = problem.total_cost(problem.cheapest)
     budget.check(budget.of_layers(cheapest, geometry), geometry)
     choice = allocator(problem, **options)
     formats = prices.menu

@@ -62,7 +62,7 @@ def exact(problem: Problem) -> Choice:
 
 def _greedy(problem: Problem) -> tuple[float, float]:
     """The saving per cost at which the budget is exhausted, and the loss of a plan that fits it."""
-    choice: Choice = [problem.cheapest] * problem.num_layers
+    choice: Choice = list(problem.cheapest)
     cost = problem.total_cost(choice)
     for layer, before, after in hull_steps(problem, range(problem.num_layers)):
         cost += after.cost - before.cost

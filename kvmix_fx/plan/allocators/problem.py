@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import NamedTuple, TypeAlias
 from kvmix_fx.plan.budget import Budget
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.prices import Prices
-from kvmix_fx.plan.schema import KVPlan, LayerPlan, QuantSpec, WindowRule
+from kvmix_fx.plan.schema import LayerPlan, QuantSpec, WindowRule
+from kvmix_kernels import layout
 
 Pair: TypeAlias = tuple[int, int]
 """Positions of a layer's formats in `menu.keys` and `menu.values`."""
@@ -75,23 +77,41 @@ class Problem:
         """The plan of a layer with these formats."""
         return LayerPlan(key, value, self.window, self.sink_length, self.tile)
 
+    @cached_property
+    def keys(self) -> tuple[tuple[float, ...], ...]:
+        """Predicted losses of keys by layer and format, infinite where the layer may not have the format."""
+        barred = self.prices.barred
+        return tuple(
+            tuple(math.inf if (layer, n) in barred else price for n, price in enumerate(row))
+            for layer, row in enumerate(self.prices.keys)
+        )
+
+    @property
+    def values(self) -> tuple[tuple[float, ...], ...]:
+        """Predicted losses of values by layer and format."""
+        return self.prices.values
+
     def loss(self, layer: int, pair: Pair) -> float:
         """Predicted loss of a layer's keys and values."""
-        return self.prices.keys[layer][pair[0]] + self.prices.values[layer][pair[1]]
+        return self.keys[layer][pair[0]] + self.values[layer][pair[1]]
 
     def element_bits(self, spec: QuantSpec) -> float:
         """Effective bits of one format, in the limit of long contexts."""
-        plan = KVPlan((LayerPlan(spec, spec),), self.geometry.one_layer())
-        return plan.bits_per_element()
+        return layout.bits_per_packed_element(spec.format(spec.tokens_per_group), self.geometry.head_dim)
 
-    @property
-    def cheapest(self) -> Pair:
-        """The pair of least cost."""
-        return min(self.costs, key=lambda pair: (self.costs[pair], pair))
+    @cached_property
+    def cheapest(self) -> Choice:
+        """The pair of least cost that each layer may have."""
+        order = sorted(self.costs, key=lambda pair: (self.costs[pair], pair))
+        return [
+            next(pair for pair in order if (layer, pair[0]) not in self.prices.barred)
+            for layer in range(self.num_layers)
+        ]
 
     def offers(self, layer: int) -> list[Offer]:
-        """All pairs for one layer."""
-        return [Offer(cost, self.loss(layer, pair), pair) for pair, cost in self.costs.items()]
+        """All pairs that one layer may have."""
+        found = (Offer(cost, self.loss(layer, pair), pair) for pair, cost in self.costs.items())
+        return [offer for offer in found if offer.loss < math.inf]
 
     def total_cost(self, choice: Choice) -> float:
         """Sum over the layers."""
@@ -182,6 +202,6 @@ def hull_steps(problem: Problem, layers: Iterable[int]) -> list[tuple[int, Offer
     found = [
         (layer, before, after) for layer in layers for before, after in pairwise(hull(problem.offers(layer)))
     ]
-    rows = list(zip(problem.prices.keys, problem.prices.values, strict=True))
+    rows = list(zip(problem.keys, problem.values, strict=True))
     found.sort(key=lambda step: (-saving(step[1], step[2]), step[1].cost, rows[step[0]]))
     return found

@@ -10,7 +10,7 @@ from itertools import product
 
 from kvmix_fx.errors import AllocatorError, BudgetError
 from kvmix_fx.plan.allocators.problem import Choice, Offer, Problem, Upgrade, alike, climb, hull, hull_steps
-from kvmix_fx.plan.prices import distortion
+from kvmix_fx.plan.prices import distortion, is_predictable
 from kvmix_fx.plan.schema import QuantSpec
 from kvmix_fx.plan.text import pair_label
 
@@ -25,7 +25,7 @@ def greedy(problem: Problem) -> Choice:
     """
     groups = {group[0]: group for group in _layers_alike(problem)}
     upgrades = (Upgrade(groups[layer], *after.pair) for layer, _, after in hull_steps(problem, groups))
-    return climb(problem, [problem.cheapest] * problem.num_layers, upgrades)
+    return climb(problem, problem.cheapest, upgrades)
 
 
 def water_filling(problem: Problem) -> Choice:
@@ -36,10 +36,10 @@ def water_filling(problem: Problem) -> Choice:
     e_i = (ln(a_i ln beta) - level) / ln beta. Every tensor takes the best format that costs at most e_i,
     at the lowest level that the budget allows; formats that still fit below that level are then taken.
     """
-    menu, prices = problem.prices.menu, problem.prices
-    start = list(problem.cheapest)
+    menu = problem.prices.menu
+    start = [0, 0]
     found: list[tuple[float, Sequence[float], Upgrade]] = []
-    for role, (rows, specs) in enumerate(((prices.keys, menu.keys), (prices.values, menu.values))):
+    for role, (rows, specs) in enumerate(((problem.keys, menu.keys), (problem.values, menu.values))):
         ladder = _ladder(problem, rows, specs)
         weights, slope = _fit(rows, ladder)
         start[role] = ladder[0].pair[0]
@@ -51,7 +51,7 @@ def water_filling(problem: Problem) -> Choice:
     found.sort(key=lambda entry: (-entry[0], entry[1]))
     first: Choice = [(start[0], start[1])] * problem.num_layers
     if not problem.fits(first):  # the fewest bits are not always the fewest bytes of a short context
-        first = [problem.cheapest] * problem.num_layers
+        first = problem.cheapest
     return climb(problem, first, (upgrade for _, _, upgrade in found))
 
 
@@ -60,7 +60,7 @@ def thresholds(problem: Problem) -> Choice:
 
     The threshold is the lowest that the budget allows. A tensor that no format keeps below it takes its best.
     """
-    menu, prices = problem.prices.menu, problem.prices
+    menu = problem.prices.menu
     orders = [
         sorted(range(len(specs)), key=lambda f, specs=specs: problem.element_bits(specs[f]))
         for specs in (menu.keys, menu.values)
@@ -73,15 +73,15 @@ def thresholds(problem: Problem) -> Choice:
 
         return [
             (format_of(key, orders[0]), format_of(value, orders[1]))
-            for key, value in zip(prices.keys, prices.values, strict=True)
+            for key, value in zip(problem.keys, problem.values, strict=True)
         ]
 
-    candidates = sorted({price for row in (*prices.keys, *prices.values) for price in row})
+    candidates = sorted({price for row in (*problem.keys, *problem.values) for price in row})
     for threshold in candidates:
         choice = choose(threshold)
         if problem.fits(choice):
             return choice
-    return [problem.cheapest] * problem.num_layers
+    return problem.cheapest
 
 
 def rank_quota(
@@ -139,12 +139,19 @@ def rank_quota(
 
 
 def uniform(problem: Problem) -> Choice:
-    """The pair of formats that is best for all layers together: the control that a mixed plan must beat."""
+    """The pair of formats that is best for all layers together: the control that a mixed plan must beat.
+
+    Each layer's cheapest where no pair that all may have is within the budget.
+    """
     layers = range(problem.num_layers)
     offers = (
         Offer(cost, sum(problem.loss(i, pair) for i in layers), pair) for pair, cost in problem.costs.items()
     )
-    fitting = [offer for offer in offers if problem.fits([offer.pair] * problem.num_layers)]
+    fitting = [
+        offer for offer in offers if offer.loss < math.inf and problem.fits([offer.pair] * problem.num_layers)
+    ]
+    if not fitting:
+        return problem.cheapest
     best = min(fitting, key=lambda offer: (offer.loss, offer.cost, offer.pair))
     return [best.pair] * problem.num_layers
 
@@ -152,14 +159,15 @@ def uniform(problem: Problem) -> Choice:
 def random(problem: Problem, seed: int = 0) -> Choice:
     """Upgrades of tensors drawn at random, until nothing fits: the control for what a signal knows.
 
-    The prices are not looked at; each tensor climbs the formats that are efficient for normal data.
+    The prices are not looked at; each tensor climbs the formats that are efficient for normal data, of those
+    for which that can be said.
     """
     menu = problem.prices.menu
     head_dim = problem.geometry.head_dim
     climbs: list[tuple[int, int]] = []
     ladders = []
     for role, specs in enumerate((menu.keys, menu.values)):
-        row = [distortion(spec, head_dim) for spec in specs]
+        row = [distortion(spec, head_dim) if is_predictable(spec) else math.inf for spec in specs]
         ladders.append([offer.pair[0] for offer in _ladder(problem, [row], specs)])
         climbs += [(layer, role) for layer in range(problem.num_layers)] * (len(ladders[role]) - 1)
     _random.Random(seed).shuffle(climbs)
@@ -171,22 +179,23 @@ def random(problem: Problem, seed: int = 0) -> Choice:
         upgrades.append(Upgrade((layer,), *((position, None) if role == 0 else (None, position))))
     first: Choice = [(ladders[0][0], ladders[1][0])] * problem.num_layers
     if not problem.fits(first):
-        first = [problem.cheapest] * problem.num_layers
+        first = problem.cheapest
     return climb(problem, first, upgrades)
 
 
 def _layers_alike(problem: Problem) -> list[tuple[int, ...]]:
-    return alike(zip(problem.prices.keys, problem.prices.values, strict=True))
+    return alike(zip(problem.keys, problem.values, strict=True))
 
 
 def _ladder(problem: Problem, rows: Sequence[Sequence[float]], specs: Sequence[QuantSpec]) -> list[Offer]:
-    """The efficient formats of all keys, or all values, by effective bits; `pair` holds the format twice."""
-    return hull(
-        [
-            Offer(problem.element_bits(spec), sum(row[f] for row in rows), (f, f))
-            for f, spec in enumerate(specs)
-        ]
+    """The efficient formats of all keys, or all values, by effective bits; `pair` holds the format twice.
+
+    Those that some layer may not have are left out.
+    """
+    offers = (
+        Offer(problem.element_bits(spec), sum(row[f] for row in rows), (f, f)) for f, spec in enumerate(specs)
     )
+    return hull([offer for offer in offers if offer.loss < math.inf])
 
 
 def _fit(rows: Sequence[Sequence[float]], ladder: Sequence[Offer]) -> tuple[list[float], float]:
@@ -209,7 +218,11 @@ def _fit(rows: Sequence[Sequence[float]], ladder: Sequence[Offer]) -> tuple[list
 def _same_grid(specs: Sequence[QuantSpec], low: int, high: int) -> list[tuple[int, int]]:
     """Positions of two formats that differ in nothing but their bits."""
     positions = {spec: f for f, spec in enumerate(specs)}
-    pairs = ((f, positions.get(replace(spec, bits=high))) for f, spec in enumerate(specs) if spec.bits == low)
+    pairs = (
+        (f, positions.get(replace(spec, bits=high)))
+        for f, spec in enumerate(specs)
+        if spec.bits == low and is_predictable(spec)
+    )
     return [(f, position) for f, position in pairs if position is not None]
 
 
