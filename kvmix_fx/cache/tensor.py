@@ -135,8 +135,7 @@ class QuantizedKVTensor(torch.Tensor):
                 "keys and values with a high tier are packed together, by a prompt of a compiled model, "
                 "which tells what matters: use kvmix_fx.compile, or kvmix_fx.cache.tiers.pack"
             )
-        if not is_fake(x) and ranges_wider(x.dtype, format) and not layout.holds(format, float(ops.peak(x))):
-            format = layout.widened(format)
+        format = fitting(x, format)
         return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 
     @classmethod
@@ -381,6 +380,13 @@ class QuantizedKVTensor(torch.Tensor):
 def ranges_wider(dtype: torch.dtype, format: TensorFormat) -> bool:
     """Whether tokens of this dtype may have a range that scales of the format do not have."""
     return dtype != torch.float16 and not layout.holds(format, torch.inf)
+
+
+def fitting(x: Tensor, format: TensorFormat) -> TensorFormat:
+    """The format, with scales of single precision where its own do not have the range of the tokens x."""
+    if is_fake(x) or not ranges_wider(x.dtype, format) or layout.holds(format, float(ops.peak(x))):
+        return format
+    return layout.widened(format)
 
 
 def _span(where: Any) -> tuple[Any, Any] | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvmix_fx.cache.growth import prepare_append
-from kvmix_fx.cache.tensor import QuantizedKVTensor
+from kvmix_fx.cache.tensor import QuantizedKVTensor, fitting
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
@@ -29,6 +29,8 @@ def pack(
 ) -> tuple[QuantizedKVTensor, QuantizedKVTensor]:
     """Pack a prompt into two growing tensors with a high tier.
 
+    Scales become float32 where those of a format do not have the range of the tokens.
+
     Args:
         keys: [B, Hkv, L, D].
         values: likewise.
@@ -44,9 +46,9 @@ def pack(
     Raises:
         HeadSizeError: heads of D channels cannot be packed so.
     """
-    key_format, value_format = formats
-    layout.check_head_size(key_format, keys.shape[3])
-    layout.check_head_size(value_format, values.shape[3])
+    for x, fmt in ((keys, formats[0]), (values, formats[1])):
+        layout.check_head_size(fmt, x.shape[3])
+    key_format, value_format = fitting(keys, formats[0]), fitting(values, formats[1])
     buffers = pack_tiers(
         *(keys, values, query, mask, default_scale(keys.shape[3]) if scale is None else scale, softcap),
         *(key_format.encode(), value_format.encode(), order, scores),

@@ -43,6 +43,10 @@ NO_PROMPT = (
     "the model's own buffers are packed without the queries that filled them, which a token tier needs: use "
     "a cache of transformers, or a plan without token_tier"
 )
+CAME_PLAIN = (
+    "a plain cache that came in stays so in a layer with a token tier, which neither windows of fixed "
+    "capacity nor attention across can have"
+)
 NO_TIER_IN_WINDOW = (
     "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
     "this layer"
@@ -90,7 +94,9 @@ def run(
         if not own_buffers:
             site.buffers = None
         if windows and plan.geometry is not None and _is_fixed_window(site):
-            site.buffers, site.reason = None, FIXED_WINDOW
+            layer = _layer_plan(site, plan)
+            tiered = layer is not None and layer.token_tier is not None
+            site.buffers, site.reason = None, CAME_PLAIN if tiered else FIXED_WINDOW
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
@@ -203,7 +209,9 @@ def _no_tier(site: Site) -> str:
     if site.stored:
         return NO_TIER_UNREAD
     call = site.call
-    asking, asked = (dynamo.expression(example(x).shape[2]) for x in (call.query, site.key_root))
+    sizes = [example(x).shape[2] for x in (call.query, site.key_root)]
+    # symbols are compared as such: to ask whether they are equal would make a guard
+    asking, asked = (dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in sizes)
     # one query sees all that came before it; more of them need a mask to say the same
     known = call.mask is not None or call.is_causal is True or asking == 1
     return "" if known and asking == asked else NO_TIER_ACROSS

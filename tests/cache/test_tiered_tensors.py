@@ -150,3 +150,14 @@ def test_eager_writes_that_tell_nothing_are_refused():
     fixed = QuantizedKVTensor.empty_fixed(3, 2, 128, 32, KEY, torch.float32, "cpu")
     with pytest.raises(TokenTierError, match="compiled model"):
         fixed[:, :, :4] = k[:, :, :4]
+
+
+def test_scales_become_wide_where_tokens_ask_for_it():
+    """A fixed number of tokens at 4 bits, the others at 2: half scales would be infinite in both tiers."""
+    high = layout.make_high(0, 8, bits=4)
+    fmt = layout.make_format(2, "token", 16, 16, 2, 8)
+    both = layout.with_high(fmt, high), layout.with_high(fmt, high._replace(scored=0, balanced=0))
+    x = torch.randn(1, 2, 80, 32) * 1e7
+    for tensor in tiers.pack(x, x, both, x):
+        assert layout.SCALE_DTYPES[tensor.format.scale_dtype] == "float32"
+        assert (tensor.dequantize() - x).abs().max() < 2e7

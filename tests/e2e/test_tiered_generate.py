@@ -8,7 +8,7 @@ import torch
 import kvmix_fx
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.manager import NO_TIER_IN_WINDOW, NO_TIER_UNREAD
+from kvmix_fx.passes.manager import CAME_PLAIN, NO_TIER_ACROSS, NO_TIER_IN_WINDOW, NO_TIER_UNREAD
 from kvmix_fx.plan import TokenTier
 from kvmix_fx.testing.models import STORED, WINDOWS, tiny_architecture, tiny_llama
 
@@ -93,6 +93,23 @@ def test_a_cache_that_no_known_attention_reads_stays_plain_and_the_report_says_w
     assert worst(plain, logits) < 1e-4
     assert not any(isinstance(layer.keys, QuantizedKVTensor) for layer in cache.layers)
     assert NO_TIER_UNREAD in {site.reason for site in kvmix_fx.compiled(model).report.sites}
+
+
+def test_attention_across_stays_plain_and_the_report_says_why():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None, pad_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    plain = asked(model, max_new=3)[0]
+    plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=TokenTier())
+    kvmix_fx.compile(model, plan, inner="eager")
+    logits, cache, _ = asked(model, max_new=3)
+    assert worst(plain, logits) < 1e-4
+    assert isinstance(cache.self_attention_cache.layers[0].keys, QuantizedKVTensor)
+    assert not isinstance(cache.cross_attention_cache.layers[0].keys, QuantizedKVTensor)
+    reasons = {site.reason for site in kvmix_fx.compiled(model).report.skipped()}
+    assert reasons == {NO_TIER_ACROSS, CAME_PLAIN}
 
 
 @pytest.mark.gpu
