@@ -91,12 +91,12 @@ def run(model, plan, cache, beams):
 
 def profiled(model):
     """Every signal, on made-up text."""
-    ids = torch.randint(1, 120, (3, 128), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(1, 120, (3, 136), generator=torch.Generator().manual_seed(5))
     menu = Menu(
         tuple(QuantSpec(bits, "channel", 16) for bits in (2, 4)),
         tuple(QuantSpec(bits, "token", 16) for bits in (2, 4)),
     )
-    return kvmix_fx.profile(model, ids, signals=known_signals(), menu=menu, length=128, progress=False)
+    return kvmix_fx.profile(model, ids, signals=known_signals(), menu=menu, length=136, progress=False)
 
 
 def numbers(profile):
