@@ -38,6 +38,7 @@ SUITES = (
     "memory",
     "quality",
     "profile_cost",
+    "token_tiers",
 )
 
 

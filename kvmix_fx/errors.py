@@ -63,6 +63,7 @@ __all__ = [
     "RewriteInvariantError",
     "SignalError",
     "SignalUnavailable",
+    "TokenTierError",
     "TrainingError",
     "TuningFileError",
 ]
@@ -171,6 +172,10 @@ class BackendOptionError(KVMixError, ValueError):
 
 class CacheMutationError(KVMixError, TypeError):
     """An in-place operation that a packed cache does not support."""
+
+
+class TokenTierError(KVMixError, TypeError):
+    """Tokens would enter a cache with a high tier in a way that does not tell which of them matter."""
 
 
 class CacheReadError(KVMixError, RuntimeError):

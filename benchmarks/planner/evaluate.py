@@ -25,10 +25,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache import QuantizedKVTensor, tiers
 from kvmix_fx.cache.orders import key_order
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_kernels import ops
+from kvmix_kernels.tokens.ops import attend_tiers
+from kvmix_kernels.tokens.scores import of_prompt
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,10 @@ class Evaluator:
         self.model = model
         self.continuation = ids[:, prompt:].split(step, 1)
         with torch.inference_mode():
+            self.ids = ids
+            self.prompt, self.queries = read_prompt(model, ids[:, :prompt])
             cache = DynamicCache(config=model.config)
-            with _attention(model, _LISTENING):
-                model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
-            self.prompt = [(layer.keys, layer.values) for layer in cache.layers]
-            self.queries = list(_heard)
-            _heard.clear()
+            model(input_ids=ids[:, :prompt], past_key_values=cache, logits_to_keep=1)
             logits = [model(input_ids=part, past_key_values=cache).logits for part in self.continuation]
             self.exact = [part.log_softmax(-1) for part in logits]
         # one token less in the last step, which has none after its last one
@@ -95,19 +95,54 @@ class Evaluator:
 
     def steps(self, plan: KVPlan) -> Iterator[Tensor]:
         """Logits of each step, [B, step, vocabulary]."""
-        layers = []
-        for layer, (keys, values), queries in zip(plan.layers, self.prompt, self.queries, strict=True):
-            key_format, value_format = layer.formats(keys.shape[-1])
-            order = key_order(layer, keys.shape[1], keys.shape[-1], keys.device)
-            packed_keys = QuantizedKVTensor.from_hp(
-                keys, key_format, hint=queries if order is None else order
-            )
-            layers.append(_PackedLayer(packed_keys, QuantizedKVTensor.from_hp(values, value_format)))
-        cache = Cache(layers=layers)
-        with _attention(self.model, _ATTENTION):
+        oracle = any(one.token_tier is not None and one.token_tier.policy == "oracle" for one in plan.layers)
+        scores = self.attention_to_come() if oracle else [None] * len(plan.layers)
+        given = zip(plan.layers, self.prompt, self.queries, scores, strict=True)
+        layers = [packed_layer(layer, *kv, queries, known) for layer, kv, queries, known in given]
+        with reading_packed(self.model):
             for part in self.continuation:
-                with torch.inference_mode():
-                    yield self.model(input_ids=part, past_key_values=cache, packed=layers).logits
+                yield read_packed(self.model, layers, part)
+
+    def attention_to_come(self) -> list[Tensor]:
+        """What the tokens of the prompt get from those after it, of each layer [B, Hkv, prompt]."""
+        with torch.inference_mode():
+            _heard.clear()
+            cache = DynamicCache(config=self.model.config)
+            with _attention(self.model, _LISTENING):
+                self.model(input_ids=self.ids, past_key_values=cache, logits_to_keep=1)
+            heard = list(_heard)
+            _heard.clear()
+            prompt = self.prompt[0][0].shape[2]
+            later = self.ids.shape[1] - prompt
+            scale = self.prompt[0][0].shape[3] ** -0.5
+            return [
+                of_prompt(queries, layer.keys, None, scale, 0.0, later)[:, :, :prompt]
+                for queries, layer in zip(heard, cache.layers, strict=True)
+            ]
+
+
+def reading_packed(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """For the time of a block, attention that takes `packed` layers."""
+    return _attention(model, _ATTENTION)
+
+
+def read_packed(model: PreTrainedModel, layers: list[_PackedLayer], ids: Tensor) -> Tensor:
+    """Logits of more tokens [B, n], which are stored; within `reading_packed`."""
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=ids, past_key_values=Cache(layers=layers), packed=layers).logits
+    return logits
+
+
+def read_prompt(model: PreTrainedModel, ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Exact keys and values of each layer for a prompt [B, L], and its queries."""
+    with torch.inference_mode():
+        _heard.clear()
+        cache = DynamicCache(config=model.config)
+        with _attention(model, _LISTENING):
+            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        queries = list(_heard)
+        _heard.clear()
+        return [(layer.keys, layer.values) for layer in cache.layers], queries
 
 
 @contextlib.contextmanager
@@ -128,6 +163,19 @@ _heard: list[Tensor] = []
 def _listen(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     _heard.append(query)
     return sdpa_attention_forward(module, query, *args, **kwargs)
+
+
+def packed_layer(
+    layer: LayerPlan, keys: Tensor, values: Tensor, queries: Tensor, scores: Tensor | None = None
+) -> _PackedLayer:
+    """A prompt's keys and values [B, Hkv, L, D], packed; `scores` [B, Hkv, L] for the policy "oracle"."""
+    key_format, value_format = layer.formats(keys.shape[-1])
+    order = key_order(layer, keys.shape[1], keys.shape[-1], keys.device)
+    if key_format.high is not None:
+        formats = key_format, value_format
+        return _PackedLayer(*tiers.pack(keys, values, formats, queries, order=order, scores=scores))
+    packed = QuantizedKVTensor.from_hp(keys, key_format, hint=queries if order is None else order)
+    return _PackedLayer(packed, QuantizedKVTensor.from_hp(values, value_format))
 
 
 class _PackedLayer(DynamicLayer):
@@ -159,20 +207,16 @@ def _attend(
     layer = packed[module.layer_idx]
     length, n = layer.keys.shape[2], query.shape[2]
     causal = torch.ones(n, length + n, dtype=torch.bool).tril(length)
-    out = ops.attend(
-        query,
-        keys,
-        values,
-        layer.keys.cached.tensors,
-        layer.values.cached.tensors,
-        causal,
-        None,
-        length,
-        scaling,
-        layer.keys.format.encode(),
-        layer.values.format.encode(),
+    given = (
+        *(query, keys, values, layer.keys.cached.tensors, layer.values.cached.tensors, causal, None, length),
+        *(scaling, layer.keys.format.encode(), layer.values.format.encode()),
     )
-    layer.keys, layer.values = layer.keys.append(keys), layer.values.append(values)
+    if layer.keys.format.high is not None:
+        out, mass = attend_tiers(*given)
+        layer.keys, layer.values = tiers.append(layer.keys, layer.values, keys, values, mass)
+    else:
+        out = ops.attend(*given)
+        layer.keys, layer.values = layer.keys.append(keys), layer.values.append(values)
     return out.transpose(1, 2), None
 
 

@@ -67,6 +67,27 @@ class Cached(NamedTuple):
         """Which channel each packed one is, [B, H, D] or [B, H, tiles, D]; None without tiers."""
         return self.tensors[4] if self.format.order else None
 
+    def named(self, name: str) -> Tensor:
+        """A buffer by its name."""
+        return self.tensors[self.format.buffer_names.index(name)]
+
+    @property
+    def low(self) -> Cached:
+        """The tensor without its high tier."""
+        low = self.format.low
+        return Cached(low, self.tensors[: len(low.buffer_names)])
+
+    @property
+    def high(self) -> Cached:
+        """The tokens of the high tier, as a tensor of as many tokens as there are slots."""
+        first = len(self.format.low.buffer_names)
+        return Cached(self.format.high_format, self.tensors[first : first + len(BUFFER_NAMES)])
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens in the high tier, int32 [B, H, Q]; which of them count, `layout` says."""
+        return self.named("positions")
+
     @property
     def exact(self) -> Tensor | None:
         """Packed tokens' raw channels, bfloat16 [B, H, tiles * tile, raw]; None without such a tier."""
@@ -81,8 +102,9 @@ class Cached(NamedTuple):
 
     @property
     def per_token(self) -> tuple[Tensor, ...]:
-        """Buffers of packed tokens, whose dimension 2 grows with them."""
-        named = zip(self.format.buffer_names, self.tensors, strict=True)
+        """Buffers of packed tokens, whose dimension 2 grows with them; without those of a high tier."""
+        low = self.low
+        named = zip(low.format.buffer_names, low.tensors, strict=True)
         kept_once = ("residual", "seen") if self.format.by_tile else ("residual", "order")
         return tuple(buffer for name, buffer in named if name not in kept_once)
 
@@ -108,6 +130,12 @@ class Cached(NamedTuple):
         """D."""
         return int(self.residual.shape[3])
 
+    def zeros(self) -> Cached:
+        """Buffers of the same sizes that hold zeros; a high tier of them is empty."""
+        fmt, (B, H, slots, D) = self.format, self.residual.shape
+        tiles = self.qdata.shape[2] // fmt.tile
+        return allocate(B, H, D, tiles, slots, fmt, self.residual.dtype, self.residual.device)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Cached:
         """The same tensor with `function` of each buffer."""
         return self._replace(tensors=tuple(map(function, self.tensors)))
@@ -128,14 +156,21 @@ def shapes(
         (layout.zero_grid(fmt, head_dim, tiles), ZERO_DTYPES[fmt.scale_dtype]),
         ((slots, head_dim), dtype),
     ]
-    if not fmt.order:
-        return found
-    small = torch.uint8 if layout.tile_order_itemsize(head_dim) == 1 else torch.int16
-    found.append(((tiles, head_dim), small) if fmt.by_tile else ((head_dim,), torch.int32))
-    if fmt.raw_channels:
-        found.append(((tiles * fmt.tile, fmt.raw_channels), torch.bfloat16))
-    if fmt.order == layout.ORDER_TILE:
-        found.append(((head_dim,), torch.float64))
+    if fmt.order:
+        small = torch.uint8 if layout.tile_order_itemsize(head_dim) == 1 else torch.int16
+        found.append(((tiles, head_dim), small) if fmt.by_tile else ((head_dim,), torch.int32))
+        if fmt.raw_channels:
+            found.append(((tiles * fmt.tile, fmt.raw_channels), torch.bfloat16))
+        if fmt.order == layout.ORDER_TILE:
+            found.append(((head_dim,), torch.float64))
+    if fmt.high is not None:
+        found += shapes(fmt.high_format, head_dim, *layout.high_shape(fmt, tiles), dtype)
+        slots = fmt.high.slots(tiles * fmt.tile)
+        found.append(((slots,), torch.int32))
+        if fmt.high.scored:
+            found += [((slots,), torch.float32), ((fmt.ring,), torch.float32)]
+        if fmt.high.balanced:
+            found.append(((head_dim,), torch.float32))
     return found
 
 
@@ -169,4 +204,8 @@ def allocate(
     )
     if cached.order is not None:
         cached.order.copy_(torch.arange(head_dim, device=device))
+    if fmt.high is not None:
+        cached.positions.fill_(-1)
+        if fmt.high.balanced:
+            cached.named("balance").fill_(1)
     return cached

@@ -15,6 +15,18 @@ stored in the buffers that `TensorFormat.buffer_names` lists, in that order ever
     exact       bfloat16     [B, Hkv, tiles * tile, raw]      channels of 16 bits; with a tier of them alone
     seen        float64      [B, Hkv, D]                      sizes of all queries so far; ORDER_TILE alone
 
+and, with a high tier of Q slots (`HighTier`), in these behind them:
+
+    high_qdata, high_scale, high_zero_point, high_residual    its tokens, slot by slot, as a tensor of its own
+    positions   int32        [B, Hkv, Q]                      of the tokens in it
+    scores      float32      [B, Hkv, Q]                      of keys: importance of the tokens in it
+    waiting     float32      [B, Hkv, ring]                   of keys: importance of raw tokens, by ring slot
+    balance     float32      [B, Hkv, D]                      of balanced keys: factors, powers of two
+
+A slot holds a token if its position is at least `sink` and less than the end of the packed tokens, so
+whatever shortens a tensor empties slots. Balanced keys are multiplied by their factor wherever they are
+stored, and queries divided by it: exact, for powers of two.
+
 Words used throughout: a *segment* is tokens kept alike (sink, packed, window), a *tier* is channels with
 bits of their own (a uniform format has one), a *digit* is a part of a code that is stored by itself, a
 *plane* is words that lie together, a *field* is bits of a plane that are one slice of channels.
@@ -161,6 +173,48 @@ class Tier(NamedTuple):
     span: int = 100
 
 
+POLICIES = ("accumulated", "mean", "last", "norm", "random", "oracle")
+"""How tokens of a high tier are chosen; each is a file of `kvmix_kernels.importance`."""
+HIGH_BITS = (RAW_BITS, 8, 4)
+"""Bits that the tokens of a high tier can have: those whose rows can be exchanged one by one."""
+HIGH_NAMES = ("high_qdata", "high_scale", "high_zero_point", "high_residual", "positions")
+SCORE_NAMES = ("scores", "waiting")
+_HIGH_MARK = -1
+"""What an encoded format begins with if it has a high tier."""
+
+
+class HighTier(NamedTuple):
+    """A second segment for tokens that matter: each KV head of each row has its own, in slots of their own.
+
+    The low tier has every packed token as if there were no other; attention reads a token that is in the high
+    tier there alone. So a token that leaves it is rounded once, and nothing moves.
+
+    share: of the packed tokens, in percent, 0 for a fixed number; count: that number; bits: 16, 8 or 4;
+    group_size: channels that share a scale, WHOLE_HEAD or a multiple of 16; policy: index into POLICIES;
+    recent: part of the tier, in percent, that its newest tokens have whatever their scores; scored: 1 for
+    keys, which keep the scores; balanced: 1 for keys that are multiplied by a factor per channel; evicting:
+    1 if packed tokens outside the tier are not attended to, a control.
+    """
+
+    share: int
+    count: int
+    bits: int
+    group_size: int
+    policy: int
+    recent: int
+    scored: int
+    balanced: int
+    evicting: int
+
+    def slots(self, packed: Any) -> Any:
+        """Slots for a tensor that can have so many packed tokens."""
+        return self.count or self.share * packed // 100
+
+    def limit(self, packed: Any) -> Any:
+        """Tokens of the tier once so many are packed; a number, or a tensor of one."""
+        return self.count or self.share * packed // 100
+
+
 class TensorFormat(NamedTuple):
     """How one cached tensor is stored.
 
@@ -168,7 +222,8 @@ class TensorFormat(NamedTuple):
     bits are 1, 2, 3, 4, 6, 8 or 16 (raw); axis: AXIS_CHANNEL (a group is `group_size` consecutive tokens of
     one channel) or AXIS_TOKEN (`group_size` consecutive channels of one token); tile: tokens packed
     together; sink: leading tokens kept raw; window: recent tokens kept raw at least; scale_dtype: index into
-    SCALE_DTYPES; symmetric, rotation: 1 or 0; order: index into ORDERS.
+    SCALE_DTYPES; symmetric, rotation: 1 or 0; order: index into ORDERS; high: tokens that are kept at more
+    bits, or None.
     """
 
     tiers: tuple[Tier, ...]
@@ -181,6 +236,23 @@ class TensorFormat(NamedTuple):
     symmetric: int = 0
     rotation: int = 0
     order: int = ORDER_NONE
+    high: HighTier | None = None
+
+    @property
+    def low(self) -> TensorFormat:
+        """The format without its high tier."""
+        return self if self.high is None else self._replace(high=None)
+
+    @property
+    def high_format(self) -> TensorFormat:
+        """How the tokens of the high tier are stored: each by itself, slot after slot."""
+        assert self.high is not None
+        packed = self.high.bits != RAW_BITS
+        rotation = self.rotation if packed else 0
+        plain = TensorFormat(
+            (Tier(self.high.bits),), AXIS_TOKEN, self.high.group_size, 1, 0, 0, self.scale_dtype
+        )
+        return plain._replace(rotation=rotation)
 
     @property
     def bits(self) -> int:
@@ -204,10 +276,14 @@ class TensorFormat(NamedTuple):
     @property
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers of a tensor in this format, in the order in which ops take and return them."""
-        if self.order == ORDER_NONE:
-            return BUFFER_NAMES
-        more = (*(("exact",) if self.raw_channels else ()), *(("seen",) if self.order == ORDER_TILE else ()))
-        return (*BUFFER_NAMES, "order", *more)
+        names = BUFFER_NAMES
+        if self.order != ORDER_NONE:
+            exact = ("exact",) if self.raw_channels else ()
+            names = (*names, "order", *exact, *(("seen",) if self.order == ORDER_TILE else ()))
+        if self.high is None:
+            return names
+        scores = SCORE_NAMES if self.high.scored else ()
+        return (*names, *HIGH_NAMES, *scores, *(("balance",) if self.high.balanced else ()))
 
     @property
     def by_tile(self) -> bool:
@@ -236,10 +312,12 @@ class TensorFormat(NamedTuple):
 
         PLAIN_NUMBERS, as formats had before there was more to say, and more where there is.
         """
-        plain = [self.bits, *self[1:PLAIN_NUMBERS]]
-        if self.tiers == (Tier(self.bits),) and not any(self[PLAIN_NUMBERS:]):
+        if self.high is not None:
+            return [_HIGH_MARK, *self.high, *self.low.encode()]
+        plain, more = [self.bits, *self[1:PLAIN_NUMBERS]], self[PLAIN_NUMBERS:-1]
+        if self.tiers == (Tier(self.bits),) and not any(more):
             return plain
-        return [*plain, *self[PLAIN_NUMBERS:], *(number for tier in self.tiers for number in tier)]
+        return [*plain, *more, *(number for tier in self.tiers for number in tier)]
 
     @staticmethod
     def decode(numbers: Sequence[int]) -> TensorFormat:
@@ -282,7 +360,10 @@ class TensorFormat(NamedTuple):
 
 @cache
 def _decoded(numbers: tuple[int, ...]) -> TensorFormat:
-    count = len(TensorFormat._fields)
+    if numbers[:1] == (_HIGH_MARK,) and len(numbers) > len(HighTier._fields):
+        end = 1 + len(HighTier._fields)
+        return _decoded(numbers[end:])._replace(high=HighTier(*numbers[1:end]))
+    count = len(TensorFormat._fields) - 1
     plain, more, tiers = numbers[1:PLAIN_NUMBERS], numbers[PLAIN_NUMBERS:count], numbers[count:]
     if (
         len(plain) != PLAIN_NUMBERS - 1
@@ -292,7 +373,58 @@ def _decoded(numbers: tuple[int, ...]) -> TensorFormat:
     ):
         raise FormatError(f"a format is numbers as TensorFormat.encode writes them, got {len(numbers)}")
     found = tuple(Tier(*tiers[i : i + 3]) for i in range(0, len(tiers), 3)) or (Tier(numbers[0]),)
-    return TensorFormat(found, *plain, *more)
+    symmetric, rotation, order = more or (0, 0, ORDER_NONE)
+    return TensorFormat(found, *plain, symmetric, rotation, order)
+
+
+def make_high(
+    share: int = 0,
+    count: int = 0,
+    bits: int = RAW_BITS,
+    group_size: int = WHOLE_HEAD,
+    policy: str | int = "accumulated",
+    recent: int = 50,
+    balanced: bool = False,
+    evicting: bool = False,
+) -> HighTier:
+    """Check the parts of a high tier and return it, as keys have it. `TensorFormat.high` wants it checked.
+
+    Raises:
+        FormatError: naming the part that does not fit and the values that would.
+    """
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise FormatError(f"policy must be one of {POLICIES}, got {policy!r}")
+        policy = POLICIES.index(policy)
+    if bits not in HIGH_BITS:
+        raise FormatError(f"tokens of a high tier have {HIGH_BITS} bits, got {bits!r}")
+    if bool(share) == bool(count):
+        raise FormatError("a high tier has either a share of the tokens or a fixed number of them")
+    if not (0 <= share <= 99 and 0 <= recent <= 100):
+        raise FormatError(
+            f"the share of a high tier must be from 1 to 99 percent, and its recent part from 0 to 100, got "
+            f"{share} and {recent}"
+        )
+    if count and count < 2:
+        raise FormatError(f"a high tier of a fixed number has at least 2 tokens, got {count}")
+    if group_size != WHOLE_HEAD and (group_size < 16 or group_size % 16):
+        raise FormatError(f"group_size {group_size} of a high tier must be a multiple of 16, or {WHOLE_HEAD}")
+    return HighTier(share, count, bits, group_size, policy, recent, 1, int(balanced), int(evicting))
+
+
+def with_high(fmt: TensorFormat, high: HighTier) -> TensorFormat:
+    """A packed format with a high tier.
+
+    Raises:
+        FormatError: the tensor is not packed, or the share is no whole token of a tile.
+    """
+    if fmt.is_raw:
+        raise FormatError("a tensor that stays at 16 bits has no high tier: leave it out in this layer")
+    if high.share and high.share * fmt.tile < 100:
+        raise FormatError(
+            f"{high.share} % of a tile of {fmt.tile} tokens is no whole token: take a larger share or tile"
+        )
+    return fmt._replace(high=high)
 
 
 def make_format(
@@ -411,6 +543,8 @@ def check_head_size(fmt: TensorFormat, head_dim: int) -> None:
             f"tiers of {[tier.channels for tier in fmt.tiers]} channels do not add up to the head size "
             f"{head_dim}: take counts that do"
         )
+    if fmt.high is not None:
+        check_head_size(fmt.high_format, head_dim)
     group = channel_group(fmt, head_dim)
     if fmt.axis == AXIS_TOKEN and head_dim % group:
         fitting = [g for g in range(16, head_dim, 16) if head_dim % g == 0]
@@ -640,6 +774,8 @@ def check_room(fmt: TensorFormat, rows: int, slots: int, length: int, count: int
 
 
 ORDER_ITEMSIZE = 4
+POSITION_ITEMSIZE = 4
+SCORE_ITEMSIZE = 4
 SEEN_ITEMSIZE = 8
 
 
@@ -660,14 +796,30 @@ def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, item
     if fmt.by_tile:
         order = tiles * head_dim * tile_order_itemsize(head_dim)
         order += head_dim * SEEN_ITEMSIZE if fmt.order == ORDER_TILE else 0
-    return codes + rows * (columns + offsets) * SCALE_ITEMSIZE[fmt.scale_dtype] + raw + order
+    tier = 0 if fmt.high is None else _high_nbytes(fmt, fmt.high, head_dim, tiles, itemsize)
+    return codes + rows * (columns + offsets) * SCALE_ITEMSIZE[fmt.scale_dtype] + raw + order + tier
+
+
+def high_shape(fmt: TensorFormat, tiles: Any) -> tuple[Any, Any]:
+    """Slots of the high tier of a tensor of so many tiles: as tiles and as raw slots of its own format."""
+    assert fmt.high is not None
+    slots = fmt.high.slots(tiles * fmt.tile)
+    return (0, slots) if fmt.high.bits == RAW_BITS else (slots, fmt.high_format.residual_slots)
+
+
+def _high_nbytes(fmt: TensorFormat, high: HighTier, head_dim: int, tiles: int, itemsize: int) -> int:
+    slots = high.slots(tiles * fmt.tile)
+    tokens = buffer_nbytes(fmt.high_format, head_dim, *high_shape(fmt, tiles), itemsize)
+    scores = (slots + fmt.ring) * SCORE_ITEMSIZE if high.scored else 0
+    return tokens + slots * POSITION_ITEMSIZE + scores + high.balanced * head_dim * SCORE_ITEMSIZE
 
 
 def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
     """Bits of one packed element: its code and its share of scale and offset, and of the order of its tile.
 
-    What a sequence has once, such as an order of its channels, is not in it. `head_dim` is asked for groups
-    that span the head alone.
+    A high tier that is a share of the tokens is counted with its share. What a sequence has once, such as an
+    order of its channels or a high tier of a fixed number, is not in it. `head_dim` is asked for groups that
+    span the head, and for positions.
     """
     if fmt.is_raw:
         return float(RAW_BITS)
@@ -679,4 +831,14 @@ def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
             codes += 8 * tile_order_itemsize(channels) / fmt.tile
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else channel_group(fmt, head_dim)
     numbers = 1 if fmt.symmetric else 2
-    return codes + numbers * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group
+    packed = codes + numbers * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group
+    return (
+        packed if fmt.high is None else packed + fmt.high.share / 100 * bits_per_high_element(fmt, head_dim)
+    )
+
+
+def bits_per_high_element(fmt: TensorFormat, head_dim: int) -> float:
+    """Bits of one element in the high tier, its share of positions and scores included."""
+    assert fmt.high is not None
+    beside = POSITION_ITEMSIZE + SCORE_ITEMSIZE * fmt.high.scored
+    return bits_per_packed_element(fmt.high_format, head_dim) + 8 * beside / head_dim

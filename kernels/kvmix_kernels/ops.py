@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ _library.define(
     "attend(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
     "float softcap=0.0, Tensor? sink_logits=None) -> Tensor",
+)
+_library.define(
+    "attend_lse(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
+    "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
+    "float softcap=0.0, Tensor? sink_logits=None) -> (Tensor, Tensor)",
 )
 _library.define("dequantize(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
@@ -108,8 +114,8 @@ def _append_(
     storage.append(both[1], new_values, valid, live)
 
 
-def _attention(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The op `attend` by a function that has the signature of `reference.attention.attend`."""
+def _attention(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The op `attend` by a function with the signature of `reference.attention.attend`; so `attend_lse`."""
 
     def attend(
         query: Tensor,
@@ -125,7 +131,7 @@ def _attention(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         value_format: list[int],
         softcap: float = 0.0,
         sink_logits: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         k, v = Cached.of(keys, key_format), Cached.of(values, value_format)
         live = _live(start, length)
         return implementation(query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
@@ -134,6 +140,7 @@ def _attention(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _attend = _attention(attention.attend)
+_attend_lse = _attention(attention.attend_lse)
 
 
 def _dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, format: list[int]) -> Tensor:
@@ -183,6 +190,11 @@ def _fake_attend(
     return query.new_empty((*query.shape[:3], values[RESIDUAL].shape[3]))
 
 
+def _fake_attend_lse(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _fake_attend(query, *args).to(dtype), query.new_empty(query.shape[:3], dtype=dtype)
+
+
 def _fake_dequantize(
     cached: Sequence[Tensor], start: Tensor | None, length: int, format: list[int]
 ) -> Tensor:
@@ -194,12 +206,14 @@ for _name, _reference, _fake in (
     ("quantize_pack", _quantize_pack, _fake_quantize_pack),
     ("append_", _append_, _fake_append_),
     ("attend", _attend, _fake_attend),
+    ("attend_lse", _attend_lse, _fake_attend_lse),
     ("dequantize", _dequantize, _fake_dequantize),
 ):
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 _library.impl("attend", _attention(cpu_attention.attend), "CPU")
+_library.impl("attend_lse", _attention(cpu_attention.attend_lse), "CPU")
 
 
 def _takes_float64(args: Sequence[object]) -> bool:
@@ -237,6 +251,7 @@ for _name, _reference in (
     ("quantize_pack", _quantize_pack),
     ("append_", _append_),
     ("attend", _attend),
+    ("attend_lse", _attend_lse),
     ("dequantize", _dequantize),
 ):
     _library.impl(_name, _on_cuda(_name, _reference), "CUDA")
@@ -244,6 +259,7 @@ for _name, _reference in (
 quantize_pack = torch.ops.kvmix.quantize_pack.default
 append_ = torch.ops.kvmix.append_.default
 attend = torch.ops.kvmix.attend.default
+attend_lse = torch.ops.kvmix.attend_lse.default
 dequantize = torch.ops.kvmix.dequantize.default
 
 

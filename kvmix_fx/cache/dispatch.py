@@ -195,8 +195,10 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     non_blocking = kwargs.get("non_blocking", False)
     moved = self.cached.map(lambda b: b.to(device=device, non_blocking=non_blocking, copy=True))
     if dtype is not None:
+        names = self.format.buffer_names
         # codes and scales keep their dtypes: only the raw tokens are in the model dtype
-        moved = moved.replace(residual=moved.residual.to(dtype=dtype))
+        raw = {name: moved.named(name) for name in ("residual", "high_residual") if name in names}
+        moved = moved.replace(**{name: tokens.to(dtype=dtype) for name, tokens in raw.items()})
     live = self.live.to(device=device, copy=True) if self.live is not None else None
     return QuantizedKVTensor(moved, self.shape[2], live)
 
@@ -206,7 +208,7 @@ def _zero_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     self: QuantizedKVTensor = args[0]
     if self.live is None:
         # others may read the same buffers
-        self.become(self.cached.map(torch.zeros_like))
+        self.become(self.cached.zeros() if self.format.high else self.cached.map(torch.zeros_like))
         return self
     for buffer in self.cached.tensors:
         buffer.zero_()

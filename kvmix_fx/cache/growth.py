@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference import storage
+from kvmix_kernels.tokens.read import overlaid
 
 
 class Store:
@@ -64,20 +66,32 @@ def prepare_append(cached: Cached, lease: Lease, extra: int) -> tuple[Cached, St
     small = cached.qdata.shape[2] < tiles * fmt.tile or cached.residual.shape[2] < slots
     if small or not lease.may_append():
         return enlarge(cached, tiles, slots), Store()
-    if fmt.packed_tiles(length + extra) > fmt.packed_tiles(length):
+    flushes = fmt.packed_tiles(length + extra) > fmt.packed_tiles(length)
+    if flushes:
         cached = cached.replace(residual=cached.residual.clone())
     if cached.seen is not None:
         # older tensors keep the sum of their own queries
         cached = cached.replace(seen=cached.seen.clone())
-    return cached, lease.store
+    return own_tier(cached, flushes), lease.store
+
+
+def own_tier(cached: Cached, flushes: bool = True) -> Cached:
+    """With a high tier that may be written: scores in every step, tokens when a tile is packed."""
+    fmt = cached.format
+    if fmt.high is None:
+        return cached
+    written = (*(layout.HIGH_NAMES if flushes else ()), *(layout.SCORE_NAMES if fmt.high.scored else ()))
+    return cached.replace(**{name: cached.named(name).clone() for name in written})
 
 
 def without_front(cached: Cached, tiles: int, room: int) -> Cached:
     """A copy without its first `tiles` tiles, which are packed, and with room for `room` tokens.
 
-    The format has no sink. What follows has the places it would have if it had come first.
+    The format has no sink and no high tier, whose tokens have absolute positions. What follows has the places
+    it would have if it had come first.
     """
     fmt, residual = cached.format, cached.residual
+    assert fmt.high is None
     B, H, slots, D = residual.shape
     new = allocate(
         B,
@@ -107,17 +121,23 @@ def rewind(cached: Cached, length: int, new_length: int) -> Cached:
     """What reads as the first `new_length` of `length` tokens.
 
     Tokens that were packed but belong into the window of the shorter cache are restored there
-    from their codes, on a copy of the residual. If new tokens later complete their tile they are
-    rounded a second time, which is the price of a rollback past the window.
+    from their codes, or from the high tier, on a copy of the residual. If new tokens later complete
+    their tile they are rounded a second time, which is the price of a rollback past the window.
     """
     fmt = cached.format
     first, last = fmt.packed_end(new_length), min(new_length, fmt.packed_end(length))
     if fmt.is_raw or first >= last:
         return cached
-    tokens = storage.read(cached, first, last, length).to(cached.residual.dtype)
+    tokens = storage.read(cached.low, first, last, length).to(cached.residual.dtype)
+    if fmt.high is not None:
+        tokens = overlaid(cached, tokens, length, first)
     residual = cached.residual.clone()
     write_raw(residual, tokens, first, fmt)
-    return cached.replace(residual=residual)
+    cached = cached.replace(residual=residual)
+    if fmt.high is not None and fmt.high.scored:
+        # nobody knows how much attention they got
+        cached = cached.replace(waiting=torch.zeros_like(cached.named("waiting")))
+    return cached
 
 
 def write_raw(residual: Tensor, tokens: Tensor, first: int, fmt: TensorFormat) -> None:

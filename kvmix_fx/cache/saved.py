@@ -15,7 +15,7 @@ from torch import Tensor
 from kvmix_fx.errors import CacheStateError, KVMixError
 from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached, shapes
-from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.layout import HighTier, TensorFormat
 
 LARGEST = 2**40
 """Of any number in a format, and of a length."""
@@ -27,10 +27,14 @@ def check_numbers(numbers: Sequence[int]) -> TensorFormat:
     Raises:
         CacheStateError: they do not.
     """
-    if not all(0 <= number < LARGEST for number in numbers):
+    # a format with a high tier begins with a mark
+    if not all(0 <= number < LARGEST for number in numbers[1:]) or not -1 <= numbers[0] < LARGEST:
         raise CacheStateError(f"no packed format has the numbers {list(numbers)}: the file is damaged")
     try:
-        fmt = TensorFormat.decode(numbers)
+        whole = TensorFormat.decode(numbers)
+        if whole.high is not None:
+            _check_high(whole, whole.high, numbers)
+        fmt = whole.low
         tiers = [(tier.bits, tier.channels) for tier in fmt.tiers] if len(fmt.tiers) > 1 else []
         tiers.sort(reverse=True)  # raw channels are packed last, and named first
         again = layout.make_format(
@@ -43,7 +47,19 @@ def check_numbers(numbers: Sequence[int]) -> TensorFormat:
             raise CacheStateError(f"no packed format has the numbers {list(numbers)}: the file is damaged")
     except (KVMixError, IndexError) as problem:
         raise CacheStateError(f"a saved cache has a format that cannot be: {problem}") from None
-    return fmt
+    return whole
+
+
+def _check_high(fmt: TensorFormat, high: HighTier, numbers: Sequence[int]) -> None:
+    again = layout.make_high(
+        *(high.share, high.count, high.bits, high.group_size, high.policy, high.recent),
+        *(bool(high.balanced), bool(high.evicting)),
+    )
+    layout.with_high(fmt.low, high)
+    # values keep no scores and are not balanced
+    unscored = again._replace(scored=0, balanced=0)
+    if high.policy >= len(layout.POLICIES) or high not in (again, unscored):
+        raise CacheStateError(f"no packed format has the numbers {list(numbers)}: the file is damaged")
 
 
 def _without_spans(fmt: TensorFormat) -> TensorFormat:
@@ -67,6 +83,8 @@ def check_buffers(cached: Cached, length: int, live: Tensor | None) -> None:
     slots, head_dim = residual.shape[2:]
     try:
         layout.check_head_size(fmt, head_dim)
+        if fmt.high is not None:
+            layout.check_head_size(fmt.high_format, head_dim)
         expected = shapes(fmt, head_dim, rows // fmt.tile, slots, residual.dtype)
         for name, buffer, (size, dtype) in zip(fmt.buffer_names, cached.tensors, expected, strict=True):
             whole = (*residual.shape[:2], *size)

@@ -23,11 +23,12 @@ from torch import Tensor
 from kvmix_fx.cache.growth import Lease, Store, enlarge, prepare_append, rewind, without_front
 from kvmix_fx.cache.saved import check_buffers, check_numbers, entry, read_meta
 from kvmix_fx.dynamo import is_fake, mark_tokens
-from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError
+from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, TokenTierError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
-from kvmix_kernels.layout import BUFFER_NAMES, PLAIN_NUMBERS, TensorFormat
+from kvmix_kernels.layout import BUFFER_NAMES, HIGH_NAMES, PLAIN_NUMBERS, TensorFormat
 from kvmix_kernels.reference import storage
+from kvmix_kernels.tokens.ops import dequantize
 
 
 class QuantizedKVTensor(torch.Tensor):
@@ -91,6 +92,11 @@ class QuantizedKVTensor(torch.Tensor):
         if is_fake(self.residual):
             return
         mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.per_token))
+        if self.format.high is not None:
+            first = len(self.format.low.buffer_names)
+            mark_tokens(*cached.tensors[first : first + len(HIGH_NAMES)])
+            if self.format.high.scored:
+                mark_tokens(cached.named("scores"))
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 
@@ -124,8 +130,12 @@ class QuantizedKVTensor(torch.Tensor):
         order of channels comes from, see `kvmix_kernels.ops`.
         """
         layout.check_head_size(format, x.shape[3])
-        if not is_fake(x) and ranges_wider(x.dtype, format) and not layout.holds(format, float(ops.peak(x))):
-            format = layout.widened(format)
+        if format.high is not None:
+            raise TokenTierError(
+                "keys and values with a high tier are packed together, by a prompt of a compiled model, "
+                "which tells what matters: use kvmix_fx.compile, or kvmix_fx.cache.tiers.pack"
+            )
+        format = fitting(x, format)
         return cls(Cached(format, tuple(ops.quantize_pack(x, mask, format.encode(), hint))), x.shape[2])
 
     @classmethod
@@ -157,7 +167,7 @@ class QuantizedKVTensor(torch.Tensor):
         """All tokens as a plain tensor [B, Hkv, L, D] in the model dtype; zeros where none is stored."""
         if is_fake(self.residual):
             return self.residual.new_empty(self.shape)
-        return ops.dequantize(self.cached.tensors, self.live, self.shape[2], self.format.encode())
+        return dequantize(self.cached.tensors, self.live, self.shape[2], self.format.encode())
 
     def append(self, keys: Tensor) -> QuantizedKVTensor:
         """A growing tensor with the tokens `keys` [B, Hkv, n, D] after this one's."""
@@ -165,6 +175,7 @@ class QuantizedKVTensor(torch.Tensor):
             return QuantizedKVTensor(self.cached, self.shape[2] + keys.shape[2])
         assert self.lease is not None
         length, extra = self.lease.length, keys.shape[2]
+        self._check_alone()
         cached, store = prepare_append(self.cached, self.lease, extra)
         storage.append(cached, keys.to(self.dtype), None, length)
         return QuantizedKVTensor(cached, length + extra, store=store)
@@ -181,6 +192,7 @@ class QuantizedKVTensor(torch.Tensor):
         n = keys.shape[2]
         if n == 0:
             return self
+        self._check_alone()
         start, stored = int(positions.reshape(-1)[0]), int(self.live)
         if positions.numel() != n or int(positions.reshape(-1)[-1]) != start + n - 1:
             raise CacheMutationError("a packed cache is written at consecutive positions only")
@@ -195,6 +207,13 @@ class QuantizedKVTensor(torch.Tensor):
         storage.append(self.cached, keys.to(self.dtype), None, start)
         self.live.fill_(start + n)
         return self
+
+    def _check_alone(self) -> None:
+        if self.format.high is not None:
+            raise TokenTierError(
+                "a cache with a high tier is written by steps of a compiled model, where attention tells "
+                "which tokens matter: use kvmix_fx.compile, or a plan without token_tier"
+            )
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Write the tokens `value` as `x[:, :, positions] = value` or `x[:, :, start:stop] = value`.
@@ -226,8 +245,9 @@ class QuantizedKVTensor(torch.Tensor):
     def rewind_(self, length: int, stored: int) -> None:
         """Forget the tokens of a fixed tensor from position `length` on; `live` is not changed."""
         shorter = rewind(self.cached, stored, length)
-        if shorter.residual is not self.residual:
-            self.residual.copy_(shorter.residual)
+        for mine, other in zip(self.cached.tensors, shorter.tensors, strict=True):
+            if other is not mine:
+                mine.copy_(other)
 
     def enlarged(self, capacity: int) -> QuantizedKVTensor:
         """A fixed tensor of the same tokens with room for `capacity`, which is no smaller."""
@@ -289,6 +309,9 @@ class QuantizedKVTensor(torch.Tensor):
         f = self.format
         kind = "fixed capacity" if self.is_fixed else "growing"
         axis = "channel" if f.axis == layout.AXIS_CHANNEL else "token"
+        if f.high is not None:
+            many = f"{f.high.share} %" if f.high.share else f"{f.high.count} tokens"
+            kind += f", {many} at {f.high.bits} bits"
         recipe = (
             "raw" if f.is_raw else f"{f.label} bits per {axis} in groups of {f.group_size or self.shape[3]}"
         )
@@ -357,6 +380,13 @@ class QuantizedKVTensor(torch.Tensor):
 def ranges_wider(dtype: torch.dtype, format: TensorFormat) -> bool:
     """Whether tokens of this dtype may have a range that scales of the format do not have."""
     return dtype != torch.float16 and not layout.holds(format, torch.inf)
+
+
+def fitting(x: Tensor, format: TensorFormat) -> TensorFormat:
+    """The format, with scales of single precision where its own do not have the range of the tokens x."""
+    if is_fake(x) or not ranges_wider(x.dtype, format) or layout.holds(format, float(ops.peak(x))):
+        return format
+    return layout.widened(format)
 
 
 def _span(where: Any) -> tuple[Any, Any] | None:

@@ -1,8 +1,8 @@
 """Texts in which something has to be found again, at any length, from a seed and without any data.
 
-The kinds are those of RULER (arXiv 2404.06654) that need no outside text, and the pass key of landmark
-attention (arXiv 2305.16300). The words, the filler and the wording are our own, so scores compare plans
-of one model, not models across papers.
+The kinds are those of RULER (arXiv 2404.06654) that need no outside text, the pass key of landmark
+attention (arXiv 2305.16300) and the lines of LongChat. The words, the filler and the wording are our own, so
+scores compare plans of one model, not models across papers.
 """
 
 from __future__ import annotations
@@ -100,6 +100,21 @@ def _passkey(rng: random.Random, depth: float) -> Draft:
     return Draft(context, " What is the pass key? The pass key is", (key,))
 
 
+def _lines(rng: random.Random, depth: float) -> Draft:
+    """Line retrieval (LongChat): nothing but lines that are alike, one of which is asked for."""
+    names = [f"{kind}-{thing}" for kind in KINDS for thing in THINGS]
+    rng.shuffle(names)
+    numbers = _numbers(rng, 5, len(names))
+    lines = [f"Line {name}: the number is {number}." for name, number in zip(names, numbers, strict=True)]
+
+    def context(n: int) -> str:
+        others = [lines[1 + i % (len(lines) - 1)] for i in range(n)]
+        others.insert(round(depth * n), lines[0])
+        return "\n".join(("Below is a record of lines. Remember the number of each.", *others))
+
+    return Draft(context, f"\nLine {names[0]}: the number is", (numbers[0],))
+
+
 INTRODUCTION = "Numbers of things are hidden in the text below. Remember them."
 
 
@@ -177,6 +192,7 @@ def _frequent_words(rng: random.Random, depth: float) -> Draft:
 TASKS: Mapping[str, Make] = MappingProxyType(
     {
         "passkey": _passkey,
+        "lines": _lines,
         "niah_single": lambda rng, depth: _niah(rng, depth, 1, 1, 1),
         "niah_multikey": lambda rng, depth: _niah(rng, depth, NEEDLES, 1, 1),
         "niah_multivalue": lambda rng, depth: _niah(rng, depth, 1, NEEDLES, 1),

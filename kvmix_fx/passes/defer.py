@@ -14,6 +14,7 @@ from torch import fx
 
 from kvmix_fx.runtime.deferred import Deferred, FromInput, FromOutput
 from kvmix_kernels import ops
+from kvmix_kernels.tokens.ops import append_tiers_
 
 
 def defer_appends(gm: fx.GraphModule) -> Deferred:
@@ -28,9 +29,10 @@ def defer_appends(gm: fx.GraphModule) -> Deferred:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     flat: list[Any] = list(output.args[0])
     count = len(flat)
-    appends: list[tuple[Any, ...]] = []
-    for node in [n for n in graph.nodes if n.target is ops.append_]:
-        appends.append(tuple(_placed(argument, inputs, flat, count) for argument in node.args))
+    appends: list[tuple[Any, tuple[Any, ...]]] = []
+    for node in [n for n in graph.nodes if n.target in (ops.append_, append_tiers_)]:
+        arguments = tuple(_placed(argument, inputs, flat, count) for argument in node.args)
+        appends.append((node.target, arguments))
         graph.erase_node(node)
     output.args = (tuple(flat),)
     graph.lint()

@@ -22,7 +22,7 @@ from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.match import SLIDING, Missed, match
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
-from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORE, Site
+from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, STORE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
 from kvmix_fx.plan.text import pair_label
@@ -37,6 +37,27 @@ UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
     "same bits"
+)
+NOT_COUNTED = "which tokens matter is not counted by this step, as its attention is not replaced"
+NO_PROMPT = (
+    "the model's own buffers are packed without the queries that filled them, which a token tier needs: use "
+    "a cache of transformers, or a plan without token_tier"
+)
+CAME_PLAIN = (
+    "a plain cache that came in stays so in a layer with a token tier, which neither windows of fixed "
+    "capacity nor attention across can have"
+)
+NO_TIER_IN_WINDOW = (
+    "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
+    "this layer"
+)
+NO_TIER_UNREAD = (
+    "which tokens matter is told by attention, and none that reads this cache is known: use a plan without "
+    "token_tier for this layer"
+)
+NO_TIER_ACROSS = (
+    "a token tier is chosen by a prompt that attends to itself, and these keys are not those of the tokens "
+    "that ask: use a plan without token_tier for this layer"
 )
 Ranged = tuple[int | None, int]
 """A cached tensor: its layer, and 0 for keys or 1 for values."""
@@ -73,7 +94,9 @@ def run(
         if not own_buffers:
             site.buffers = None
         if windows and plan.geometry is not None and _is_fixed_window(site):
-            site.buffers, site.reason = None, FIXED_WINDOW
+            layer = _layer_plan(site, plan)
+            tiered = layer is not None and layer.token_tier is not None
+            site.buffers, site.reason = None, CAME_PLAIN if tiered else FIXED_WINDOW
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
         _apply_plan(site, plan)
@@ -145,6 +168,9 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         if layer is not None and layer.is_raw:
             site.reason = BY_PLAN
         return
+    update = site.key_update
+    if site.action == STORAGE and update is not None and update.tensor.format.high is not None:
+        site.reason += "; " + NOT_COUNTED
     if site.action not in (ADOPT, LEAVE):
         return
     if layer is None and site.layer is not None:
@@ -158,7 +184,13 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
     if layer.is_raw:
         site.action, site.reason, site.buffers = LEAVE, BY_PLAN, None
         return
+    if site.buffers is not None and layer.token_tier is not None:
+        site.buffers, site.reason = None, NO_PROMPT
     if site.action == LEAVE:
+        return
+    no_tier = _no_tier(site) if layer.token_tier is not None else ""
+    if no_tier:
+        site.action, site.reason = LEAVE, no_tier
         return
     if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
         site.action, site.reason = LEAVE, _raw_window(layer, 1 - site.tail)
@@ -168,6 +200,21 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
             layout.check_head_size(fmt, int(example(root).shape[3]))
     except HeadSizeError as error:
         site.action, site.reason = LEAVE, str(error)
+
+
+def _no_tier(site: Site) -> str:
+    """Why the plain keys and values of a site cannot have a high tier; '' if they can."""
+    if site.tail is not None:
+        return NO_TIER_IN_WINDOW
+    if site.stored:
+        return NO_TIER_UNREAD
+    call = site.call
+    sizes = [example(x).shape[2] for x in (call.query, site.key_root)]
+    # symbols are compared as such: to ask whether they are equal would make a guard
+    asking, asked = (dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in sizes)
+    # one query sees all that came before it; more of them need a mask to say the same
+    known = call.mask is not None or call.is_causal is True or asking == 1
+    return "" if known and asking == asked else NO_TIER_ACROSS
 
 
 def _raw_window(layer: LayerPlan, window: int) -> str:
@@ -208,13 +255,14 @@ def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
 def _missed(one: Missed) -> SiteReport:
     """Its cache is packed where it came in packed: then it is unpacked for whoever reads it."""
     formats = [update.tensor.format for update in one.updates][:2]
+    uncounted = any(fmt.high is not None for fmt in formats)
     keys, values = (formats[0], formats[-1]) if formats else (None, None)
     return SiteReport(
         layer=one.layer,
         module=one.module,
         idiom=one.updates[0].idiom.name if one.updates else "none",
         action=NOT_RECOGNIZED,
-        reason=one.miss.reason,
+        reason="; ".join((one.miss.reason, *((NOT_COUNTED,) if uncounted else ()))),
         key_bits=keys.bits if keys else layout.RAW_BITS,
         value_bits=values.bits if values else layout.RAW_BITS,
         bytes_per_token=None,

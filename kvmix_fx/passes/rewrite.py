@@ -23,11 +23,21 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.tensor import ranges_wider
 from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, STORAGE, PlainBuffers, Site, Update
+from kvmix_fx.passes.sites import (
+    ADOPT,
+    APPEND,
+    ATTEND,
+    STORAGE,
+    AttentionCall,
+    PlainBuffers,
+    Site,
+    Update,
+)
 from kvmix_fx.passes.sizes import size_evaluator
 from kvmix_fx.runtime.boundary import Adopted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.tokens import ops as token_ops
 
 
 @dataclass
@@ -89,6 +99,7 @@ class _Rewriter:
         self.buffers: dict[fx.Node, list[fx.Node]] = {}
         self.extra: dict[fx.Node, Any] = {}
         self.grown: dict[fx.Node, fx.Node] = {}
+        self.mass: dict[fx.Node, fx.Node] = {}
         self.adopted: dict[fx.Node, tuple[list[fx.Node], TensorFormat]] = {}
         self.starts: dict[Hashable, fx.Node] = {}
         self.end: fx.Node | None = None
@@ -111,8 +122,7 @@ class _Rewriter:
             if any(site.action == STORAGE for site in sites):
                 self._materialize(k)
                 self._materialize(v)
-            call = sites[0].call
-            self._append(k, v, call.mask, [site.call.node for site in sites], call.query)
+            self._append(k, v, sites[0].call, [site.call.node for site in sites])
         # updates without a known attention call still store their tokens
         for first, second in self.leftover:
             self._materialize(first)
@@ -188,17 +198,22 @@ class _Rewriter:
 
     def _attend(self, site: Site, k: Update, v: Update) -> None:
         call = site.call
-        scale = call.scale if call.scale is not None else ops.default_scale(int(example(call.query).shape[3]))
         start = self._start(k)
+        tiered = k.tensor.format.high is not None
         with self.graph.inserting_before(call.node):
             node = self.graph.call_function(
-                ops.attend,
+                token_ops.attend_tiers if tiered else ops.attend,
                 (
                     *(call.query, k.new, v.new, self.buffers[k.past], self.buffers[v.past]),
-                    *(call.mask, start, self._length(k.tensor), scale),
+                    *(call.mask, start, self._length(k.tensor), _scale(call)),
                     *(k.tensor.format.encode(), v.tensor.format.encode(), call.softcap, call.sinks),
                 ),
             )
+            if tiered:
+                both = node
+                node = self.graph.call_function(operator.getitem, (both, 0))
+                # several sites may read one cache: the attention of the last one counts
+                self.mass[k.past] = self.graph.call_function(operator.getitem, (both, 1))
         node.meta = dict(call.node.meta)
         dtype = example(call.node).dtype
         if dtype != example(call.query).dtype:
@@ -208,12 +223,10 @@ class _Rewriter:
         # what is written in place in there has no effect elsewhere
         self.dead += [call.node, *call.inside]
 
-    def _append(
-        self, k: Update, v: Update, mask: fx.Node | None, readers: list[fx.Node], query: fx.Node | None = None
-    ) -> None:
+    def _append(self, k: Update, v: Update, call: AttentionCall | None, readers: list[fx.Node]) -> None:
         """Store the new tokens after everything that reads the cache as it was before the step.
 
-        `query`: the step's queries, of which an order of channels may be chosen.
+        `call`: of the step, by whose queries an order of channels or the tokens of a high tier may be chosen.
         """
         if k.new is None or v.new is None:
             return
@@ -222,13 +235,19 @@ class _Rewriter:
         if k.from_zero and v.from_zero:
             start, length = None, 0
         anchor = max((*readers, k.node, v.node, k.new, v.new), key=lambda n: self.order[n])
+        mask, query = (None, None) if call is None else (call.mask, call.query)
+        fmt = k.tensor.format
+        more: tuple[Any, ...] = (query,) if fmt.asks_queries else ()
+        if fmt.high is not None:
+            scale, softcap = (1.0, 0.0) if call is None else (_scale(call), call.softcap)
+            sinks = None if call is None else call.sinks
+            more = (query, self.mass.get(k.past), scale, softcap, sinks)
         with self.graph.inserting_after(anchor):
             self.graph.call_function(
-                ops.append_,
+                ops.append_ if fmt.high is None else token_ops.append_tiers_,
                 (
                     *(self.buffers[k.past], self.buffers[v.past], k.new, v.new, mask, start),
-                    *(length, k.tensor.format.encode(), v.tensor.format.encode()),
-                    *((query,) if k.tensor.format.asks_queries else ()),
+                    *(length, fmt.encode(), v.tensor.format.encode(), *more),
                 ),
             )
         for update in (k, v):
@@ -244,18 +263,54 @@ class _Rewriter:
         if update.new is None:
             return  # readers of the placeholder are served at the end
         with self.graph.inserting_before(node):
-            history = self.graph.call_function(
-                ops.dequantize,
-                (self.buffers[base], start, self._length(update.tensor), update.tensor.format.encode()),
-            )
+            history = self._plain_tokens(base, start, update.tensor)
             full = update.idiom.plain(self.graph, update, history)
         node.replace_all_uses_with(full, delete_user_cb=lambda user: user is not self.output)
         if update.idiom.written_in_place:
             later = self.order[node]
             base.replace_all_uses_with(full, delete_user_cb=lambda user: self.order.get(user, -1) > later)
 
+    def _plain_tokens(self, base: fx.Node, start: fx.Node | None, tensor: QuantizedKVTensor) -> fx.Node:
+        fmt = tensor.format
+        return self.graph.call_function(
+            ops.dequantize if fmt.high is None else token_ops.dequantize_tiers,
+            (self.buffers[base], start, self._length(tensor), fmt.encode()),
+        )
+
+    def _adopt_tiers(self, site: Site) -> None:
+        """Pack both at once: the tokens of their high tier are the same."""
+        roots = site.key_root, site.value_root
+        key_format, value_format = self.formats(site)
+        hint = self._hint(site, key_format) if key_format.order == layout.ORDER_PLAN else ()
+        order = hint[0] if hint else None
+        for role, (root, fmt) in enumerate(zip(roots, (key_format, value_format), strict=True)):
+            self._look_at(site, role, root, fmt)
+        call = site.call
+        with self.graph.inserting_after(call.node):
+            packed = self.graph.call_function(
+                token_ops.pack_tiers,
+                (
+                    *(*roots, call.query, call.mask, _scale(call), call.softcap),
+                    *(key_format.encode(), value_format.encode(), order, None, call.sinks),
+                ),
+            )
+        after, first = packed, 0
+        for root, fmt in zip(roots, (key_format, value_format), strict=True):
+            assert root is not None
+            items = []
+            for i in range(first, first + len(fmt.buffer_names)):
+                with self.graph.inserting_after(after):
+                    after = self.graph.call_function(operator.getitem, (packed, i))
+                items.append(after)
+            first += len(items)
+            self.adopted[root] = (items, fmt)
+
     def _adopt(self, site: Site) -> None:
         """Pack the plain keys and values right after their exact attention."""
+        if self.formats(site)[0].high is not None:
+            if site.key_root not in self.adopted:
+                self._adopt_tiers(site)
+            return
         both = zip((site.key_root, site.value_root), self.formats(site), strict=True)
         for role, (root, fmt) in enumerate(both):
             assert root is not None
@@ -372,10 +427,13 @@ class _Rewriter:
         if tensor.is_fixed and self.starts:
             start = next(iter(self.starts.values()))
         with self.graph.inserting_before(first):
-            full = self.graph.call_function(
-                ops.dequantize, (self.buffers[base], start, self._length(tensor), tensor.format.encode())
-            )
+            full = self._plain_tokens(base, start, tensor)
         base.replace_all_uses_with(full)
+
+
+def _scale(call: AttentionCall) -> float:
+    """The factor of an attention's scores."""
+    return call.scale if call.scale is not None else ops.default_scale(int(example(call.query).shape[3]))
 
 
 def _asks_shape(node: fx.Node) -> bool:

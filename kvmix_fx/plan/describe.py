@@ -35,7 +35,11 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     if layer.is_raw:
         return (layer.label, "raw", "raw", "", "", "")
     kept = (layer.window.length, layer.sink_length, layer.tile_length)
-    return (layer.label, _spec(layer.key), _spec(layer.value), *map(str, kept))
+    label = layer.label
+    if (tier := layer.token_tier) is not None:
+        many = f"{tier.tokens} tokens" if tier.tokens else f"{tier.share:.0%}"
+        label += f", {many} at {tier.bits} ({tier.policy}{', balanced' if tier.balancer else ''})"
+    return (label, _spec(layer.key), _spec(layer.value), *map(str, kept))
 
 
 def _spec(spec: QuantSpec) -> str:

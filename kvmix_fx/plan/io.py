@@ -24,7 +24,8 @@ then changes to the defaults, each with a "match" (an integer, a list of them, o
 see `selection`), and later changes win.
 
 A tensor's entry may further have "tiers", "order", "channel_order", "rotation", "symmetric" and
-"range_factor", see `QuantSpec`; a plan that uses them is of version 2.
+"range_factor", see `QuantSpec`; a plan that uses them is of version 2. A layer's entry may have "token_tier",
+an object with the fields of `TokenTier`; a plan that uses it is of version 3.
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ from kvmix_fx.errors import (
 from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.schema import PLAIN_FIELDS, KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import select_layers
+from kvmix_fx.plan.token_tier import TokenTier
 
 FILE_NAME = "kvmix_plan.json"
 FORMAT = "kvmix_plan"
-VERSION = 2
-"""2 has tiers, orders, rotation, symmetric codes and ranges; a plan without them is written as 1."""
+VERSION = 3
+"""3 has tiers of tokens; 2 tiers of channels, orders, rotation, symmetric codes and ranges.
+
+A plan is written as the first version that has what it needs.
+"""
 LIBRARY_NAME = "kvmix_fx"
 
 _TOP_KEYS = (
@@ -72,7 +77,8 @@ _GEOMETRY_KEYS = ("num_layers", "num_kv_heads", "head_dim")
 _LAYER_GEOMETRY_KEYS = tuple(field.name for field in fields(LayerGeometry))
 _SPEC_KEYS = tuple(field.name for field in fields(QuantSpec))
 _WINDOW_KEYS = ("kind", "length")
-_LAYER_KEYS = ("key", "value", "window", "sink_length", "tile")
+_TIER_KEYS = tuple(field.name for field in fields(TokenTier))
+_LAYER_KEYS = ("key", "value", "window", "sink_length", "tile", "token_tier")
 
 _MOST_LAYERS = 10_000
 """Bound on "num_layers", so that a damaged count cannot exhaust memory."""
@@ -82,7 +88,7 @@ def to_dict(plan: KVPlan) -> dict[str, Any]:
     """The file's content as plain JSON values."""
     content: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if any(_is_new(layer) for layer in plan.layers) else 1,
+        "version": max(_first_version(layer) for layer in plan.layers),
         "library_name": LIBRARY_NAME,
         "name": plan.name,
     }
@@ -97,10 +103,13 @@ def to_dict(plan: KVPlan) -> dict[str, Any]:
     return content
 
 
-def _is_new(layer: LayerPlan) -> bool:
-    """Whether a layer needs more than the first version of the file has."""
+def _first_version(layer: LayerPlan) -> int:
+    """The first version of the file that has all a layer needs."""
+    if layer.token_tier is not None:
+        return 3
     specs = (layer.key, layer.value)
-    return any(set(spec.to_dict()) > set(PLAIN_FIELDS) or spec.scale_dtype == "byte" for spec in specs)
+    more = any(set(spec.to_dict()) > set(PLAIN_FIELDS) or spec.scale_dtype == "byte" for spec in specs)
+    return 2 if more else 1
 
 
 def from_dict(content: Mapping[str, Any], source: str = "plan") -> KVPlan:
@@ -371,7 +380,9 @@ def _read_compact_layers(
     for change in changes:
         fields = _read_fields(change, "match")
         for index in _matched_layers(fields["layer"].pop("match", None), change, num_layers):
-            layers[index] = {part: layers[index][part] | fields[part] for part in fields}
+            layers[index] = layers[index] | {
+                part: layers[index].get(part, {}) | fields[part] for part in fields
+            }
     return tuple(
         _build_layer(fields, _Entry(None, f"layer {index}", top.source))
         for index, fields in enumerate(layers)
@@ -399,6 +410,9 @@ def _read_fields(entry: _Entry, *extra_keys: str) -> _Fields:
         # the first version had room for tiers, and none in it
         if "tiers" in found[part] and found[part]["tiers"].value is None:
             del found[part]["tiers"]
+    tier = members.pop("token_tier", None)
+    if tier is not None:
+        found["token_tier"] = dict[str, _Entry]() if tier.value is None else tier.members(_TIER_KEYS)
     return {**found, "layer": members}
 
 
@@ -406,6 +420,7 @@ def _build_layer(fields: _Fields, entry: _Entry) -> LayerPlan:
     for part in ("key", "value"):
         if "bits" not in fields[part]:
             raise entry.error(f"lacks {part}.bits")
+    tier = fields.get("token_tier")
     return _build(
         entry,
         LayerPlan,
@@ -413,6 +428,7 @@ def _build_layer(fields: _Fields, entry: _Entry) -> LayerPlan:
         key=_build(entry.part("key"), QuantSpec, fields["key"], axis="channel"),
         value=_build(entry.part("value"), QuantSpec, fields["value"], axis="token"),
         window=_build(entry.part("window"), WindowRule, fields["window"]),
+        token_tier=_build(entry.part("token_tier"), TokenTier, tier) if tier else None,
     )
 
 

@@ -29,6 +29,7 @@ from kvmix_fx.plan.schema import (
     as_window,
 )
 from kvmix_fx.plan.selection import LayerSelection, select_layers
+from kvmix_fx.plan.token_tier import Policy, TokenTier
 
 
 def uniform(
@@ -263,6 +264,100 @@ def tiers(
     return KVPlan(layers, geometry, {"preset": "tiers"}, f"tiers {layers[0].label}")
 
 
+def mikv(
+    target: object,
+    low_bits: int = 2,
+    high_bits: int = 16,
+    share: float = 0.2,
+    *,
+    policy: Policy = "accumulated",
+    recent: float = 0.5,
+    balancer: bool = True,
+    channel_tiers: bool = False,
+    window: WindowRule | int = 32,
+    sink_length: int = 0,
+) -> KVPlan:
+    """MiKV (arXiv 2402.18096): tokens that matter at high bits, all others at low ones, none evicted.
+
+    Keys and values are grouped per token, half a head a group. Differs from the paper: the low tier has codes
+    of the tokens in the high tier too, which then can leave it without being rounded again; a raw window
+    comes beside the recent half of the tier; who is in the tier is decided anew when a tile is packed, not at
+    every step; factors of the balancer are powers of two.
+
+    Args:
+        target: model, configuration or ModelGeometry.
+        low_bits: bits of all packed tokens; 0 ignores those outside the high tier, as eviction does (a
+            control: codes of one bit are still stored).
+        high_bits: bits of the tokens in the high tier: 16, 8 or 4.
+        share: of the packed tokens, in the high tier.
+        policy: how importance is counted, see `TokenTier`.
+        recent: part of the tier that its newest tokens have.
+        balancer: whether keys and queries are balanced.
+        channel_tiers: the formats of `tiers` for the low tier, instead of the paper's; `low_bits` must be 2.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+
+    Raises:
+        PresetError: `channel_tiers` with other bits than 2.
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
+    """
+    geometry = ModelGeometry.of(target)
+    half = max(16, geometry.head_dim // 2)
+    group: GroupSize = half if half % 16 == 0 and geometry.head_dim % half == 0 else "head"
+    tier = TokenTier(share, None, high_bits, group, policy, recent, balancer, low_bits == 0)
+    facts = {"preset": "mikv", "source": "arXiv 2402.18096"}
+    if channel_tiers:
+        if low_bits != 2:
+            raise PresetError(
+                f"channel_tiers has low tiers of about 2 bits: leave low_bits at 2, got {low_bits}"
+            )
+        plan = tiers(geometry, window=window, sink_length=sink_length)
+        return KVPlan(
+            plan.with_layers("all", token_tier=tier).layers, geometry, facts, f"mikv over {plan.name}"
+        )
+    spec = QuantSpec(low_bits or 1, "token", group)
+    layer = LayerPlan(spec, spec, as_window(window), sink_length, token_tier=tier)
+    return KVPlan((layer,) * geometry.num_layers, geometry, facts, f"mikv {low_bits}/{high_bits} bits")
+
+
+def zipcache(
+    target: object,
+    low_bits: int = 2,
+    high_bits: int = 4,
+    share: float = 0.6,
+    *,
+    window: WindowRule | int = 32,
+    sink_length: int = 0,
+) -> KVPlan:
+    """ZipCache (arXiv 2405.14256): its score and its share of salient tokens, 4 bits above 2.
+
+    The score is attention divided by the number of queries that saw the token. Differs from the paper: codes
+    of the low tier are kept for salient tokens too, so this is larger than 4 bits and 2 bits by share; keys
+    are grouped per channel in the low tier and per token in the high one; its scaling of the values' channels
+    is left out; every query of the prompt counts, where ZipCache takes a sample.
+
+    Args:
+        target: model, configuration or ModelGeometry.
+        low_bits: bits of all packed tokens.
+        high_bits: bits of salient ones.
+        share: of the packed tokens that is salient.
+        window: recent tokens kept raw.
+        sink_length: leading tokens kept raw.
+
+    Raises:
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
+    """
+    geometry = ModelGeometry.of(target)
+    layer = LayerPlan(
+        QuantSpec(low_bits, "channel", 32),
+        QuantSpec(low_bits, "token", "head"),
+        as_window(window),
+        sink_length,
+        token_tier=TokenTier(share, None, high_bits, policy="mean", recent=0.0),
+    )
+    return _repeat(layer, geometry, f"zipcache {high_bits}/{low_bits} bits", "zipcache", "arXiv 2405.14256")
+
+
 def mixkvq(
     target: object,
     raw_channels: int | None = None,
@@ -363,6 +458,8 @@ PRESETS: Mapping[str, Callable[..., KVPlan]] = MappingProxyType(
         "mixkvq": mixkvq,
         "kitty": kitty,
         "tiers": tiers,
+        "mikv": mikv,
+        "zipcache": zipcache,
     }
 )
 """The presets by the names that `preset` and the command line take."""

@@ -31,6 +31,7 @@ from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.selection import LayerSelection, select_layers
 from kvmix_fx.plan.sizes import CACHE_KINDS, CacheKind, allocated_bytes, mean_bits
 from kvmix_fx.plan.text import pair_label, parse_layer
+from kvmix_fx.plan.token_tier import TokenTier
 from kvmix_kernels import layout
 from kvmix_kernels.layout import TensorFormat
 
@@ -202,6 +203,7 @@ class LayerPlan:
             plan of its own accord (the presets of ours, the allocators) keeps `DEFAULT_SINK`.
         tile: tokens packed together, a multiple of every group that runs along tokens. None takes the
             smallest such number from 32 up.
+        token_tier: tokens that are kept at more bits; None for all alike.
 
     Warns:
         RangeWarning: values that are not rotated have a range factor below 1.
@@ -216,6 +218,7 @@ class LayerPlan:
     window: WindowRule = WindowRule()
     sink_length: int = 0
     tile: int | None = None
+    token_tier: TokenTier | None = None
 
     def __post_init__(self) -> None:
         check_type("key", self.key, QuantSpec)
@@ -224,6 +227,8 @@ class LayerPlan:
         check_integer("sink_length", self.sink_length, 0)
         if self.tile is not None:
             check_integer("tile", self.tile, 1)
+        if self.token_tier is not None:
+            check_type("token_tier", self.token_tier, TokenTier)
         if self.value.tiers:
             raise PlanFieldError("tiers are of keys: values have no order of channels", "value")
         if self.key.rotation != "none":
@@ -272,7 +277,10 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """As a plan file has it."""
-        return asdict(self) | {"key": self.key.to_dict(), "value": self.value.to_dict()}
+        content = asdict(self) | {"key": self.key.to_dict(), "value": self.value.to_dict()}
+        if self.token_tier is None:
+            del content["token_tier"]
+        return content
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -348,7 +356,10 @@ class LayerPlan:
 
     def _format(self, role: str, spec: QuantSpec) -> TensorFormat:
         try:
-            return spec.format(self.tile_length, self.sink_length, self.window.length)
+            fmt = spec.format(self.tile_length, self.sink_length, self.window.length)
+            if self.token_tier is None:
+                return fmt
+            return layout.with_high(fmt, self.token_tier.format(scored=role == "key"))
         except FormatError as error:
             raise FormatError(f"{role}: {error}") from None
 
@@ -444,6 +455,7 @@ class KVPlan:
         window: WindowRule | int | None = None,
         sink_length: int | None = None,
         tile: int | None = None,
+        token_tier: TokenTier | None = None,
     ) -> KVPlan:
         """A copy in which the selected layers are changed; what is None stays.
 
@@ -454,6 +466,7 @@ class KVPlan:
             window: a new rule, or the length of a fixed window.
             sink_length: leading tokens kept raw.
             tile: tokens packed together.
+            token_tier: tokens kept at more bits. A layer that becomes raw has none.
 
         Raises:
             PlanLayerError: a selected layer does not exist, or none is selected.
@@ -463,12 +476,14 @@ class KVPlan:
         chosen = set(select_layers(selection, len(self.layers)))
 
         def change(layer: LayerPlan) -> LayerPlan:
+            specs = _changed_spec(layer.key, key), _changed_spec(layer.value, value)
+            raw = all(spec.is_raw for spec in specs)
             return LayerPlan(
-                _changed_spec(layer.key, key),
-                _changed_spec(layer.value, value),
+                *specs,
                 layer.window if window is None else as_window(window),
                 layer.sink_length if sink_length is None else sink_length,
                 layer.tile if tile is None else tile,
+                None if raw else layer.token_tier if token_tier is None else token_tier,
             )
 
         layers = (change(layer) if index in chosen else layer for index, layer in enumerate(self.layers))
@@ -519,16 +534,16 @@ class KVPlan:
             length: tokens in the cache; None for the limit of long contexts, where raw tokens vanish.
 
         Raises:
-            PlanGeometryError: a group spans the head and the plan carries no geometry.
+            PlanGeometryError: a group spans the head, or tokens have tiers, and the plan carries no geometry.
             PlanFieldError: a length below 1.
         """
         if length is not None:
             check_integer("length", length, 1)
         if self.geometry is None:
             formats = [fmt for layer in self.layers for fmt in layer._formats()]
-            if any(fmt.group_size == layout.WHOLE_HEAD and not fmt.is_raw for fmt in formats):
+            if any(fmt.high or (fmt.group_size == layout.WHOLE_HEAD and not fmt.is_raw) for fmt in formats):
                 self._needed_geometry()
-            # only groups that span the head are measured by its size
+            # only groups that span the head, and positions, are measured by its size
             return sum(mean_bits(fmt, 0, length) for fmt in formats) / len(formats)
         bits = elements = 0.0
         for layer, sizes in self._cached_layers():
@@ -559,7 +574,7 @@ class KVPlan:
             if sizes.num_kv_heads and (not sizes.window or layer.packs_window(sizes.window)):
                 yield layer, sizes
             elif sizes.num_kv_heads:
-                yield replace(layer, key=_RAW, value=_RAW), sizes
+                yield replace(layer, key=_RAW, value=_RAW, token_tier=None), sizes
 
     def nbytes(
         self,
@@ -604,7 +619,8 @@ class KVPlan:
         for layer, sizes in self._cached_layers():
             tokens = length
             if sizes.window and cache == "fixed":
-                layer, tokens = replace(layer, key=_RAW, value=_RAW), min(length, sizes.window)
+                layer = replace(layer, key=_RAW, value=_RAW, token_tier=None)
+                tokens = min(length, sizes.window)
             elif sizes.window:
                 layer = layer.in_window()
                 tokens = min(length, layer.most_of_window(sizes.window))

@@ -39,4 +39,7 @@ def mean_bits(fmt: TensorFormat, head_dim: int, length: int | None) -> float:
         return packed_bits
     packed = fmt.packed_tiles(length) * fmt.tile
     order = 8 * layout.ORDER_ITEMSIZE if fmt.order else 0
-    return (packed * packed_bits + (length - packed) * layout.RAW_BITS + order) / length
+    total = packed * packed_bits + (length - packed) * layout.RAW_BITS + order
+    if fmt.high is not None and fmt.high.count:
+        total += min(fmt.high.count, packed) * layout.bits_per_high_element(fmt, head_dim)
+    return total / length

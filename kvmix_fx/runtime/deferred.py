@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvmix_kernels import ops
-
 
 @dataclass(frozen=True)
 class FromInput:
@@ -27,11 +25,11 @@ class FromOutput:
 class Deferred:
     """The appends of one graph.
 
-    appends: their arguments; all but `FromInput` and `FromOutput` are meant as they are. outputs: how many
-    outputs the graph had before it returned what the appends store.
+    appends: their ops and arguments; all but `FromInput` and `FromOutput` are meant as they are. outputs: how
+    many outputs the graph had before it returned what the appends store.
     """
 
-    appends: list[tuple[Any, ...]]
+    appends: list[tuple[Any, tuple[Any, ...]]]
     outputs: int
 
     def wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,8 +37,8 @@ class Deferred:
 
         def run(*args: Any) -> Sequence[Any]:
             results = inner(*args)
-            for arguments in self.appends:
-                ops.append_(*(_value(argument, args, results) for argument in arguments))
+            for append, arguments in self.appends:
+                append(*(_value(argument, args, results) for argument in arguments))
             return results[: self.outputs]
 
         return run

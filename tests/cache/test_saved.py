@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.errors import CacheStateError, CacheVersionError
+from kvmix_fx.cache import QuantizedKVTensor, tiers
+from kvmix_fx.errors import CacheStateError, CacheVersionError, TokenTierError
 from kvmix_fx.testing.tensors import formats, values
 from kvmix_kernels import layout
 
@@ -47,10 +47,30 @@ def saved(fmt, fixed):
     return tensor.index_copy_(2, torch.arange(90), x).to_state()
 
 
+def saved_tiers(fmt, high, role):
+    """Keys (role 0) or values with a high tier of tokens."""
+    both = layout.with_high(fmt, high), layout.with_high(fmt, high._replace(scored=0, balanced=0))
+    x = values("normal", (1, 2, 90, 64), 0)
+    return tiers.pack(x, x, both, x)[role].to_state()
+
+
+tiered = st.builds(
+    saved_tiers,
+    formats(64, layout.WIDTHS).filter(lambda fmt: fmt.tile >= 7),
+    st.builds(
+        layout.make_high,
+        share=st.just(25),
+        bits=st.sampled_from(layout.HIGH_BITS),
+        balanced=st.booleans(),
+    ),
+    st.sampled_from((0, 1)),
+)
+
+
 @st.composite
 def damaged(draw):
     """A saved tensor with one part of it exchanged, and whether it says the same as before."""
-    state = saved(draw(formats(64)), draw(st.booleans()))
+    state = draw(st.one_of(st.builds(saved, formats(64), st.booleans()), tiered))
     name = draw(st.sampled_from(sorted(state)))
     part = state[name]
     match draw(st.sampled_from(("missing", "no tensor", "dtype", "shape", "number", "shorter"))):
@@ -83,7 +103,10 @@ def test_a_damaged_file_is_refused_or_reads_without_harm(state):
         return
     read = tensor.dequantize()
     assert read.shape == tensor.shape
-    if not tensor.is_fixed:
+    if tensor.format.high is not None:
+        with pytest.raises(TokenTierError):
+            torch.cat([tensor, torch.ones(1, 2, 3, 64)], 2)
+    elif not tensor.is_fixed:
         longer = torch.cat([tensor, torch.ones(1, 2, 3, 64)], 2)
         assert longer.dequantize().shape[2] == tensor.shape[2] + 3
 
@@ -112,3 +135,40 @@ def test_what_is_wrong_with_a_file_is_said(name, change, said):
     if name != "live":
         with pytest.raises(CacheStateError, match="is missing"):
             QuantizedKVTensor.from_state(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("high_residual", lambda x: x[:, :, :-1], '"high_residual" of a saved cache should be'),
+        ("positions", lambda x: x.long(), '"positions" of a saved cache should be'),
+        ("waiting", lambda x: x[..., :-1], '"waiting" of a saved cache should be'),
+        ("balance", lambda x: x[..., :-1], '"balance" of a saved cache should be'),
+        # behind the length: the mark, share, number, bits, group, policy, recent part, and what keys have
+        ("meta", lambda x: changed(x, 1, -2), "no packed format has the numbers"),
+        ("meta", lambda x: changed(x, 2, 100), "from 1 to 99 percent"),
+        ("meta", lambda x: changed(x, 2, 1), "no whole token"),
+        ("meta", lambda x: changed(x, 3, 5), "either a share of the tokens or a fixed number"),
+        ("meta", lambda x: changed(x, 4, 3), "bits, got 3"),
+        ("meta", lambda x: changed(x, 5, 5), "multiple of 16"),
+        ("meta", lambda x: changed(x, 6, 99), "no packed format has the numbers"),
+        ("meta", lambda x: changed(x, 8, 2), "no packed format has the numbers"),
+    ],
+)
+def test_what_is_wrong_with_a_high_tier_is_said(name, change, said):
+    fmt = layout.make_format(4, group_size=16, tile=16, tiers=((16, 8), (4, 8), (2, 48)), order="tile")
+    state = saved_tiers(fmt, layout.make_high(25, balanced=True), 0)
+    back = QuantizedKVTensor.from_state(state)
+    assert back.format.encode() == state["meta"].tolist()[1:-1]
+    assert torch.equal(QuantizedKVTensor.from_state(back.to_state()).dequantize(), back.dequantize())
+    with pytest.raises(CacheStateError, match=said):
+        QuantizedKVTensor.from_state(state | {name: change(state[name])})
+    del state[name]
+    with pytest.raises(CacheStateError, match="is missing"):
+        QuantizedKVTensor.from_state(state)
+
+
+def changed(numbers, place, number):
+    numbers = numbers.clone()
+    numbers[place] = number
+    return numbers

@@ -232,9 +232,9 @@ def test_wrong_content_is_named_with_its_place(content, message):
 
 
 def test_a_newer_file_asks_for_an_upgrade():
-    content = explicit() | {"version": 3, "something new": [1]}
+    content = explicit() | {"version": 4, "something new": [1]}
     with pytest.raises(
-        PlanVersionError, match="format version 3 and this package reads up to 2: pip install --upgrade"
+        PlanVersionError, match="format version 4 and this package reads up to 3: pip install --upgrade"
     ):
         KVPlan.from_dict(content)
 

@@ -18,7 +18,7 @@ from kvmix_fx.errors import (
     PlanLayerError,
     RangeWarning,
 )
-from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier, WindowRule
 from kvmix_fx.plan.orders import encode_order
 from kvmix_fx.testing.strategies import layer_plans, plans
 from kvmix_kernels import layout
@@ -268,6 +268,7 @@ CHANGES = {
     "window.length": {"window": WindowRule(length=33)},
     "sink_length": {"sink_length": 4},
     "tile": {"tile": 64},
+    "token_tier": {"token_tier": TokenTier(0.1)},
 }
 
 

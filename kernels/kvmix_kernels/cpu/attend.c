@@ -81,7 +81,8 @@ typedef struct {
 typedef struct { float *raw, *packed; } Rows;
 typedef struct {
     Tensor query, mask;
-    float *out;  /* [B, H * rows, Dv] */
+    float *out;   /* [B, H * rows, Dv] */
+    float *sums;  /* [B, H * rows, 2]: the best score, and the sum of weights against it; or null */
     const float *sinks;  /* a score more for each query head, [H * group]; 0: none */
     double scale, softcap;
     int64_t B, H, group, Lq, length, origin, threads;
@@ -751,6 +752,7 @@ int kvmix_attend(const Call *call) {
         }
         /* a query that may attend to nothing gets zeros */
         for (int64_t c = 0; c < Dv; c++) out[c] /= total == 0 ? 1 : total;
+        if (call->sums) call->sums[2 * i] = highest, call->sums[2 * i + 1] = total;
     }
     free(work.partial);
     return 0;

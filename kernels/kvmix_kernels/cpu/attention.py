@@ -100,6 +100,29 @@ def attend(
     return out.view(B, Hq, Lq, Dv).to(query.dtype)
 
 
+def attend_lse(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Cached,
+    values: Cached,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`kvmix_kernels.reference.attention.attend_lse` for CPU tensors, by the kernel where it takes them."""
+    given = (query, new_keys, new_values, keys, values, mask, length, scale, softcap, sink_logits)
+    B, Hq, Lq, _ = query.shape
+    if query.dtype != torch.float64 and Hq // keys.residual.shape[1] * Lq <= MAX_ROWS:
+        sums = torch.empty(B, Hq, Lq, 2)
+        out = native.attend(*given, sums)
+        if out is not None:
+            return out, sums[..., 0] + sums[..., 1].log()
+    return reference.attend_lse(*given)
+
+
 @cache
 def _say_reference(too_wide: bool) -> None:
     why = f"heads of more than {native.MAX_HEAD_DIM} channels" if too_wide else "no C kernel that takes them"

@@ -59,7 +59,7 @@ _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
 _ORDERS = {**_CODES, **_BYTES, torch.int32: 7}
 _EXACT = {torch.bfloat16: 1}
-_CALL = struct.Struct("=12q2d7q")
+_CALL = struct.Struct("=13q2d7q")
 _TENSORS = struct.Struct("=35q")
 _NO_MEMORY = 1
 
@@ -80,8 +80,12 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor | None:
     """`kvmix_kernels.reference.attention.attend`: same arguments, equal up to rounding.
+
+    `sums`, float32 [B, Hq, Lq, 2], gets the best score of each query and the sum of weights against it; the
+    output then stays float32.
 
     Its scratch does not grow with the tokens.
 
@@ -113,12 +117,12 @@ def attend(
     origin = 0 if keys.format.is_raw else keys.format.sink
     threads = torch.get_num_threads()
     sizes = B, Hkv, group, Lq, length + new, origin, threads
-    sink_address = 0 if sinks is None else sinks.data_ptr()
-    call = _CALL.pack(*q, *m, out.data_ptr(), sink_address, scale, softcap, *sizes)
+    places = (out.data_ptr(), *(0 if x is None else x.data_ptr() for x in (sums, sinks)))
+    call = _CALL.pack(*q, *m, *places, scale, softcap, *sizes)
     failed = function(call + k + v)
     if failed == _NO_MEMORY:
         raise KernelMemoryError("no memory for partial results of attention: use a smaller batch")
-    return None if failed else out.to(query.dtype)
+    return None if failed else out if sums is not None else out.to(query.dtype)
 
 
 def _describe(

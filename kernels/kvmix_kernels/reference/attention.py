@@ -52,6 +52,29 @@ def attend(
     Returns:
         [B, Hq, Lq, Dv] in the query's dtype. A query that may attend to nothing gets zeros.
     """
+    given = (query, new_keys, new_values, keys, values, mask, length, scale, softcap, sink_logits)
+    out, _ = attend_lse(*given)
+    return out.to(query.dtype)
+
+
+def attend_lse(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Cached,
+    values: Cached,
+    mask: Tensor | None,
+    length: int,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and what merges it with attention over other tokens.
+
+    Returns:
+        The output in the compute dtype, [B, Hq, Lq, Dv], and the logarithm of the sum of all weights, that of
+        a learned sink included, [B, Hq, Lq]; without a sink -inf for a query that may attend to nothing.
+    """
     B, Hq, Lq, D = query.shape
     Hkv, Dv = keys.residual.shape[1], values.residual.shape[3]
     group = Hq // Hkv
@@ -87,9 +110,10 @@ def attend(
         sink = sink_rows(sink_logits, Hkv, Lq).to(dtype).unsqueeze(2)
         merged = torch.maximum(best, sink)
         shrink = torch.exp(best - merged)
-        total, out = total * shrink + torch.exp(sink - merged), out * shrink
+        total, out, best = total * shrink + torch.exp(sink - merged), out * shrink, merged
     out = out / total.masked_fill(total == 0, 1)
-    return out.view(B, Hq, Lq, Dv).to(query.dtype)
+    lse = best + total.log()
+    return out.view(B, Hq, Lq, Dv), lse.view(B, Hq, Lq)
 
 
 def sink_rows(sink_logits: Tensor, kv_heads: int, queries: int) -> Tensor:

@@ -75,23 +75,38 @@ def attend(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     config: configs.AttendConfig | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
-    """The op `attend`; `config` overrides the tuned one (for the tuner and tests)."""
+    """The op `attend`; `config` overrides the tuned one (for the tuner and tests).
+
+    `sums`, float32 [B, Hq, Lq, 2], gets the largest score of each query, in the kernel's own unit, and the sum of
+    weights against it; the output is then float32.
+    """
     k, v = Cached.of(keys, key_format), Cached.of(values, value_format)
     B, Hq, Lq, D = query.shape
     Hkv, Dv = k.residual.shape[1], v.head_dim
     rows = Hq // Hkv * Lq
     has_new = new_keys is not None and new_values is not None
     new_count = new_keys.shape[2] if new_keys is not None and has_new else 0
-    out = query.new_empty(B, Hq, Lq, Dv)
+    out = query.new_empty(B, Hq, Lq, Dv, dtype=query.dtype if sums is None else torch.float32)
     if out.numel() == 0:
         return out
     if length + new_count == 0:
+        if sums is not None:
+            sums.zero_()
+            if sink_logits is not None:
+                sums[..., 0] = sink_logits.float()[:, None] / _log_unit(mask)
+                sums[..., 1] = 1
         return out.zero_()
     if v.format.by_tile or v.format.raw_channels:
         warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
         live = length if start is None else int(start)
-        return reference.attend(query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
+        given = (query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
+        if sums is None:
+            return reference.attend(*given)
+        out, lse = reference.attend_lse(*given)
+        torch.stack([lse / _log_unit(mask), torch.ones_like(lse)], 3, out=sums)
+        return out
     check_grids(k)
     check_grids(v)
 
@@ -141,13 +156,41 @@ def attend(
             num_warps=plan.warps, maxnreg=plan.registers or None,
         )  # fmt: skip
         combine_kernel[(B * Hkv * rows * plan.merge_blocks,)](
-            partial, stats, out, out if sink_logits is None else sink_logits.contiguous(),
+            partial, stats, out, stats if sums is None else sums,
+            out if sink_logits is None else sink_logits.contiguous(),
             plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, Lq, SINKS=sink_logits is not None,
             MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
-            num_warps=plan.merge_warps, launch_pdl=early,
+            SUMS=sums is not None, num_warps=plan.merge_warps, launch_pdl=early,
         )  # fmt: skip
     return out
+
+
+def attend_lse(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    mask: Tensor | None,
+    start: Tensor | None,
+    length: int,
+    scale: float,
+    key_format: list[int],
+    value_format: list[int],
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op `attend_lse`."""
+    sums = torch.empty(*query.shape[:3], 2, dtype=torch.float32, device=query.device)
+    given = (query, new_keys, new_values, keys, values, mask, start, length, scale, key_format, value_format)
+    out = attend(*given, softcap, sink_logits, sums=sums)
+    return out, sums[..., 0] * _log_unit(mask) + sums[..., 1].log()
+
+
+def _log_unit(mask: Tensor | None) -> float:
+    # scores are in units of log 2 where no additive mask forbids it
+    return math.log(2) if mask is None or mask.dtype == torch.bool else 1.0
 
 
 def _places(cached: Cached) -> tuple[int, int, int, int]:

@@ -327,6 +327,8 @@ def forget(layers: list[KVMixStaticLayer]) -> None:
             for tensor in (layer.keys, layer.values):
                 counters[id(tensor.live)] = tensor.live
                 raw.append(tensor.residual)
+                if tensor.format.high is not None:
+                    raw.append(tensor.high_residual)
     for tensors in (list(counters.values()), raw):
         if tensors:
             torch._foreach_zero_(tensors)

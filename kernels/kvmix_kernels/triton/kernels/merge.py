@@ -37,6 +37,7 @@ def combine_kernel(
     partial_ptr,
     stats_ptr,
     out_ptr,
+    sums_ptr,
     sinks_ptr,
     bulk_splits,
     splits,
@@ -54,6 +55,7 @@ def combine_kernel(
     CHUNK: tl.constexpr,
     ROTATED: tl.constexpr,
     EARLY: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """Merge the partial outputs of one query row: sum of exp(m_i - m) o_i over that of l_i.
 
@@ -61,7 +63,8 @@ def combine_kernel(
     [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are rotated
     back once they are one sum; a program then has all channels. SINKS: each query head has a score more, in
     natural units, [kv_heads * query heads of a group]. EARLY: this kernel is started before
-    `attend_kernel` ends, and waits for it.
+    `attend_kernel` ends, and waits for it. SUMS: m and the sum of weights against it, a sink's included, are
+    stored as well, as [batch * heads, rows, 2].
     """
     block = tl.program_id(0) % CHANNEL_BLOCKS
     pid = (tl.program_id(0) // CHANNEL_BLOCKS).to(tl.int64)
@@ -93,4 +96,7 @@ def combine_kernel(
     else:
         out = _summed(partial_ptr, stats_ptr, 0, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
     out = out / tl.where(total == 0.0, 1.0, total)
+    if SUMS and block == 0:
+        tl.store(sums_ptr + pid * 2, top)
+        tl.store(sums_ptr + pid * 2 + 1, total)
     tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)

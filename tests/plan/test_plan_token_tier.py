@@ -1,0 +1,115 @@
+"""Tiers of tokens in plans: checks, files, sizes, presets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmix_fx.errors import FormatError, PlanFieldError, PlanFileError, PlanGeometryError, PresetError
+from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier
+from kvmix_kernels import layout
+
+GEOMETRY = ModelGeometry(num_layers=4, num_kv_heads=2, head_dim=64)
+
+token_tiers = st.builds(
+    TokenTier,
+    st.integers(10, 99).map(lambda percent: percent / 100),
+    st.none(),
+    st.sampled_from(layout.HIGH_BITS),
+    st.sampled_from(("head", 32)),
+    st.sampled_from(layout.POLICIES),
+    st.sampled_from((0.0, 0.5, 1.0)),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(token_tiers | st.builds(TokenTier, st.none(), st.integers(2, 500)))
+def test_files_keep_tiers(tier):
+    plan = KVPlan.uniform(GEOMETRY, 2).with_layers("1-2", token_tier=tier)
+    again = KVPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest == plan.digest
+    assert json.loads(plan.to_json())["version"] == 3
+    assert plan.digest != KVPlan.uniform(GEOMETRY, 2).digest
+
+
+def test_plans_without_tiers_are_written_as_they_were():
+    content = KVPlan.uniform(GEOMETRY, 2).to_dict()
+    assert content["version"] == 1
+    assert "token_tier" not in content["layers"][0]
+
+
+def test_tiers_by_hand_in_a_file():
+    text = {
+        "format": "kvmix_plan",
+        "version": 3,
+        "num_layers": 2,
+        "defaults": {"key": {"bits": 2}, "value": {"bits": 2}},
+        "layers": [{"match": 1, "token_tier": {"share": 0.1, "policy": "last"}}],
+    }
+    plan = KVPlan.from_dict(text)
+    assert plan.layers[0].token_tier is None
+    assert plan.layers[1].token_tier == TokenTier(0.1, policy="last")
+    text["layers"][0]["token_tier"]["polcy"] = "last"
+    with pytest.raises(PlanFileError, match="did you mean 'policy'"):
+        KVPlan.from_dict(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"share": 0.123}, PlanFieldError, "share must be whole percents"),
+        ({"share": 1.5}, PlanFieldError, "share must be a number from 0 to 1"),
+        ({"share": 0.0}, FormatError, "either a share of the tokens or a fixed number"),
+        ({"tokens": 5}, PlanFieldError, "either a share of the tokens or a number"),
+        ({"share": None, "tokens": 1}, PlanFieldError, "tokens must be at least 2"),
+        ({"bits": 2}, PlanFieldError, "bits must be one of 16, 8, 4"),
+        ({"policy": "best"}, PlanFieldError, "policy must be one of"),
+        ({"group_size": 24}, FormatError, "must be a multiple of 16"),
+    ],
+)
+def test_bad_fields_are_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        TokenTier(**fields)
+
+
+def test_tiers_that_do_not_fit_a_layer():
+    with pytest.raises(FormatError, match="1 % of a tile of 32 tokens is no whole token"):
+        LayerPlan(QuantSpec(2), QuantSpec(2, "token"), token_tier=TokenTier(0.01))
+    with pytest.raises(FormatError, match="value: a tensor that stays at 16 bits has no high tier"):
+        LayerPlan(QuantSpec(2), QuantSpec(16), token_tier=TokenTier())
+    plan = KVPlan.preset("mikv", GEOMETRY).with_layers("0", key=16, value=16)
+    assert plan.layers[0].token_tier is None
+    with pytest.raises(PlanGeometryError):
+        KVPlan.uniform(3, 2).with_layers("all", token_tier=TokenTier()).bits_per_element()
+
+
+def test_bits_count_codes_positions_and_scores():
+    plan = KVPlan.preset("mikv", GEOMETRY)
+    # 2 bits and half an element of scales for groups of 32, and a fifth of the tokens at 16 with positions
+    # in keys and values and a score in keys, 4 bytes each
+    assert plan.bits_per_element() == pytest.approx(2 + 32 / 32 + 0.2 * (16 + 8 * (8 + 4) / 2 / 64))
+    fixed = KVPlan.uniform(GEOMETRY, 2).with_layers("all", token_tier=TokenTier(None, 64))
+    assert fixed.bits_per_element() == 3
+    added = fixed.bits_per_element(1056) - KVPlan.uniform(GEOMETRY, 2).bits_per_element(1056)
+    assert added == pytest.approx(64 / 1056 * (16 + 8 * 12 / 2 / 64))
+
+
+def test_presets():
+    plan = KVPlan.preset("mikv", GEOMETRY, low_bits=3, high_bits=8, share=0.1)
+    layer = plan.layers[0]
+    assert (layer.key.bits, layer.key.axis, layer.key.group_size) == (3, "token", 32)
+    assert layer.token_tier == TokenTier(0.1, None, 8, 32, balancer=True)
+    assert KVPlan.preset("mikv", GEOMETRY, low_bits=0).layers[0].token_tier.evict
+    over = KVPlan.preset("mikv", GEOMETRY, channel_tiers=True, high_bits=4).layers[0]
+    assert over.key.tiers
+    assert over.value.rotation == "hadamard"
+    assert over.token_tier.bits == 4
+    with pytest.raises(PresetError, match="leave low_bits at 2"):
+        KVPlan.preset("mikv", GEOMETRY, channel_tiers=True, low_bits=4)
+    assert KVPlan.preset("zipcache", GEOMETRY).layers[0].token_tier.policy == "mean"
+    assert "20% at 16 (accumulated, balanced)" in str(KVPlan.preset("mikv", GEOMETRY))
