@@ -193,7 +193,7 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.action, site.reason = LEAVE, no_tier
         return
     if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
-        site.action, site.reason = LEAVE, _raw_window(layer, 1 - site.tail)
+        site.action, site.reason = LEAVE, raw_window(1 - site.tail, layer.window.length, layer.tile_length)
         return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
@@ -217,10 +217,11 @@ def _no_tier(site: Site) -> str:
     return "" if known and asking == asked else NO_TIER_ACROSS
 
 
-def _raw_window(layer: LayerPlan, window: int) -> str:
+def raw_window(window: int, recent: int, tile: int) -> str:
+    """Why a layer with a window of so many tokens stays at 16 bits."""
     return (
         f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
-        f"{layer.window.length} recent tokens and a tile of {layer.tile_length}"
+        f"{recent} recent tokens and a tile of {tile}"
     )
 
 
