@@ -59,7 +59,8 @@ def build(
     set_weights(model)
     # not a parameter, and lost on the meta device
     rotary: Any = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config, device=torch.device(device))
+    with torch.device(device):
+        model.model.rotary_emb = type(rotary)(config)
     return model.eval()
 
 
@@ -68,15 +69,15 @@ def share_out(model: Any, device: str, tp_size: int) -> Any:
     from torch.distributed.tensor import DTensor
     from transformers.distributed import DistributedConfig
 
-    mesh = torch.distributed.init_device_mesh(torch.device(device).type, (tp_size,))
-    config = DistributedConfig(tp_size=tp_size, tp_plan="auto")
+    # what the mesh is made of differs between releases
+    config, _, mesh = type(model).prepare_distribute_model(DistributedConfig(tp_size=tp_size))
     model = type(model).maybe_distribute_model(model, config, mesh)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 local = torch.empty_like(parameter.to_local(), device=device)
                 parameter = DTensor.from_local(
-                    local, mesh, parameter.placements, run_check=False,
+                    local, parameter.device_mesh, parameter.placements, run_check=False,
                     shape=parameter.shape, stride=parameter.stride(),
                 )  # fmt: skip
             else:
