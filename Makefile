@@ -42,7 +42,7 @@ tests: setup
 # what the integration leans on, in the oldest transformers that is supported; `tests` has the newest
 OLDEST := transformers==5.17.0
 oldest: setup
-	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest "$(OLDEST)"
+	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --target $(VENV)/oldest "$(OLDEST)" "numpy<2.4"
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis

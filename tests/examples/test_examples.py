@@ -66,7 +66,7 @@ def test_a_saved_prompt_continues_as_the_one_that_was_read(capsys):
 
 def test_a_profile_makes_a_plan(capsys):
     texts = ("--calibration", "text.txt", "--held-out", "text.txt")
-    sizes = ("--prompts", "1", "--length", "128", "--chunks", "1", "--prompt", "96", "--steps", "2")
+    sizes = ("--prompts", "1", "--length", "136", "--chunks", "1", "--prompt", "96", "--steps", "2")
     run("plan_from_profile", *texts, *sizes)
     shown = capsys.readouterr().out
     assert "planned: " in shown
