@@ -16,6 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -202,27 +203,13 @@ def _fake_dequantize(
     return residual.new_empty((*residual.shape[:2], length, residual.shape[3]))
 
 
-for _name, _reference, _fake in (
-    ("quantize_pack", _quantize_pack, _fake_quantize_pack),
-    ("append_", _append_, _fake_append_),
-    ("attend", _attend, _fake_attend),
-    ("attend_lse", _attend_lse, _fake_attend_lse),
-    ("dequantize", _dequantize, _fake_dequantize),
-):
-    _library.impl(_name, _reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
-
-_library.impl("attend", _attention(cpu_attention.attend), "CPU")
-_library.impl("attend_lse", _attention(cpu_attention.attend_lse), "CPU")
-
-
 def _takes_float64(args: Sequence[object]) -> bool:
     # of buffers the raw tokens tell
     flat = (a[RESIDUAL] if isinstance(a, (list, tuple)) and len(a) > RESIDUAL else a for a in args)
     return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 
-def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., object]:
+def _on_cuda(name: str, module: str, reference: Callable[..., object]) -> Callable[..., object]:
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
     def call(*args: object) -> object:
@@ -231,9 +218,7 @@ def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., objec
         implementation = _cuda.get(name)
         if implementation is None:
             try:
-                from kvmix_kernels import triton
-
-                implementation = getattr(triton, name)
+                implementation = getattr(import_module(f"kvmix_kernels.triton.{module}"), name)
             except ImportError as missing:
                 # not every machine has it
                 warnings.warn(
@@ -247,14 +232,20 @@ def _on_cuda(name: str, reference: Callable[..., object]) -> Callable[..., objec
 
 
 _cuda: dict[str, Callable[..., object]] = {}
-for _name, _reference in (
-    ("quantize_pack", _quantize_pack),
-    ("append_", _append_),
-    ("attend", _attend),
-    ("attend_lse", _attend_lse),
-    ("dequantize", _dequantize),
+# name, meaning, fake, and the module of `kvmix_kernels.triton` that has its launcher
+for _name, _reference, _fake, _module in (
+    ("quantize_pack", _quantize_pack, _fake_quantize_pack, "storage"),
+    ("append_", _append_, _fake_append_, "storage"),
+    ("attend", _attend, _fake_attend, "attention"),
+    ("attend_lse", _attend_lse, _fake_attend_lse, "attention"),
+    ("dequantize", _dequantize, _fake_dequantize, "reading"),
 ):
-    _library.impl(_name, _on_cuda(_name, _reference), "CUDA")
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+    _library.impl(_name, _on_cuda(_name, _module, _reference), "CUDA")
+
+_library.impl("attend", _attention(cpu_attention.attend), "CPU")
+_library.impl("attend_lse", _attention(cpu_attention.attend_lse), "CPU")
 
 quantize_pack = torch.ops.kvmix.quantize_pack.default
 append_ = torch.ops.kvmix.append_.default
