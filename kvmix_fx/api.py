@@ -17,7 +17,7 @@ from kvmix_fx.errors import (
     PlanGeometryError,
     TrainingError,
 )
-from kvmix_fx.parallel import check_placement
+from kvmix_fx.parallel import check_placement, process_group_size
 from kvmix_fx.passes.find.written_out import READS_WEIGHTS
 from kvmix_fx.passes.manager import BY_PLAN
 from kvmix_fx.passes.report import CompileReport
@@ -174,7 +174,8 @@ def compile(
             model, inside[0], plan, inner, on_nothing, torch_compile_options, options, mode
         )
     prepare, attributes, backend.windows = hooks_for(model, plan, shortcut)
-    backend.widens = True
+    # a step done again communicates again, and ranks, whose heads have their own ranges, would not agree
+    backend.widens = process_group_size() == 1
     state = Compiled(model, plan, backend, on_nothing, ["forward", *attributes])
     step = CompiledStep(model, model.forward, backend, torch_compile_options, prepare, shortcut, state.check)
     step.compile()

@@ -53,6 +53,19 @@ def test_scales_get_the_range_of_the_data(scale, fixed):
     assert layer.values.scale.dtype == torch.float32
 
 
+def test_one_of_several_processes_says_so_and_does_no_step_twice(monkeypatch):
+    """Other ranks would wait for what a second try communicates."""
+    monkeypatch.setattr("kvmix_fx.api.process_group_size", lambda: 2)
+    model = scaled_model(1e6)
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 8, window=16), inner="eager")
+    with pytest.warns(NarrowScalesWarning, match='scale_dtype="float32" in the plan') as caught:
+        _, layer = logits(model)
+    assert len([w for w in caught if w.category is NarrowScalesWarning]) == 1
+    assert layer.values.scale.dtype == torch.float16
+    assert kvmix_fx.compiled(model).report.graphs[0].sites[0].layer == 0
+    assert len(kvmix_fx.compiled(model).report.graphs) == 2
+
+
 def test_scales_without_the_range_would_show(monkeypatch):
     model = scaled_model(1e6)
     want, _ = logits(model)
