@@ -111,6 +111,7 @@ KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
     "kvmix k4v2 g128 w32": lambda model: KVPlan.uniform(model, 4, 2, window=32, sink_length=0).with_layers(
         "all", key=QuantSpec(4, "channel", 128), value=QuantSpec(2, "token", "head"), tile=128
     ),
+    "kvmix tiers": lambda model: KVPlan.preset("tiers", model),
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers dynamic": {},

@@ -59,28 +59,35 @@ def compiled(launch: Launch, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     given |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
     if "PORTABLE" in given:
         given["PORTABLE"] = False
     if "EARLY" in given:
         given["EARLY"] = capability >= 90
+
+    def described(value: Any, place: tuple[int, ...], specialised: bool) -> Any:
+        """A parameter's type; at its place, what is known of it."""
+        if isinstance(value, tuple):
+            return tuple(described(part, (*place, i), specialised) for i, part in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int) and value == 1 and specialised:
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and specialised):
+            attributes[place] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or (
-            isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-        ):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+        if parameter.is_constexpr:
+            signature[name], constants[(index,)] = "constexpr", value
         else:
-            signature[name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = described(value, (index,), not parameter.do_not_specialize)
     options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -291,6 +291,11 @@ class TensorFormat(NamedTuple):
         return self.order in (ORDER_TILE, ORDER_TILE_KEYS)
 
     @property
+    def sums_packed(self) -> bool:
+        """Whether a weighted sum of packed tokens can be turned back once, at its end: no tile differs from others."""
+        return not (self.by_tile or self.raw_channels)
+
+    @property
     def asks_queries(self) -> bool:
         """Whether an order of channels is chosen from queries."""
         return self.order in (ORDER_PROMPT, ORDER_TILE)

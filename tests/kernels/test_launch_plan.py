@@ -34,7 +34,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
     assert plan.merge_splits >= plan.splits
     assert plan.merge_channels * plan.merge_blocks >= step.Dv
     if plan.bulk:
-        groups = launch_plan._bulk_groups(k, v, step.length, plan.keys.group)
+        groups = launch_plan._bulk_groups(k, v, step.length, plan.keys.GROUP)
         share = -(-groups // plan.bulk_splits)
         # an empty share costs a program for nothing
         assert 0 < plan.bulk_splits <= groups
@@ -42,7 +42,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
         assert plan.room >= share
         assert plan.room % plan.part == 0
         assert plan.scratch == plan.room + (step.D if k.order else 0)
-        assert plan.tokens % plan.keys.group == 0 or plan.keys.group % plan.tokens == 0
+        assert plan.tokens % plan.keys.GROUP == 0 or plan.keys.GROUP % plan.tokens == 0
     else:
         assert plan.bulk_splits == plan.room == plan.scratch == 0
     # rows that are rotated back have to be whole

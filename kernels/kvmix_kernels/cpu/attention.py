@@ -71,7 +71,7 @@ def attend(
     out = native.attend(query, new_keys, new_values, keys, values, *rest)
     if out is not None:
         return out
-    if any(cached.format.by_tile or cached.format.raw_channels for cached in (keys, values)):
+    if not (keys.format.sums_packed and values.format.sums_packed):
         _say_reference(D > native.MAX_HEAD_DIM)
         return reference.attend(query, new_keys, new_values, keys, values, *rest)
     # grouped heads share their keys: fold the group into the rows of one product

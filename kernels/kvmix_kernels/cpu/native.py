@@ -97,8 +97,7 @@ def attend(
     group = Hq // Hkv if Hkv else 0
     new = 0 if new_keys is None else new_keys.shape[2]
     fits = 0 < group * Lq <= MAX_ROWS and group * Hkv == Hq and B > 0 and length >= 0
-    # sums of values are turned back once, in an order that all tiles share
-    fits = fits and not (values.format.by_tile or values.format.raw_channels)
+    fits = fits and values.format.sums_packed
     if not fits or (new_keys is None) != (new_values is None):
         return None
     sinks = None if sink_logits is None else sink_logits.float().contiguous()

@@ -15,25 +15,26 @@ from kvmix_kernels.cached import Cached
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import (
+    buffers,
     check_grids,
     device_of,
     inner_dense,
     model_dtype,
-    pointers,
     portable,
     starts_early,
     strides,
 )
 from kvmix_kernels.triton.kernels import fields
 from kvmix_kernels.triton.kernels.attend import attend_kernel
+from kvmix_kernels.triton.kernels.forms import Form
 from kvmix_kernels.triton.kernels.merge import combine_kernel
-from kvmix_kernels.triton.launch_plan import FormPlan, Step, attend_plan
+from kvmix_kernels.triton.launch_plan import Step, attend_plan
 
 
 @cache
-def shift_table(keys: FormPlan, values: FormPlan, device: torch.device) -> Tensor:
+def shift_table(keys: Form, values: Form, device: torch.device) -> Tensor:
     """`fields.fold_shifts` of keys and values on the device."""
-    table = [n for form in (keys, values) for n in fields.fold_shifts(form.bits, form.kept, form.high)]
+    table = [n for form in (keys, values) for n in fields.fold_shifts(form.BITS, form.KEPT, form.HIGH)]
     return torch.tensor(table, dtype=torch.int16, device=device)
 
 
@@ -98,7 +99,7 @@ def attend(
                 sums[..., 0] = sink_logits.float()[:, None] / _log_unit(mask)
                 sums[..., 1] = 1
         return out.zero_()
-    if v.format.by_tile or v.format.raw_channels:
+    if not v.format.sums_packed:
         warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
         live = length if start is None else int(start)
         given = (query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
@@ -130,22 +131,17 @@ def attend(
     )
     with device_of(query):
         attend_kernel[(heads * plan.splits,)](
-            query, new_k, new_v, *pointers(k), *pointers(v),
+            query, new_k, new_v, buffers(k), buffers(v),
             query if seen.tensor is None else seen.tensor, query if start is None else start,
             shift_table(plan.keys, plan.values, query.device) if plan.bulk else query,
             offsets, partial, stats,
-            *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3], *strides(k), *strides(v), *seen.strides,
+            *query.stride()[:3], *new_k.stride()[:3], *new_v.stride()[:3], strides(k), strides(v), *seen.strides,
             Hkv, rows, Lq, length, new_count,
             *_places(k), *_places(v), plan.bulk_splits, plan.splits, plan.column_blocks, plan.scratch,
             scale * unit, softcap * unit,
             BULK=plan.bulk, ON_DEVICE=start is not None, NEW=has_new,
             MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=softcap > 0,
-            K_BITS=plan.keys.bits, K_AXIS=plan.keys.axis, K_GROUP=plan.keys.group, D=D,
-            K_BLOCK=plan.keys.block, DP=plan.keys.padded, K_KEPT=plan.keys.kept, K_HIGH=plan.keys.high,
-            K_SYMMETRIC=plan.keys.symmetric, K_TURNED=plan.keys.turned, K_RAW=plan.keys.raw,
-            V_BITS=plan.values.bits, V_AXIS=plan.values.axis, V_GROUP=plan.values.group, DV=Dv,
-            V_BLOCK=plan.values.block, DVP=plan.values.padded, V_KEPT=plan.values.kept, V_HIGH=plan.values.high,
-            V_SYMMETRIC=plan.values.symmetric, V_TURNED=plan.values.turned, V_RAW=plan.values.raw,
+            K_FORM=plan.keys, V_FORM=plan.values,
             REST_PACKED=plan.rest_packed, N=N,
             BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
             PART=plan.part, SINGLE=plan.room <= plan.part, V_ALIGN=plan.v_align,

@@ -52,7 +52,7 @@ def check_grids(cached: Cached) -> None:
 
 
 def strides(cached: Cached) -> tuple[int, ...]:
-    """Of batch and head: those of codes, of scales and offsets, of raw tokens, of the order, of raw channels."""
+    """Of batch and head, as `fields.stored` takes them; scales and offsets have the same."""
     order = (0, 0) if cached.order is None else cached.order.stride()[:2]
     exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
     return (
@@ -64,8 +64,8 @@ def strides(cached: Cached) -> tuple[int, ...]:
     )
 
 
-def pointers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers as kernels take them: in place of an order or raw channels that are not there, others."""
+def buffers(cached: Cached) -> tuple[Tensor, ...]:
+    """The buffers as `fields.stored` takes them: in place of an order or raw channels that are not there, others."""
     more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
     return (*cached.tensors[: RESIDUAL + 1], *more)
 

@@ -14,7 +14,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.layout import AXIS_CHANNEL, AXIS_TOKEN, TensorFormat
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.configs import AttendConfig, Gpu
-from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED, TILED
+from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED, TILED, Form
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
@@ -50,22 +50,6 @@ class Step(NamedTuple):
     alike: bool
 
 
-class FormPlan(NamedTuple):
-    """Of one tensor, what `kernels.forms.Form` holds."""
-
-    bits: int
-    axis: int
-    group: int
-    channels: int
-    block: int
-    padded: int
-    kept: int
-    high: int
-    symmetric: bool
-    turned: int
-    raw: int
-
-
 class AttendPlan(NamedTuple):
     """One launch of `attend_kernel` and one of `combine_kernel`.
 
@@ -77,8 +61,8 @@ class AttendPlan(NamedTuple):
     the other tokens; warps, registers: of `attend_kernel`; merge_*: of `combine_kernel`.
     """
 
-    keys: FormPlan
-    values: FormPlan
+    keys: Form
+    values: Form
     bulk: bool
     columns: int
     column_blocks: int
@@ -121,14 +105,14 @@ def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int,
 
 
 @lru_cache(256)
-def form_plan(fmt: TensorFormat, head_dim: int) -> FormPlan:
+def form_plan(fmt: TensorFormat, head_dim: int) -> Form:
     """How a tensor's tokens are to be read. Kept: every layer asks."""
     group = 1
     if not fmt.is_raw:
         group = layout.channel_group(fmt, head_dim) if fmt.axis == AXIS_TOKEN else fmt.group_size
     padded = max(16, next_power_of_2(head_dim))
     turned = ROTATED if fmt.rotation else TILED if fmt.by_tile else ORDERED if fmt.order else 0
-    return FormPlan(
+    return Form(
         fmt.code, fmt.axis, group, head_dim, layout.plane_block(fmt), padded, *fmt.channels(head_dim),
         bool(fmt.symmetric), turned, fmt.raw_channels,
     )  # fmt: skip
@@ -149,19 +133,19 @@ def attend_plan(
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, next_power_of_2(step.rows)))
     column_blocks = -(-step.rows // N)
     if config is None:
-        config = configs.attend_config(gpu, k, v, step.D, keys.group, N, bulk, step.heads)
+        config = configs.attend_config(gpu, k, v, step.D, keys.GROUP, N, bulk, step.heads)
 
     # columns that rows do not need take other groups of keys
     spread = 1
-    if bulk and column_blocks == 1 and keys.turned != TILED:
-        spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // keys.group, config.spread))
+    if bulk and column_blocks == 1 and keys.TURNED != TILED:
+        spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // keys.GROUP, config.spread))
 
     # shares: fixed by the capacity, filled evenly by however many tokens are alive
     heads = step.heads * column_blocks
     bulk_splits, part, room = 0, MIN_PART, 0
     outside = step.length + step.new
     same = (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window)
-    groups = _bulk_groups(k, v, step.length, keys.group) if bulk else 0
+    groups = _bulk_groups(k, v, step.length, keys.GROUP) if bulk else 0
     bulk = groups > 0
     if bulk:
         fitting = min(groups, config.programs // heads, config.max_splits)
@@ -175,7 +159,7 @@ def attend_plan(
         room = -(-share // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
         # values differ the edges of groups
-        apart = 0 if same else 2 * keys.group
+        apart = 0 if same else 2 * keys.GROUP
         waiting = max(k.window + k.tile, v.window + v.tile)
         outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
     rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
@@ -189,27 +173,27 @@ def attend_plan(
     rest_tokens, rest_stages = config.rest_tokens, config.rest_stages
     if not rest_half:
         rest_tokens, rest_stages = min(rest_tokens, 32), 1
-    rest_tokens = max(16, min(rest_tokens, 64 * 128 // max(keys.padded, values.padded)))
+    rest_tokens = max(16, min(rest_tokens, 64 * 128 // max(keys.DP, values.DP)))
 
     # few shares: a program merges whole rows; many: there are few rows, so programs share each
     few = splits <= FEW_SPLITS
     rotated = bulk and bool(v.rotation)
-    channels = values.padded if few or rotated else 32
+    channels = values.DP if few or rotated else 32
     return AttendPlan(
         keys=keys,
         values=values,
         bulk=bulk,
         columns=N,
         column_blocks=column_blocks,
-        tokens=min(keys.group * spread, config.tokens) if bulk else 16,
+        tokens=min(keys.GROUP * spread, config.tokens) if bulk else 16,
         spread=spread,
         stages=config.stages,
         bulk_splits=bulk_splits,
         splits=splits,
         part=part,
         room=room,
-        scratch=room + (step.D if bulk and keys.turned == ORDERED else 0),
-        v_align=math.gcd(keys.group, k.sink - v.sink),
+        scratch=room + (step.D if bulk and keys.TURNED == ORDERED else 0),
+        v_align=math.gcd(keys.GROUP, k.sink - v.sink),
         exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
         rest_packed=rest_packed,
         rest_half=rest_half,

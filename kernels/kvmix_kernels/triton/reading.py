@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.triton.common import check_grids, device_of, model_dtype, pointers, strides
+from kvmix_kernels.triton.common import buffers, check_grids, device_of, model_dtype, strides
 from kvmix_kernels.triton.kernels.fields import next_power_of_2
 from kvmix_kernels.triton.kernels.read import dequantize_kernel
 from kvmix_kernels.triton.launch_plan import form_plan
@@ -23,17 +23,13 @@ def dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, form
     if out.numel() == 0:
         return out
     check_grids(one)
-    DP = next_power_of_2(D)
-    tokens = max(1, 4096 // DP)
+    tokens = max(1, 4096 // next_power_of_2(D))
     blocks = -(-length // tokens)
-    form = form_plan(fmt, D)
     with device_of(residual):
         dequantize_kernel[(B * H * blocks,)](
-            *pointers(one), residual if start is None else start, out,
-            *strides(one),
+            buffers(one), strides(one), residual if start is None else start, out,
             H, length, fmt.tile, fmt.sink, fmt.window, fmt.ring, blocks,
-            ON_DEVICE=start is not None, BITS=form.bits, AXIS=form.axis, GROUP=form.group, D=D, BLOCK=form.block, DP=DP,
-            KEPT=form.kept, HIGH=form.high, SYMMETRIC=form.symmetric, TURNED=form.turned, RAW=form.raw, TOKENS=tokens,
+            ON_DEVICE=start is not None, FORM=form_plan(fmt, D), TOKENS=tokens,
             DTYPE=model_dtype(torch.float32), num_warps=4,
         )  # fmt: skip
     return out

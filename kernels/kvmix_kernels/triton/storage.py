@@ -15,12 +15,12 @@ from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import AXIS_CHANNEL, TensorFormat
 from kvmix_kernels.reference import storage as reference
 from kvmix_kernels.triton.common import (
+    buffers,
     check_grids,
     check_rows,
     device_of,
     inner_dense,
     multiprocessors,
-    pointers,
     starts_early,
     strides,
 )
@@ -82,7 +82,7 @@ def _cut(fmt: TensorFormat, D: int, elements: int) -> _Cut:
         words = wide
     count = kept // words
     padded = next_power_of_2(words)
-    group = form_plan(fmt, D).group
+    group = form_plan(fmt, D).GROUP
     together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
     held = max(count * padded, next_power_of_2(D))
     if len(fmt.tiers) > 1 and D > 128:
@@ -93,18 +93,16 @@ def _cut(fmt: TensorFormat, D: int, elements: int) -> _Cut:
     return _Cut(count, words, padded, tokens, parts)
 
 
-def _packing(fmt: TensorFormat, D: int, cut: _Cut, prefix: str = "", head: str = "D") -> dict[str, Any]:
+def _packing(fmt: TensorFormat, D: int, cut: _Cut, prefix: str = "") -> dict[str, Any]:
     """What a kernel puts together as its `forms.Packing`, by the names of its parameters."""
-    form = form_plan(fmt, D)
     wide = fmt.tiers[0]
     narrow = next((tier for tier in fmt.tiers if tier.bits == 2), wide)
     named = {
-        "BITS": form.bits, "AXIS": form.axis, "GROUP": form.group, "BLOCK": form.block, "KEPT": form.kept,
-        "HIGH": form.high, "SYMMETRIC": form.symmetric, "TURNED": form.turned, "RAW": form.raw, "SCALE": fmt.scale_dtype,
+        "FORM": form_plan(fmt, D), "SCALE": fmt.scale_dtype,
         "FIELDS": cut.fields, "WORDS": cut.words, "WORDS_P": cut.words_p, "TOKENS": cut.tokens,
         "MARGIN": (100 - narrow.span) / 200, "MARGIN_HIGH": (100 - wide.span) / 200,
     }  # fmt: skip
-    return {prefix + name: value for name, value in named.items()} | {head: D, head + "P": next_power_of_2(D)}
+    return {prefix + name: value for name, value in named.items()}
 
 
 @cache
@@ -214,12 +212,12 @@ def quantize_pack(
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     # without tokens there is none to read in place of those that are missing
     make = torch.empty if L else torch.zeros
-    buffers = [
+    made = [
         make(B, H, *size, dtype=dtype, device=x.device)
         for size, dtype in shapes(fmt, D, tiles, slots, x.dtype)
     ]
     x = inner_dense(x)
-    cached = Cached(fmt, tuple(buffers))
+    cached = Cached(fmt, tuple(made))
     if cached.order is not None:
         cached.order.copy_(torch.arange(D, device=x.device))
         cached.take_order(hint)
@@ -232,12 +230,12 @@ def quantize_pack(
     if B * H * L * jobs:
         with device_of(x):
             pack_kernel[(B * H * jobs,)](
-                x, *pointers(cached), valid, *x.stride()[:3], *valid_arguments,
+                x, buffers(cached), valid, *x.stride()[:3], *valid_arguments,
                 H, L, tiles, slots, fmt.tile, fmt.sink, fmt.window, fmt.ring, cut.parts, jobs,
                 VALID=kind, ROWS=rows, **_packing(fmt, D, cut),
                 num_warps=warps,
             )  # fmt: skip
-    return buffers
+    return made
 
 
 def append_(
@@ -304,13 +302,13 @@ def append_(
         programs = min(needed, per_multiprocessor * multiprocessors(new_keys))
         with device_of(new_keys):
             append_kernel[(programs,)](
-                new_keys, new_values, *pointers(caches[0]), *pointers(caches[1]), valid, new_keys if start is None else start,
-                *new_keys.stride()[:3], *new_values.stride()[:3], *strides(caches[0]), *strides(caches[1]),
+                new_keys, new_values, buffers(caches[0]), buffers(caches[1]), valid, new_keys if start is None else start,
+                *new_keys.stride()[:3], *new_values.stride()[:3], strides(caches[0]), strides(caches[1]),
                 *valid_arguments, B, H, Lq, length,
                 k.tile, k.sink, k.window, k.ring, cut_k.parts,
                 v.tile, v.sink, v.window, v.ring, cut_v.parts,
                 ON_DEVICE=start is not None, VALID=kind, FLUSH=flush.value, WRITE=write,
-                K_ROWS=ROWS, **_packing(k, D, cut_k, "K_"), V_ROWS=ROWS, **_packing(v, Dv, cut_v, "V_", "DV"),
+                K_ROWS=ROWS, **_packing(k, D, cut_k, "K_"), V_ROWS=ROWS, **_packing(v, Dv, cut_v, "V_"),
                 EARLY=early,
                 num_warps=warps, launch_pdl=early,
             )  # fmt: skip

@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvmix_kernels.triton.kernels.bulk import attend_bulk
-from kvmix_kernels.triton.kernels.fields import packed_end_of
-from kvmix_kernels.triton.kernels.forms import Form, Mask, Places, Scores, Steps, Stored
+from kvmix_kernels.triton.kernels.fields import as_form, packed_end_of, stored
+from kvmix_kernels.triton.kernels.forms import Mask, Places, Scores, Steps
 from kvmix_kernels.triton.kernels.masks import LOWEST
 from kvmix_kernels.triton.kernels.rest import attend_rest
 
@@ -37,25 +37,15 @@ def _nothing(stats_ptr, N: tl.constexpr):
     ]
 )  # fmt: skip
 def attend_kernel(
-    query_ptr, new_k_ptr, new_v_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr,
-    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr,
-    mask_ptr, start_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
+    query_ptr, new_k_ptr, new_v_ptr, k_buffers, v_buffers, mask_ptr, start_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
     query_sb, query_sh, query_sl, new_k_sb, new_k_sh, new_k_sl, new_v_sb, new_v_sh, new_v_sl,
-    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh, k_order_sb, k_order_sh,
-    k_exact_sb, k_exact_sh,
-    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh, v_order_sb, v_order_sh,
-    v_exact_sb, v_exact_sh,
-    mask_sb, mask_sh, mask_sl, mask_ss,
+    k_strides, v_strides, mask_sb, mask_sh, mask_sl, mask_ss,
     kv_heads, rows, query_length, length, new_count,
     k_tile, k_sink, k_window, k_ring, v_tile, v_sink, v_window, v_ring,
     bulk_splits, splits, column_blocks, room, scale, cap,
     BULK: tl.constexpr, ON_DEVICE: tl.constexpr, NEW: tl.constexpr,
     MASK: tl.constexpr, MASK_SHARED: tl.constexpr, CAPPED: tl.constexpr,
-    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr, DP: tl.constexpr,
-    K_KEPT: tl.constexpr, K_HIGH: tl.constexpr, K_SYMMETRIC: tl.constexpr, K_TURNED: tl.constexpr, K_RAW: tl.constexpr,
-    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr, DVP: tl.constexpr,
-    V_KEPT: tl.constexpr, V_HIGH: tl.constexpr, V_SYMMETRIC: tl.constexpr, V_TURNED: tl.constexpr, V_RAW: tl.constexpr,
-    REST_PACKED: tl.constexpr, N: tl.constexpr,
+    K_FORM: tl.constexpr, V_FORM: tl.constexpr, REST_PACKED: tl.constexpr, N: tl.constexpr,
     BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
     PART: tl.constexpr, SINGLE: tl.constexpr, V_ALIGN: tl.constexpr, BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr, REST_STAGES: tl.constexpr, REST_DTYPE: tl.constexpr, REST_PRECISION: tl.constexpr,
@@ -68,12 +58,9 @@ def attend_kernel(
     partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N]. EARLY: once all
     programs have started, `combine_kernel` may take its place beside them.
     """
-    K: tl.constexpr = Form(
-        K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED, K_RAW
-    )
-    V: tl.constexpr = Form(
-        V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED, V_RAW
-    )
+    K: tl.constexpr = as_form(K_FORM)
+    V: tl.constexpr = as_form(V_FORM)
+    K_GROUP: tl.constexpr = K.GROUP
     S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED)
     P: tl.constexpr = Steps(
         BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE
@@ -96,7 +83,7 @@ def attend_kernel(
     if ON_DEVICE:
         live = tl.minimum(tl.load(start_ptr).to(tl.int32), length)
     place = owner.to(tl.int64) * splits + split
-    partial_ptr += place * (N * DV)
+    partial_ptr += place * (N * V.D)
     stats_ptr += place * (2 * N)
 
     column = block * N + tl.arange(0, N) % (N // BULK_SPREAD)
@@ -113,24 +100,8 @@ def attend_kernel(
             mask_at += (column % query_length - block * N % query_length) * mask_sl
 
     mask = Mask(mask_ptr, mask_at, mask_ss, column_ok)
-    k = Stored(
-        k_qdata_ptr + batch * k_qdata_sb + head * k_qdata_sh,
-        k_scale_ptr + batch * k_scale_sb + head * k_scale_sh,
-        k_zero_ptr + batch * k_scale_sb + head * k_scale_sh,
-        k_residual_ptr + batch * k_residual_sb + head * k_residual_sh,
-        k_order_ptr + batch * k_order_sb + head * k_order_sh,
-        k_exact_ptr + batch * k_exact_sb + head * k_exact_sh,
-        k_tile,
-    )
-    v = Stored(
-        v_qdata_ptr + batch * v_qdata_sb + head * v_qdata_sh,
-        v_scale_ptr + batch * v_scale_sb + head * v_scale_sh,
-        v_zero_ptr + batch * v_scale_sb + head * v_scale_sh,
-        v_residual_ptr + batch * v_residual_sb + head * v_residual_sh,
-        v_order_ptr + batch * v_order_sb + head * v_order_sh,
-        v_exact_ptr + batch * v_exact_sb + head * v_exact_sh,
-        v_tile,
-    )
+    k = stored(k_buffers, k_strides, batch, head, k_tile)
+    v = stored(v_buffers, v_strides, batch, head, v_tile)
     k_end = packed_end_of(live, k_tile, k_sink, k_window)
     v_end = packed_end_of(live, v_tile, v_sink, v_window)
 
@@ -152,7 +123,7 @@ def attend_kernel(
                 begin = bulk_begin + first * K_GROUP
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
                 attend_bulk(
-                    query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + (room - D) * N, partial_ptr, stats_ptr,
+                    query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + (room - K.D) * N, partial_ptr, stats_ptr,
                     begin, begin - k_sink, begin - v_sink, groups, scale, cap, K, V, S, N, P,
                 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from triton import knobs
 
 from kvmix_kernels import layout
 from kvmix_kernels.triton.kernels import forms
+from kvmix_kernels.triton.kernels.forms import Stored
 
 constexpr_function = triton.constexpr_function
 
@@ -452,13 +453,39 @@ def codes(qdata_ptr, row, channel, ok, X: tl.constexpr):
     return code
 
 
+@constexpr_function
+def _constant(value):
+    """Constants that are part of a tuple; Triton 3.6 does not make them so by itself, and loses the names."""
+    return value if INTERPRET else tl.constexpr(value)
+
+
+@constexpr_function
+def as_form(parameter):
+    """The `Form` of a kernel's parameter."""
+    return forms.Form(*[_constant(value) for value in parameter])
+
+
 @triton.jit
-def narrow_step(stored):
+def stored(buffers, strides, batch, head, tile):
+    """The `Stored` of one head: of buffers and strides as `common` hands them over."""
+    return Stored(
+        buffers[0] + batch * strides[0] + head * strides[1],
+        buffers[1] + batch * strides[2] + head * strides[3],
+        buffers[2] + batch * strides[2] + head * strides[3],
+        buffers[3] + batch * strides[4] + head * strides[5],
+        buffers[4] + batch * strides[6] + head * strides[7],
+        buffers[5] + batch * strides[8] + head * strides[9],
+        tile,
+    )
+
+
+@triton.jit
+def narrow_step(scale):
     """Scales as they are stored, as the narrowest float that holds them: a byte is the upper bits of a float16."""
-    if stored.dtype == tl.uint8:
-        step = (stored.to(tl.int16) << 7).to(tl.float16, bitcast=True)
+    if scale.dtype == tl.uint8:
+        step = (scale.to(tl.int16) << 7).to(tl.float16, bitcast=True)
     else:
-        step = stored
+        step = scale
     return step
 
 
@@ -490,12 +517,12 @@ def four_steps(word, PORTABLE: tl.constexpr):
 
 
 @triton.jit
-def as_offset(stored, step):
+def as_offset(zero, step):
     """Offsets as they are stored beside scales `step`, as float32: bytes count quarters of the scale."""
-    if stored.dtype == tl.int8:
-        offset = step * (stored.to(tl.float32) * 0.25)
+    if zero.dtype == tl.int8:
+        offset = step * (zero.to(tl.float32) * 0.25)
     else:
-        offset = stored.to(tl.float32)
+        offset = zero.to(tl.float32)
     return offset
 
 

@@ -1,8 +1,9 @@
 """What kernels pass to each other: one structure for what belongs together.
 
-Kernels take flat parameters, as pointers, strides and counters specialise each in its own way, and put them
-together inside. `Form`, `Scores` and `Steps` hold compile-time values and have to be declared so where they
-are made (`K: tl.constexpr = Form(...)`).
+A kernel takes the `Form` of a tensor as one constant, its buffers as one tuple and their strides as another
+(`common.buffers`, `common.strides`), and makes of them what device functions take: `K: tl.constexpr =
+as_form(K_FORM)`, `stored(k_buffers, k_strides, ...)`. Counters are parameters of their own, for they are not
+specialised. What holds compile-time values has to be declared so where it is made.
 """
 
 from __future__ import annotations

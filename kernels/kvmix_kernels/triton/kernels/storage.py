@@ -19,6 +19,7 @@ from kvmix_kernels.triton.kernels.fields import (
     ROTATED,
     TIERED,
     TILED,
+    as_form,
     as_offset,
     constexpr_function,
     cut_column,
@@ -36,6 +37,7 @@ from kvmix_kernels.triton.kernels.fields import (
     packed_end_of,
     plane_words,
     rotate,
+    stored,
     turn,
     turns,
     word_at,
@@ -541,11 +543,10 @@ def _group_range(
 
 @triton.jit
 def _flush(
-    new_ptr, new_stride, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr, valid_stride,
-    hidden_below, tile_index, part, rows_held, live, tile, sink, ring,
+    new_ptr, new_stride, x, valid_ptr, valid_stride, hidden_below, tile_index, part, rows_held, live, sink, ring,
     P: tl.constexpr, VALID: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
-    """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on. P is a `Packing`.
+    """Quantize and pack part `part` of a tile; zeros in tiles from row `rows_held` on. x is a `Stored`, P a `Packing`.
 
     A part is a group of tokens for AXIS 0 and a block of TOKENS tokens for AXIS 1. A field is a tile
     [TOKENS, words]; all fields of a word are in one thread, so packing needs no exchange (but for the
@@ -564,6 +565,10 @@ def _flush(
     WORDS: tl.constexpr = P.WORDS
     WORDS_P: tl.constexpr = P.WORDS_P
     TOKENS: tl.constexpr = P.TOKENS
+    tile = x.tile
+    scale_ptr = x.scale
+    zero_ptr = x.zero
+    order_ptr = x.order
     token = tl.arange(0, TOKENS)
     # a tile is held in full or not at all; if not, one token is read throughout and none counts, so that
     # scales and codes are 0
@@ -576,7 +581,7 @@ def _flush(
         first = tile_index * tile + part * TOKENS
     fresh_from = live - sink - first
     new_ptr += -fresh_from.to(tl.int64) * new_stride
-    ring_ptr = residual_ptr + sink * D
+    ring_ptr = x.residual + sink * D
     if X.TURNED == TILED:
         order_ptr += tile_index * D
     if AXIS == 0:
@@ -611,12 +616,12 @@ def _flush(
         tl.debug_barrier()
         for d in tl.static_range(digit_count(BITS) if BITS == TIERED else 1):
             _pack_group(
-                new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
+                new_ptr, new_stride, ring_ptr, x.qdata, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
                 P, d, FROM_RING,
             )  # fmt: skip
         if X.RAW > 0:
             _copy_exact(
-                new_ptr, new_stride, ring_ptr, exact_ptr, order_ptr, fresh_from, first, ring, held, P, FROM_RING
+                new_ptr, new_stride, ring_ptr, x.exact, order_ptr, fresh_from, first, ring, held, P, FROM_RING
             )  # fmt: skip
     else:
         # how many words a thread holds side by side. For keys few: it computes for each of its channels what
@@ -648,9 +653,9 @@ def _flush(
                         factor = tl.where(word_ok[None, :], factor, float("nan"))
                     if not _lies_in(f, WORDS, GROUP, g):
                         factor = tl.where(((f * WORDS + word) // GROUP == g)[None, :], factor, float("nan"))
-                    x = tl.fma(fields[f], factor, fields[f])
-                    low = tl.minimum(low, x)
-                    high = tl.maximum(high, x)
+                    number = tl.fma(fields[f], factor, fields[f])
+                    low = tl.minimum(low, number)
+                    high = tl.maximum(high, number)
             low = tl.min(low, 1)
             high = tl.max(high, 1)
             empty = low > high
@@ -678,7 +683,7 @@ def _flush(
                     else:
                         code = tl.where(((f * WORDS + word) // GROUP == g)[None, :], group_code, code)
             codes = codes + (code,)
-        _store_words(qdata_ptr, codes, first + token, word, row_ok, word_ok, P)
+        _store_words(x.qdata, codes, first + token, word, row_ok, word_ok, P)
 
 
 ALL_TILES = tl.constexpr(0)
@@ -690,9 +695,7 @@ FRESH_TILES = tl.constexpr(2)
 
 @triton.jit
 def _append_one(
-    new_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr,
-    new_sb, new_sh, new_sl, qdata_sb, qdata_sh, scale_sb, scale_sh, residual_sb, residual_sh, order_sb, order_sh,
-    exact_sb, exact_sh, valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
+    new_ptr, buffers, strides, valid_ptr, new_sb, new_sh, new_sl, valid_sb, valid_ss, hidden_below, batch, heads, live, count, tile, sink, window, ring, parts,
     P: tl.constexpr, ROWS: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """This program's share of one tensor: parts of the tiles that are due, and rows of new tokens."""
@@ -717,11 +720,9 @@ def _append_one(
             b = (job // jobs // heads).to(tl.int64)
             h = (job // jobs % heads).to(tl.int64)
             _flush(
-                new_ptr + b * new_sb + h * new_sh, new_sl, qdata_ptr + b * qdata_sb + h * qdata_sh,
-                scale_ptr + b * scale_sb + h * scale_sh, zero_ptr + b * scale_sb + h * scale_sh,
-                residual_ptr + b * residual_sb + h * residual_sh, order_ptr + b * order_sb + h * order_sh,
-                exact_ptr + b * exact_sb + h * exact_sh, valid_ptr + b * valid_sb, valid_ss, hidden_below,
-                old + job % jobs // parts, job % parts, due * tile, live, tile, sink, ring,
+                new_ptr + b * new_sb + h * new_sh, new_sl, stored(buffers, strides, b, h, tile),
+                valid_ptr + b * valid_sb, valid_ss, hidden_below,
+                old + job % jobs // parts, job % parts, due * tile, live, sink, ring,
                 P, VALID, FLUSH != FRESH_TILES,
             )  # fmt: skip
     if WRITE:
@@ -743,11 +744,12 @@ def _append_one(
                 slot = tl.where(position < sink, position, sink + (position - sink) % ring)
             ok = ok[:, None] & (channel < D)[None, :]
             source = b * new_sb + h * new_sh + index.to(tl.int64) * new_sl
-            target = b * residual_sb + h * residual_sh + slot.to(tl.int64) * D
+            target = slot.to(tl.int64) * D
             x = tl.load(new_ptr + source[:, None] + channel[None, :], mask=ok, other=0.0)
+            raw_ptr = stored(buffers, strides, b, h, tile).residual
             tl.store(
-                residual_ptr + target[:, None] + channel[None, :],
-                x.to(residual_ptr.dtype.element_ty),
+                raw_ptr[:, None] + target[:, None] + channel[None, :],
+                x.to(raw_ptr.dtype.element_ty),
                 mask=ok,
             )
 
@@ -759,23 +761,14 @@ def _append_one(
     ]
 )  # fmt: skip
 def append_kernel(
-    keys_ptr, values_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr,
-    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr, valid_ptr, start_ptr,
-    keys_sb, keys_sh, keys_sl, values_sb, values_sh, values_sl,
-    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh, k_order_sb, k_order_sh,
-    k_exact_sb, k_exact_sh,
-    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh, v_order_sb, v_order_sh,
-    v_exact_sb, v_exact_sh,
+    keys_ptr, values_ptr, k_buffers, v_buffers, valid_ptr, start_ptr,
+    keys_sb, keys_sh, keys_sl, values_sb, values_sh, values_sl, k_strides, v_strides,
     valid_sb, valid_ss, hidden_below, batch, heads, count, length,
     k_tile, k_sink, k_window, k_ring, k_parts, v_tile, v_sink, v_window, v_ring, v_parts,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, FLUSH: tl.constexpr, WRITE: tl.constexpr,
-    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, D: tl.constexpr, K_BLOCK: tl.constexpr,
-    DP: tl.constexpr, K_KEPT: tl.constexpr, K_HIGH: tl.constexpr, K_SYMMETRIC: tl.constexpr, K_TURNED: tl.constexpr,
-    K_RAW: tl.constexpr, K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
+    K_FORM: tl.constexpr, K_SCALE: tl.constexpr, K_FIELDS: tl.constexpr, K_WORDS: tl.constexpr, K_WORDS_P: tl.constexpr,
     K_TOKENS: tl.constexpr, K_MARGIN: tl.constexpr, K_MARGIN_HIGH: tl.constexpr, K_ROWS: tl.constexpr,
-    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, DV: tl.constexpr, V_BLOCK: tl.constexpr,
-    DVP: tl.constexpr, V_KEPT: tl.constexpr, V_HIGH: tl.constexpr, V_SYMMETRIC: tl.constexpr, V_TURNED: tl.constexpr,
-    V_RAW: tl.constexpr, V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
+    V_FORM: tl.constexpr, V_SCALE: tl.constexpr, V_FIELDS: tl.constexpr, V_WORDS: tl.constexpr, V_WORDS_P: tl.constexpr,
     V_TOKENS: tl.constexpr, V_MARGIN: tl.constexpr, V_MARGIN_HIGH: tl.constexpr, V_ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Append `count` tokens to keys and values and flush what left the window.
@@ -785,12 +778,10 @@ def append_kernel(
     before the kernel ahead ends, it waits for it, and lets the next one do the same.
     """
     K: tl.constexpr = Packing(
-        Form(K_BITS, K_AXIS, K_GROUP, D, K_BLOCK, DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED, K_RAW),
-        K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_MARGIN, K_MARGIN_HIGH,
+        as_form(K_FORM), K_SCALE, K_FIELDS, K_WORDS, K_WORDS_P, K_TOKENS, K_MARGIN, K_MARGIN_HIGH,
     )  # fmt: skip
     V: tl.constexpr = Packing(
-        Form(V_BITS, V_AXIS, V_GROUP, DV, V_BLOCK, DVP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED, V_RAW),
-        V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_MARGIN, V_MARGIN_HIGH,
+        as_form(V_FORM), V_SCALE, V_FIELDS, V_WORDS, V_WORDS_P, V_TOKENS, V_MARGIN, V_MARGIN_HIGH,
     )  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -802,16 +793,12 @@ def append_kernel(
         fits = live + count <= length
     if fits:
         _append_one(
-            keys_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr, valid_ptr,
-            keys_sb, keys_sh, keys_sl, k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh,
-            k_residual_sb, k_residual_sh, k_order_sb, k_order_sh, k_exact_sb, k_exact_sh, valid_sb, valid_ss, hidden_below,
+            keys_ptr, k_buffers, k_strides, valid_ptr, keys_sb, keys_sh, keys_sl, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, k_tile, k_sink, k_window, k_ring, k_parts,
             K, K_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
         _append_one(
-            values_ptr, v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr, valid_ptr,
-            values_sb, values_sh, values_sl, v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh,
-            v_residual_sb, v_residual_sh, v_order_sb, v_order_sh, v_exact_sb, v_exact_sh, valid_sb, valid_ss, hidden_below,
+            values_ptr, v_buffers, v_strides, valid_ptr, values_sb, values_sh, values_sl, valid_sb, valid_ss, hidden_below,
             batch, heads, live, count, v_tile, v_sink, v_window, v_ring, v_parts,
             V, V_ROWS, VALID, FLUSH, WRITE,
         )  # fmt: skip
@@ -821,45 +808,42 @@ def append_kernel(
     do_not_specialize=["heads", "count", "tiles", "slots", "tile", "sink", "window", "ring", "parts", "jobs"]
 )
 def pack_kernel(
-    x_ptr, qdata_ptr, scale_ptr, zero_ptr, residual_ptr, order_ptr, exact_ptr, valid_ptr,
-    x_sb, x_sh, x_sl, valid_sb, valid_ss, hidden_below, heads, count, tiles, slots, tile, sink, window, ring, parts, jobs,
-    VALID: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, AXIS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK: tl.constexpr, DP: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr,
-    TURNED: tl.constexpr, RAW: tl.constexpr, SCALE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
+    x_ptr, buffers, valid_ptr, x_sb, x_sh, x_sl, valid_sb, valid_ss, hidden_below, heads, count, tiles, slots, tile, sink, window, ring, parts, jobs,
+    VALID: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr, SCALE: tl.constexpr, FIELDS: tl.constexpr, WORDS: tl.constexpr,
     WORDS_P: tl.constexpr, TOKENS: tl.constexpr, MARGIN: tl.constexpr, MARGIN_HIGH: tl.constexpr,
 ):  # fmt: skip
     """Fill the buffers of one tensor but for its order from its tokens x; what holds no token becomes 0.
 
     Grid: jobs (parts of tiles, then blocks of residual slots), fastest, x heads x batch.
     """
-    P: tl.constexpr = Packing(
-        Form(BITS, AXIS, GROUP, D, BLOCK, DP, KEPT, HIGH, SYMMETRIC, TURNED, RAW),
-        SCALE, FIELDS, WORDS, WORDS_P, TOKENS, MARGIN, MARGIN_HIGH,
-    )  # fmt: skip
+    P: tl.constexpr = Packing(as_form(FORM), SCALE, FIELDS, WORDS, WORDS_P, TOKENS, MARGIN, MARGIN_HIGH)
+    X: tl.constexpr = P.X
+    D: tl.constexpr = X.D
     pid = tl.program_id(0)
     job = pid % jobs
     sequence = (pid // jobs // heads).to(tl.int64)
     at = (pid // jobs).to(tl.int64)
     x_ptr += sequence * x_sb + (at - sequence * heads) * x_sh
     end = packed_end_of(count, tile, sink, window)
-    if BITS != RAW_BITS:
+    if X.BITS != RAW_BITS:
         if job < tiles * parts:
-            if AXIS == 0:
-                grid_rows = tiles * (tile // GROUP) * D
+            # buffers are dense, head after head
+            if X.AXIS == 0:
+                grid_rows = tiles * (tile // X.GROUP) * D
             else:
-                grid_rows = tiles * tile * (D // GROUP)
+                grid_rows = tiles * tile * (D // X.GROUP)
+            words = tiles * tile * words_per_token(X.BITS, X.KEPT, X.HIGH)
+            order = tiles * D if X.TURNED == TILED else D
+            strides = (0, words, 0, grid_rows, 0, 0, 0, order, 0, tiles * tile * X.RAW)
             index = job // parts
             _flush(
-                x_ptr, x_sl, qdata_ptr + at * tiles * tile * words_per_token(BITS, KEPT, HIGH),
-                scale_ptr + at * grid_rows, zero_ptr + at * grid_rows, residual_ptr,
-                order_ptr + at * (tiles * D if TURNED == TILED else D), exact_ptr + at * tiles * tile * RAW,
-                valid_ptr + sequence * valid_sb, valid_ss, hidden_below, index, job % parts,
-                end - sink, 0, tile, sink, ring, P, VALID, False,
+                x_ptr, x_sl, stored(buffers, strides, 0, at, tile), valid_ptr + sequence * valid_sb, valid_ss,
+                hidden_below, index, job % parts, end - sink, 0, sink, ring, P, VALID, False,
             )  # fmt: skip
     if job >= tiles * parts:
         slot = (job - tiles * parts) * ROWS + tl.arange(0, ROWS)
-        channel = tl.arange(0, DP)
-        if BITS == RAW_BITS:
+        channel = tl.arange(0, X.DP)
+        if X.BITS == RAW_BITS:
             position = slot
             held = slot < count
         else:
@@ -874,10 +858,9 @@ def pack_kernel(
             mask=ok & held[:, None],
             other=0.0,
         )
+        residual_ptr = buffers[3] + at * slots * D
         tl.store(
-            residual_ptr + at * slots * D + slot[:, None] * D + channel[None, :],
-            x.to(residual_ptr.dtype.element_ty),
-            mask=ok,
+            residual_ptr + slot[:, None] * D + channel[None, :], x.to(residual_ptr.dtype.element_ty), mask=ok
         )
 
 
