@@ -292,7 +292,7 @@ class TensorFormat(NamedTuple):
 
     @property
     def sums_packed(self) -> bool:
-        """Whether a weighted sum of packed tokens can be turned back once, at its end: no tile differs from others."""
+        """Whether a weighted sum of packed tokens can be turned back at its end: all tiles are alike."""
         return not (self.by_tile or self.raw_channels)
 
     @property
