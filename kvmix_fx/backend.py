@@ -3,7 +3,8 @@
 `torch.compile(f, backend="kvmix", options={"plan": plan})` finds it by entry point. Options besides
 the plan: "inner" (the compiler that gets the rewritten graph: a Dynamo backend name or callable),
 "mode" and any Inductor setting (both for inner="inductor"), "cuda_graphs" (False: launch every kernel
-of every step; True: record steps also under a process group), "report" (a CompileReport to fill).
+of every step; True: record steps also under a process group), "pieces" (False: compile decode steps whole),
+"report" (a CompileReport to fill).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kvmix_fx.errors import BackendOptionError, TrainingError
 from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.defer import defer_appends
+from kvmix_fx.passes.pieces import compile_pieces
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime import recording
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 SHORT_STEP = 16
 """Tokens of a decode step at most. Longer steps keep the GPU busy without being compiled or recorded."""
 
-_OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs"}
+_OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs", "pieces"}
 Inner = str | Callable[..., Any] | None
 
 
@@ -52,6 +54,7 @@ class KVMixBackend:
         model: torch.nn.Module | None = None,
         cuda_graphs: bool | None = None,
         note: Note | None = None,
+        pieces: bool = True,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -69,6 +72,8 @@ class KVMixBackend:
                 process group is destroyed. The report says which graphs are.
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
+            pieces: whether Inductor compiles what the layers of a decode step have in common once, or the
+                whole step.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -90,6 +95,7 @@ class KVMixBackend:
             raise BackendOptionError(f'"cuda_graphs" must be True, False or None, got {cuda_graphs!r}')
         self.patches = _inductor_patches(mode, inductor_options)
         self.cuda_graphs = False if mode == "max-autotune-no-cudagraphs" else cuda_graphs
+        self.pieces = pieces
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -124,7 +130,12 @@ class KVMixBackend:
         result.report.replay = self._no_replay(result, dynamo.example_inputs(module))
         inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
         deferred = defer_appends(module) if inner == "inductor" and _is_short(result) else None
-        compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
+        compiled = None
+        if inner == "inductor" and _is_short(result) and self.pieces:
+            compiled = compile_pieces(module, lambda part, inputs: _compile(part, inputs, inner, patches))
+            result.report.forms = 0 if compiled is None else compiled.forms
+        if compiled is None:
+            compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
         if deferred is not None:
             compiled = deferred.wrap(compiled)
         record = None if result.report.replay else recording.record_cuda

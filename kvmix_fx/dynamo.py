@@ -246,6 +246,35 @@ def example_inputs(gm: fx.GraphModule) -> list[Any]:
     return [example(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
+def fill_examples(gm: fx.GraphModule) -> None:
+    """Give nodes that were added to a graph of Dynamo's an example, as the others have."""
+    # not the mode that is current: backends are called under another one
+    with _fake_mode(gm) or contextlib.nullcontext():
+        for node in gm.graph.nodes:
+            if "example_value" not in node.meta and node.op in ("call_function", "call_method"):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), example)
+                if node.op == "call_function":
+                    node.meta["example_value"] = node.target(*args, **kwargs)
+                else:
+                    node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def learnt(gm: fx.GraphModule) -> tuple[int, ...]:
+    """How much is known of the symbols of a graph; other numbers once a compiler made a guard."""
+    env = getattr(_fake_mode(gm), "shape_env", None)
+    return () if env is None else (len(env.guards), len(env.replacements), len(env.divisible))
+
+
+def _fake_mode(gm: fx.GraphModule) -> Any:
+    fakes: list[Any] = [x for x in example_inputs(gm) if is_fake(x)]
+    return fakes[0].fake_mode if fakes else None
+
+
+def storage(node: fx.Node) -> int:
+    """What two nodes have in common if one is a view of the other, or both are of a third."""
+    return int(example(node).untyped_storage()._cdata)
+
+
 def is_symbolic(value: Any) -> bool:
     """Whether a size is a symbol rather than a number. Guards may have turned a symbol into one."""
     return isinstance(value, torch.SymInt) and not value.node.expr.is_number

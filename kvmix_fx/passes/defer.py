@@ -3,15 +3,18 @@
 A graph that only reads the cache is functional: AOTAutograd and Inductor need no bookkeeping for eight
 written buffers per layer, which would take longer than compiling the rest of a decode step. Nothing in a
 step reads what it appends, so the order does not matter. The step's keys and values of all layers live
-until its end, so this is for short steps only.
+until its end, so this is for short steps only. What counts the tokens of each layer is added up with them, by
+one launch for all layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import fx
 
+from kvmix_fx.dynamo import example, storage
 from kvmix_fx.runtime.deferred import Deferred, FromInput, FromOutput
 from kvmix_kernels import ops
 from kvmix_kernels.tokens.ops import append_tiers_
@@ -21,8 +24,8 @@ def defer_appends(gm: fx.GraphModule) -> Deferred:
     """Edit a rewritten module so that it returns what its appends would store.
 
     Returns:
-        The appends. Wrapped in them, what the module was compiled to takes the same inputs, returns the same
-        outputs as before the edit, and appends.
+        The appends and counters. Wrapped in them, what the module was compiled to takes the same inputs,
+        returns the same outputs as before the edit, appends and counts.
     """
     graph = gm.graph
     inputs = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
@@ -35,9 +38,35 @@ def defer_appends(gm: fx.GraphModule) -> Deferred:
         appends.append((node.target, arguments))
         graph.erase_node(node)
     output.args = (tuple(flat),)
+    counters: dict[int, list[int]] = {}
+    for node in _counters(graph, inputs):
+        counter, number = node.args
+        counters.setdefault(cast("int", number), []).append(inputs[cast("fx.Node", counter)])
+        graph.erase_node(node)
     graph.lint()
     gm.recompile()
-    return Deferred(appends, count)
+    return Deferred(appends, count, counters)
+
+
+def _counters(graph: fx.Graph, inputs: dict[fx.Node, int]) -> list[fx.Node]:
+    """Steps `input.add_(number)` after which nothing reads the input."""
+    readers: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        for x in node.all_input_nodes:
+            if isinstance(example(x), torch.Tensor):
+                readers[storage(x)] = node
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_method"
+        and node.target == "add_"
+        and node.args[0] in inputs
+        and len(node.args) == 2
+        and isinstance(node.args[1], int)
+        and not node.users
+        and not node.kwargs
+        and readers[storage(node.args[0])] is node
+    ]
 
 
 def _placed(argument: Any, inputs: dict[fx.Node, int], flat: list[Any], count: int) -> Any:

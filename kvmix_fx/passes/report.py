@@ -48,11 +48,13 @@ class SiteReport:
 class GraphReport:
     """The sites of one traced graph, then what was not recognized, the nearest first.
 
-    replay: why its steps are not replayed as CUDA graphs; empty if they are.
+    replay: why its steps are not replayed as CUDA graphs; empty if they are. forms: functions that it was
+    compiled to, one for all layers that are alike; 0 where it was compiled whole.
     """
 
     sites: list[SiteReport]
     replay: str = "nothing was rewritten"
+    forms: int = 0
 
     @property
     def changed(self) -> bool:
@@ -102,7 +104,8 @@ class CompileReport:
             sites = sum(site.recognized for site in graph.sites)
             missed = len(graph.sites) - sites
             counted = f"{sites} attention sites" + (f", {missed} not recognized" if missed else "")
-            lines.append(f"graph {number}: {counted}, {launched}")
+            forms = f", compiled in {graph.forms} forms" if graph.forms else ""
+            lines.append(f"graph {number}: {counted}, {launched}{forms}")
             lines.extend(_lines(graph.sites))
         return "\n".join(lines) or "nothing has been traced yet"
 

@@ -1,10 +1,12 @@
-"""Appends that were taken out of a graph (`passes/defer.py`), done when the graph is done."""
+"""Appends and counters that were taken out of a graph (`passes/defer.py`), done when the graph is done."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Deferred:
     """The appends of one graph.
 
     appends: their ops and arguments; all but `FromInput` and `FromOutput` are meant as they are. outputs: how
-    many outputs the graph had before it returned what the appends store.
+    many outputs the graph had before it returned what the appends store. counters: by a number, the inputs to
+    which it is added in the end.
     """
 
     appends: list[tuple[Any, tuple[Any, ...]]]
     outputs: int
+    counters: dict[int, list[int]]
 
     def wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         """A function like `inner`, the compiled graph, that also appends and returns the first outputs."""
@@ -39,6 +43,9 @@ class Deferred:
             results = inner(*args)
             for append, arguments in self.appends:
                 append(*(_value(argument, args, results) for argument in arguments))
+            # the last of all: where tokens are appended may be a view of a counter
+            for number, counters in self.counters.items():
+                torch._foreach_add_([args[index] for index in counters], number)
             return results[: self.outputs]
 
         return run
