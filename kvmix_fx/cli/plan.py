@@ -98,7 +98,7 @@ class PlanChoice(PresetChoice):
     """A plan file or a preset, and changes to it, as given on a command line."""
 
     plan: Annotated[
-        str | None, _option("A plan file, or a folder or Hub id that holds one.", metavar="FILE")
+        str | None, _option("A plan file, a folder or Hub id with one, or kvmix:NAME.", metavar="FILE")
     ] = None
 
     def build(self, target: object) -> KVPlan:

