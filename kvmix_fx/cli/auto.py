@@ -88,7 +88,7 @@ def auto(
     result = kvmix_fx.evaluate(
         network, plan, _text(eval_data), tokenizer=tokenizer, chunks=chunks, prompt=prompt, steps=steps
     )
-    plan = replace(plan, provenance={**plan.provenance, "evaluation": result.summary()})
+    plan = replace(plan, provenance={**plan.provenance, "evaluation": [result.summary()]})
     plan.save(out)
     content = {
         "path": str(out),

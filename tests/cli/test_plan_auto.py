@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from running import PROMPT, Kvmix
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvmix_fx
 from kvmix_fx.plan import KVPlan
@@ -32,14 +30,12 @@ def test_auto_profiles_plans_judges_and_keeps_the_profile(kvmix: Kvmix, tiny: Pa
     plan = KVPlan.load(out)
     assert plan.layers == Profile.load(kept).plan(bits=3).layers
     assert plan.bits_per_element() <= 3
-    told = plan.provenance["evaluation"]
+    (told,) = plan.provenance["evaluation"]
     assert told["data"]["source"] == "other.txt" != plan.provenance["data"]["source"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    again = kvmix_fx.evaluate(
-        model.eval(), plan, texts["other"], tokenizer=tokenizer, prompt=96, steps=8, chunks=2
-    )
-    assert told["kl_mean"]["value"] == pytest.approx(again.kl_mean.value, rel=1e-3)
     assert f"cost {told['kl_mean']['value']:.4f} nats a token" in first.stdout
+    shown = kvmix("plan", "show", out).stdout
+    assert f"cost: KL {told['kl_mean']['value']:.4f} ± " in shown
+    assert "on 16 predictions of other.txt" in shown
 
     other = tmp_path / "more.json"
     second = kvmix("plan", "auto", tiny, "--bits", 5, "--out", other, "--profile", kept, *given, "--json")
