@@ -2,8 +2,8 @@
 
 The profile is that of `benchmarks.planner.tiers`, measured on pieces of the calibration parts of two texts.
 Plans are what `kvmix plan solve` makes of it. They are judged as `kvmix eval` does, with a really packed
-cache, on pieces of the evaluation parts of these texts that no choice was made on. Beside them
-stands the preset that needs no calibration. Each plan file keeps where it came from and what it cost.
+cache, on pieces of the evaluation parts of these texts that no choice was made on. Beside them stands the
+preset that needs no calibration. Each plan file keeps where it came from and what it cost.
 
     python -m benchmarks.planner.shipped     # two cores: 10 minutes
 """
@@ -37,8 +37,8 @@ TEXTS = {"prose": texts.prose, "code": texts.code}
 SOURCES = {"prose": "Python's language reference", "code": "sources of Python's standard library"}
 CALIBRATED_ON = f"{' and '.join(SOURCES.values())}, {CALIBRATION} tokens of the first 40 % of each"
 PROMPT, STEPS, STEP, CHUNKS = 420, 32, 16, 12
-"""A prompt of 4 sinks, a window of 32 and three tiles of 128: plans of smaller tiles pack no more of it. No tile
-of 32 or more is full before the last step, so steps of 16 give what token by token gives."""
+"""A prompt of 4 sinks, a window of 32 and three tiles of 128: plans of smaller tiles pack no more of it. No
+tile of 32 or more is full before the last step, so steps of 16 give what token by token gives."""
 FIRST, APART = 5, 11
 """Pieces of a text that are read: no token of these is in those of `tiers`, on which choices were made."""
 CASE = "smollm2 {} plans that come along"
