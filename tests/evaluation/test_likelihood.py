@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 
 import kvmix_fx
-from kvmix_fx.errors import EvaluationError
+from kvmix_fx.errors import EvaluationError, MissingPackageError
 from kvmix_fx.evaluation import Continuation, log_likelihoods
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.models import tiny_llama
@@ -111,3 +114,10 @@ def test_single_steps_are_what_decoding_reads() -> None:
 def test_what_cannot_be_scored_is_told(one, options, message) -> None:
     with pytest.raises(EvaluationError, match=message):
         log_likelihoods(tiny_llama(num_hidden_layers=1), [one], **options)
+
+
+def test_the_model_type_of_the_harness_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "kvmix_fx.integrations.lm_eval", raising=False)
+    with pytest.raises(MissingPackageError, match=r'pip install "kvmix-fx\[lm-eval\]"'):
+        importlib.import_module("kvmix_fx.integrations.lm_eval")
