@@ -36,7 +36,7 @@ def shipped_text(name: str) -> bytes:
     known = shipped_plans()
     if name not in known:
         raise PlanFileError(
-            f"no plan {name!r} comes with this package; there are {', '.join(known)}. For another model "
+            f"no plan {name!r} comes with this package; there are {', '.join(known)}. For another model, "
             '`kvmix plan auto MODEL --bits 2.5` makes one; KVPlan.preset("tiers", model) needs no calibration'
         )
     model, _, bits = name.removeprefix(PREFIX).partition("/")

@@ -25,8 +25,8 @@ def test_each_is_of_the_stated_bits_and_fits_its_model(name: str) -> None:
     bits = float(name.rpartition("/")[2])
     assert bits - 0.05 < plan.bits_per_element() <= bits
     assert plan.for_model(smollm2_config()) == plan
-    elements = 4096 * 30 * 3 * 64 * 2
-    assert plan.bits_per_element(4096) == pytest.approx(8 * plan.nbytes(1, 4096) / elements, rel=0.05)
+    elements = 65536 * 30 * 3 * 64 * 2
+    assert plan.bits_per_element(65536) == pytest.approx(8 * plan.nbytes(1, 65536) / elements, rel=0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,7 +36,6 @@ def test_each_says_where_it_comes_from_and_what_it_cost_on_other_text(name: str)
     assert told["data"]["tokens"] > 500
     assert told["profile"]["commit"]
     assert {"weights", "commit", "torch", "transformers", "command"} <= told["made"].keys()
-    assert "+" not in told["made"]["commit"]
     assert all("last 60 %" in one["data"]["source"] for one in told["evaluation"])
     for one in told["evaluation"]:
         assert one["data"]["sha256"] != told["data"]["sha256"]
