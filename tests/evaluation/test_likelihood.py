@@ -117,7 +117,7 @@ def test_what_cannot_be_scored_is_told(one, options, message) -> None:
 
 
 def test_the_model_type_of_the_harness_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
     monkeypatch.delitem(sys.modules, "kvmix_fx.integrations.lm_eval", raising=False)
     with pytest.raises(MissingPackageError, match=r'pip install "kvmix-fx\[lm-eval\]"'):
         importlib.import_module("kvmix_fx.integrations.lm_eval")
