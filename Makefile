@@ -9,7 +9,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests oldest gpu-test docs release-check clean
+.PHONY: setup demo lint test tests oldest lm-eval gpu-test docs release-check clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,12 @@ OLDEST := transformers==5.17.0
 oldest: setup
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --target $(VENV)/oldest "$(OLDEST)" "numpy<2.4"
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
+
+# not part of `test`: the harness brings half a gigabyte of packages that nothing else here needs. The scoring
+# itself is tested without it, in tests/evaluation/test_likelihood.py
+lm-eval: setup
+	$(BIN)/python -m pip install --quiet -e ".[lm-eval]"
+	$(BIN)/python -m pytest -q tests/integrations/test_lm_eval.py
 
 # on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
 gpu-test:

@@ -231,14 +231,15 @@ def _commit() -> str:
     """Short hash, with "+" when code differs from it; `KVMIX_COMMIT` speaks for copies without history."""
     if given := os.environ.get("KVMIX_COMMIT"):
         return given
-    head = _git("rev-parse", "--short=12", "HEAD")
+    head = git("rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
-    changed = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
+    changed = git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return head + ("+" if changed else "")
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git answers about this repository; nothing if it cannot."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:

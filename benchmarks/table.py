@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import support
 from benchmarks.rows import Row, load
+from kvmix_fx.plan import KVPlan, shipped_plans
 
 HERE = Path(__file__).resolve().parent
 QUALITY = ("kl", "perplexity", "perplexity change", "top-1 agreement")
@@ -150,6 +151,31 @@ def tiers() -> str:
 
 def _bits_of(by: dict[tuple[str, str], Row]) -> float:
     return max(row.effective_bits or 0.0 for row in by.values())
+
+
+def shipped() -> str:
+    """The plans that come with the package, as their files say; the preset beside them from rows."""
+    body = []
+    for name in shipped_plans():
+        plan = KVPlan.from_pretrained(name)
+        judged = plan.provenance["evaluation"]
+        costs = [(one["kl_mean"]["value"], one["kl_mean"]["standard_error"]) for one in judged]
+        body.append(
+            [
+                f"`{name}`",
+                f"{plan.bits_per_element():.2f}",
+                *(f"{value:.4f} ± {error:.4f}" for value, error in costs),
+                *(f"{100 * one['same_top']['value']:.1f}" for one in judged),
+            ]
+        )
+    metrics = ("kl mean", "same top token")
+    preset = [row for row in load("quality") if row.provider == "preset tiers" and row.metric in metrics]
+    if preset:
+        costs, shares = ([row.value for row in preset if row.metric == metric] for metric in metrics)
+        cells = (*(f"{value:.4f}" for value in costs), *(f"{value:.1f}" for value in shares))
+        body.append(["preset `tiers`, not calibrated", number(preset[0].effective_bits, ".2f"), *cells])
+    head = ["plan", "bits", "KL, prose", "KL, code", "same top %, prose", "code"]
+    return markdown(head, body)
 
 
 def memory() -> str:
@@ -403,6 +429,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "planner": planner,
     "tiers": tiers,
+    "shipped": shipped,
     "retrieval": retrieval,
     "memory": memory,
     "cpu": cpu,

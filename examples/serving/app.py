@@ -30,12 +30,19 @@ import kvmix_fx
 from kvmix_fx import KVPlan
 from kvmix_fx.cli.common import Placement, load_config, load_model
 from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.plan import default_plan
 
 ATTEMPTS = 3
 """Replicas that are asked for an answer of which the client has seen nothing yet."""
 
-WIDTHS = ((8, 8), (4, 4), (4, 2), (3, 2), (2, 2))
-"""Bits of keys and of values that are tried, where they follow from the memory."""
+PLANS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("uniform", {"key_bits": 8}),
+    ("uniform", {"key_bits": 4}),
+    ("tiers", {"bits": 3.1}),
+    ("tiers", {"bits": 2.6}),
+    ("tiers", {"bits": 2.4}),
+)
+"""Presets that are tried, where the bits follow from the memory."""
 
 
 class Settings(BaseModel):
@@ -74,16 +81,13 @@ def fit(settings: Settings) -> tuple[KVPlan, int]:
     def size(plan: KVPlan, rows: int) -> int:
         return plan.nbytes(rows, settings.capacity, itemsize=itemsize, cache="fixed")
 
-    def uniform(key: int, value: int) -> KVPlan:
-        return KVPlan.uniform(config, key, value)
-
     rows = settings.sequences
     if settings.plan is not None:
         plan = KVPlan.from_pretrained(settings.plan).for_model(config)
     elif rows is None:
-        plan = uniform(4, 2)
+        plan = default_plan(config)
     else:
-        plans = [uniform(*bits) for bits in WIDTHS]
+        plans = [KVPlan.preset(name, config, **options) for name, options in PLANS]
         plan = next((p for p in plans if size(p, rows) <= settings.memory), plans[-1])
     rows = rows or max(1, int(settings.memory // size(plan, 1)))
     if size(plan, rows) > settings.memory:

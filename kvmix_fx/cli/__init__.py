@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from kvmix_fx.cli import compare, demo, env, evaluate, explain, generate, plan, profile, solve, tune
+from kvmix_fx.cli import auto, compare, demo, env, evaluate, explain, generate, plan, profile, solve, tune
 
 app = typer.Typer(
     name="kvmix",
@@ -24,6 +24,7 @@ app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("profile")(profile.profile)
 app.command("eval")(evaluate.evaluate)
+plan.app.command("auto")(auto.auto)
 plan.app.command("solve")(solve.solve)
 plan.app.command("compare")(compare.compare)
 app.add_typer(plan.app, name="plan")

@@ -118,6 +118,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
+def duration(seconds: float) -> str:
+    """A time for people, never nothing: "40 seconds", "3 minutes"."""
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype without its module: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -106,7 +106,7 @@ def evaluate(
     if plot is not None:
         with _picture(plot):
             found.plot(plot)
-    parts = (head, _figures(found), _curve(found), Text(_remarks(found, plot)))
+    parts = (head, figures(found), _curve(found), Text(_remarks(found, plot)))
     return Answer({**told, **found.to_dict()}, Group(*parts))
 
 
@@ -149,7 +149,8 @@ def _scores(plain: Retrieval, packed: Retrieval) -> Table:
     return table
 
 
-def _figures(found: Evaluation) -> Table:
+def figures(found: Evaluation) -> Table:
+    """What a plan costs, for people."""
     table = Table("", "packed", "standard error", "unquantized")
     ratio, plain = found.perplexity_ratio, found.perplexity_16bit
     table.add_row("perplexity ratio", *_told(ratio), f"perplexity {plain.value:.2f}")

@@ -98,7 +98,7 @@ class PlanChoice(PresetChoice):
     """A plan file or a preset, and changes to it, as given on a command line."""
 
     plan: Annotated[
-        str | None, _option("A plan file, or a folder or Hub id that holds one.", metavar="FILE")
+        str | None, _option("A plan file, a folder or Hub id with one, or kvmix:NAME.", metavar="FILE")
     ] = None
 
     def build(self, target: object) -> KVPlan:
@@ -282,5 +282,23 @@ def view(plan: KVPlan) -> str:
     lines = [plan.describe(), f"digest {plan.digest}"]
     if plan.base_model is not None:
         lines.append(f"made for {plan.base_model}")
-    lines.extend(f"{name}: {value}" for name, value in plan.provenance.items())
+    for name, value in plan.provenance.items():
+        lines.append((_judged(value) if name == "evaluation" else None) or f"{name}: {value}")
+    return "\n".join(lines)
+
+
+def _judged(found: Any) -> str | None:
+    """What `Evaluation.summary` left in a plan; None for anything else of that name."""
+    lines = []
+    try:
+        for one in found:
+            kl, error = one["kl_mean"]["value"], one["kl_mean"]["standard_error"]
+            top = one["same_top"]["value"]
+            around = "" if error is None else f" ± {error:.4f}"
+            lines.append(
+                f"cost: KL {kl:.4f}{around} nats a token, {top:.1%} same top token, on {one['predictions']} "
+                f"predictions of {one['data']['source']}"
+            )
+    except (KeyError, TypeError, ValueError):
+        return None
     return "\n".join(lines)

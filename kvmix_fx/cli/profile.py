@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, load_model, note
+from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, duration, load_model, note
 from kvmix_fx.errors import CommandError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def profile(
     text: Any = Path(data) if data is not None and not data.startswith("datasets:") else data
     signals = signal or DEFAULT_SIGNALS
     check_signals(signals)
-    _tell_time(network, signals, prompts or PROMPTS, length or LENGTH)
+    tell_time(network, signals, prompts or PROMPTS, length or LENGTH)
     found = kvmix_fx.profile(
         network,
         text,
@@ -116,7 +116,7 @@ def _ranks(numbers: Sequence[float]) -> list[int]:
     return [order.index(n) + 1 for n in range(len(numbers))]
 
 
-def _tell_time(network: Any, signals: Sequence[str], prompts: int, length: int) -> None:
+def tell_time(network: Any, signals: Sequence[str], prompts: int, length: int) -> None:
     """Say roughly how long it will take, from one prompt of tokens that mean nothing."""
     import torch
 
@@ -124,15 +124,16 @@ def _tell_time(network: Any, signals: Sequence[str], prompts: int, length: int) 
     from kvmix_fx.profiling.run import reads
 
     ids = torch.zeros((1, length), dtype=torch.int64, device=network.device)
-    started = time.perf_counter()
     with torch.no_grad():
+        # the first look at a file of weights is slower than all others
+        network(input_ids=ids[:, :1], use_cache=True).logits.cpu()
+        started = time.perf_counter()
         # moved to the host, so that the device has finished
         network(input_ids=ids, use_cache=True).logits[:, -1].cpu()
     # the traced model is run layer by layer, its first reads with backwards
     count = reads(signals, ModelGeometry.of(network)) + BACKWARDS
     seconds = prompts * count * (time.perf_counter() - started)
-    told = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
-    note(f"reading up to {prompts} prompts of {length} tokens, {count} times: about {told}")
+    note(f"reading up to {prompts} prompts of {length} tokens, {count} times: about {duration(seconds)}")
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -120,6 +120,12 @@ class Evaluation:
             for first, last in itertools.pairwise(edges)
         ]
 
+    def summary(self) -> dict[str, Any]:
+        """JSON values for a plan's provenance: the leading figures, and what they were measured on."""
+        whole = self.to_dict()
+        names = ("kl_mean", "kl_worst_chunk", "kl_99", "perplexity_ratio", "same_top", "predictions")
+        return {name: whole[name] for name in (*names, "data", "settings")}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values: every figure and its standard error."""
         figures = {

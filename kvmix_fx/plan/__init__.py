@@ -5,6 +5,7 @@ from kvmix_fx.plan.presets import PRESETS, default_plan, preset
 from kvmix_fx.plan.provenance import Provenance
 from kvmix_fx.plan.schema import KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import LayerSelection, join_layers, select_layers
+from kvmix_fx.plan.shipped import shipped_plans
 from kvmix_fx.plan.token_tier import TokenTier
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "join_layers",
     "preset",
     "select_layers",
+    "shipped_plans",
 ]

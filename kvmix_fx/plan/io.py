@@ -49,6 +49,7 @@ from kvmix_fx.errors import (
 from kvmix_fx.plan.geometry import LayerGeometry, ModelGeometry
 from kvmix_fx.plan.schema import PLAIN_FIELDS, KVPlan, LayerPlan, QuantSpec, WindowRule
 from kvmix_fx.plan.selection import select_layers
+from kvmix_fx.plan.shipped import PREFIX, shipped_text
 from kvmix_fx.plan.token_tier import TokenTier
 
 FILE_NAME = "kvmix_plan.json"
@@ -171,13 +172,15 @@ def save_pretrained(plan: KVPlan, folder: str | Path) -> Path:
 
 
 def from_pretrained(folder_or_hub_id: str | Path, revision: str | None = None) -> KVPlan:
-    """Read a plan from a local folder (or file), or else from a Hub repository.
+    """Read a plan from a local folder (or file), by the name of one that comes along, or from the Hub.
 
     Raises:
         PlanFileError: nothing there, or a wrong entry.
         PlanVersionError: the file is of a newer format.
         MissingPackageError: the Hub is needed and huggingface_hub is not installed.
     """
+    if isinstance(folder_or_hub_id, str) and folder_or_hub_id.startswith(PREFIX):
+        return from_json(shipped_text(folder_or_hub_id), folder_or_hub_id)
     path = Path(folder_or_hub_id)
     if path.is_file():
         return load(path)

@@ -709,7 +709,8 @@ class KVPlan:
         """Read `kvmix_plan.json` from a local folder, or else from a Hub repository.
 
         Args:
-            folder_or_hub_id: a folder, a plan file, or a Hub id such as "organisation/name".
+            folder_or_hub_id: a folder, a plan file, a Hub id such as "organisation/name", or a plan that
+                comes along, such as "kvmix:smollm2-135m/2.5" (see `kvmix_fx.plan.shipped_plans`).
             revision: branch, tag or commit of the Hub repository.
 
         Raises:

@@ -17,7 +17,7 @@ openai = pytest.importorskip("openai", reason="the openai client is not installe
 import torch
 
 import kvmix_fx
-from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan import default_plan
 from kvmix_fx.testing.smollm2 import load_smollm2, smollm2_config
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
@@ -30,7 +30,7 @@ PROMPT, NEW = 192, 128
 def settings():
     from examples.serving.app import Settings
 
-    plan = KVPlan.uniform(smollm2_config(), 4, 2)
+    plan = default_plan(smollm2_config())
     memory = 2.5 * plan.nbytes(1, PROMPT + NEW, itemsize=4, cache="fixed")
     return Settings(replicas=2, memory=memory, prompt_tokens=PROMPT, new_tokens=NEW)
 
@@ -75,13 +75,17 @@ def streamed(client, **more):
 def test_the_memory_says_how_many_sequences_or_bits(settings):
     from examples.serving.app import fit
 
+    usual = default_plan(smollm2_config())
     plan, rows = fit(settings)
-    assert (plan.key_bits, plan.value_bits, rows) == (4, 2, 2)
+    assert (plan.digest, rows) == (usual.digest, 2)
+    # of a short sequence most tokens are raw, whatever the bits
+    memory = 2.5 * usual.nbytes(1, 1024, itemsize=4, cache="fixed")
+    settings = settings.model_copy(update={"memory": memory, "prompt_tokens": 1024 - NEW})
     bits = []
     for sequences in (1, 2):
         plan, rows = fit(settings.model_copy(update={"sequences": sequences}))
         assert rows == sequences
-        assert plan.nbytes(rows, PROMPT + NEW, itemsize=4, cache="fixed") <= settings.memory
+        assert plan.nbytes(rows, 1024, itemsize=4, cache="fixed") <= memory
         bits.append(plan.nominal_bits())
     assert bits == sorted(bits, reverse=True)
     assert bits[0] > bits[-1]
