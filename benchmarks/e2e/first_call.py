@@ -2,14 +2,15 @@
 
     python -m benchmarks.e2e.first_call --layers 32
 
-Each case is two processes, one after the other: the first with empty caches of compiled code, the second with what
-the first one left. Inductor compiles decode steps, as on a GPU. The model is a Llama with random weights, and
+Each case is two processes, one after the other: the first with empty caches of compiled code, the second
+with what the first one left. Inductor compiles decode steps, as on a GPU. The model is a Llama with random weights, and
 narrow: what is measured is compiling. `step` is the median of later steps, on the CPU in plain launches.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -52,7 +53,7 @@ def measure(layers: int, pieces: bool) -> dict[str, float]:
             ids, max_new_tokens=STEPS, do_sample=False, cache_implementation="static", streamer=Clock()
         )
     # the prompt comes first, then each token
-    spans = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
+    spans = [b - a for a, b in itertools.pairwise(times[1:])]
     return {"prefill": spans[0], "decode": max(spans[1:]), "step": statistics.median(spans[8:])}
 
 
