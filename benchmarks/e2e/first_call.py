@@ -3,8 +3,9 @@
     python -m benchmarks.e2e.first_call --layers 32
 
 Each case is two processes, one after the other: the first with empty caches of compiled code, the second
-with what the first one left. Inductor compiles decode steps, as on a GPU. The model is a Llama with random weights, and
-narrow: what is measured is compiling. `step` is the median of later steps, on the CPU in plain launches.
+with what the first one left. Inductor compiles decode steps, as on a GPU. The model is a Llama with random
+weights, and narrow: what is measured is compiling. `step` is the median of later steps, on the CPU in plain
+launches.
 """
 
 from __future__ import annotations
