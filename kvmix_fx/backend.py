@@ -25,6 +25,7 @@ from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.pieces import compile_pieces
 from kvmix_fx.passes.report import CompileReport
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.progress import say
 from kvmix_fx.runtime import recording
 from kvmix_fx.runtime.boundary import Boundary
 from kvmix_fx.runtime.shortcut import Note
@@ -96,6 +97,7 @@ class KVMixBackend:
         self.patches = _inductor_patches(mode, inductor_options)
         self.cuda_graphs = False if mode == "max-autotune-no-cudagraphs" else cuda_graphs
         self.pieces = pieces
+        self.told = False
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -131,6 +133,10 @@ class KVMixBackend:
         inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
         deferred = defer_appends(module) if inner == "inductor" and _is_short(result) else None
         compiled = None
+        if inner == "inductor" and not self.told:
+            self.told = True
+            layers = sum(site.recognized for site in result.report.sites)
+            say(f"compiling a step of {layers} layers, once; later processes reuse most of it")
         if inner == "inductor" and _is_short(result) and self.pieces:
             compiled = compile_pieces(module, lambda part, inputs: _compile(part, inputs, inner, patches))
             result.report.forms = 0 if compiled is None else compiled.forms

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -25,4 +27,11 @@ def progress(description: str, total: int | None, wanted: bool = True) -> Iterat
         yield lambda: bar.update(task, advance=1, refresh=True)
 
 
-__all__ = ["progress"]
+def say(text: str) -> None:
+    """A line on stderr about what takes long, if that is a terminal or KVMIX_PROGRESS is 1, and it is not 0."""
+    wanted = os.environ.get("KVMIX_PROGRESS", "")
+    if wanted == "1" or (wanted != "0" and sys.stderr.isatty()):
+        sys.stderr.write(f"kvmix: {text}\n")
+
+
+__all__ = ["progress", "say"]

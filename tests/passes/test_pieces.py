@@ -13,6 +13,7 @@ import kvmix_fx
 from kvmix_fx import backend
 from kvmix_fx.passes.pieces import compile_pieces
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.progress import say
 from kvmix_fx.runtime.pieces import Pieces
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_kernels import layout, ops
@@ -53,7 +54,10 @@ def test_layers_that_are_alike_are_one_form(cache: str | None, subtests: pytest.
 
 
 @pytest.mark.usefixtures("not_compiled")
-def test_layers_of_other_formats_are_other_forms() -> None:
+def test_layers_of_other_formats_are_other_forms(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMIX_PROGRESS", "1")
     ids = torch.randint(0, 100, (1, 100), generator=torch.Generator().manual_seed(2))
     model = tiny_llama(num_hidden_layers=4)
     plan = KVPlan.uniform(model, 4, 2).with_layers([2], key=kvmix_fx.QuantSpec(8, "channel", 32))
@@ -61,6 +65,21 @@ def test_layers_of_other_formats_are_other_forms() -> None:
     logits(model, ids, "static")
     # a piece begins with one layer's attention and ends with the next one's keys, which are appended later
     assert kvmix_fx.compiled(model).report.graphs[1].forms == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kvmix: ")]
+    assert said == ["kvmix: compiling a step of 4 layers, once; later processes reuse most of it"]
+
+
+def test_progress_is_said_on_terminals_unless_it_is_unwanted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wanted, terminal, told in [(None, False, 0), ("1", False, 1), (None, True, 1), ("0", True, 0)]:
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        if wanted is None:
+            monkeypatch.delenv("KVMIX_PROGRESS", raising=False)
+        else:
+            monkeypatch.setenv("KVMIX_PROGRESS", wanted)
+        say("it takes a while")
+        assert capsys.readouterr().err.count("kvmix: it takes a while\n") == told
 
 
 def test_inductor_gives_what_it_gives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
