@@ -28,7 +28,7 @@ def progress(description: str, total: int | None, wanted: bool = True) -> Iterat
 
 
 def say(text: str) -> None:
-    """A line on stderr about what takes long, if that is a terminal or KVMIX_PROGRESS is 1, and it is not 0."""
+    """A line on stderr about what takes long. KVMIX_PROGRESS=1 or 0 overrides that terminals alone get it."""
     wanted = os.environ.get("KVMIX_PROGRESS", "")
     if wanted == "1" or (wanted != "0" and sys.stderr.isatty()):
         sys.stderr.write(f"kvmix: {text}\n")
