@@ -32,7 +32,10 @@ from kvmix_kernels.layout import TensorFormat
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
-FIXED_WINDOW = "a window in a cache of fixed capacity stays at 16 bits: growing caches pack it"
+FIXED_WINDOW = (
+    "a window in a cache of fixed capacity stays at 16 bits where that takes less than all the capacity "
+    "packed: growing caches pack it"
+)
 UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
