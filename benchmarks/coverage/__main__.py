@@ -14,12 +14,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage import one
 from benchmarks.coverage.records import Key, load, save
+from benchmarks.rows import stamps
 
 ATTENTIONS, CACHES = ("sdpa", "eager"), ("growing", "static")
 
@@ -41,15 +42,14 @@ def main() -> int:
     for key in _wanted(options):
         started = time.monotonic()
         row = _in_a_process(key, options.limit)
-        row["seconds"] = round(time.monotonic() - started, 1)
-        save(key, row)
+        save(key, row | {"seconds": round(time.monotonic() - started, 1)})
         told = f"{row.get('packed', '-')} of {row.get('layers', '-')}"
         print(*key, row["outcome"], told, row.get("why", ""), flush=True)
     return 0
 
 
 def _wanted(options: argparse.Namespace) -> Iterator[Key]:
-    """Cases without a row: first those of an attention that every model has, in growing caches."""
+    """Cases without a row: first each model with the first attention that it has, then with the others."""
     from benchmarks.coverage.tiny import causal_and_other_models
 
     # a class that several mappings list is one model
@@ -58,14 +58,29 @@ def _wanted(options: argparse.Namespace) -> Iterator[Key]:
     for kind in options.only or ():
         if kind not in named:
             raise SystemExit(f"no mapping lists a model type {kind!r}")
+    chosen = [
+        (task, *model)
+        for model, task in reversed(models.items())
+        if not options.only or model[0] in options.only
+    ]
+    first, *others = options.attention
     for cache in options.cache:
-        for attention in options.attention:
-            for (kind, name), task in reversed(models.items()):
-                key = Key(task, kind, name, attention, cache)
-                row = load().get(key)
-                again = row is not None and ("any" in options.again or row["outcome"] in options.again)
-                if (options.only is None or kind in options.only) and (row is None or again):
-                    yield key
+        for model in chosen:
+            key = Key(*model, first, cache)
+            yield from _unless_done(key, options.again)
+            if load()[key]["outcome"] == one.NOT_OFFERED:
+                for other in others:
+                    yield from _unless_done(Key(*model, other, cache), options.again)
+    for cache in options.cache:
+        for attention in others:
+            for model in chosen:
+                yield from _unless_done(Key(*model, attention, cache), options.again)
+
+
+def _unless_done(key: Key, again: Sequence[str]) -> Iterator[Key]:
+    row = load().get(key)
+    if row is None or (row["commit"] != stamps()["commit"] and {row["outcome"], "any"} & {*again}):
+        yield key
 
 
 def _in_a_process(key: Key, limit: float) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def _in_a_process(key: Key, limit: float) -> dict[str, Any]:
             row = mine.recv()
         else:
             process.kill()
-            row = {"outcome": "crashed", "why": f"not done after {limit:.0f} seconds"}
+            row = {"outcome": one.UNFINISHED, "why": f"not done after {limit:.0f} seconds"}
     except EOFError:
         process.join()
         row = {"outcome": "crashed", "why": f"the process ended with {process.exitcode}"}

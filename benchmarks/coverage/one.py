@@ -14,14 +14,9 @@ import torch
 PROMPT, PADDING, NEW = 72, 11, 4
 WINDOW, GROUP = 8, 16
 PACKED, PARTLY, LEFT, REFUSED, CRASHED, WRONG = "packed", "partly", "left", "refused", "crashed", "wrong"
-NO_CACHE, NOT_OFFERED, NOT_BUILT, NOT_RUN, BLIND = (
-    "no cache",
-    "not offered",
-    "not built",
-    "does not run",
-    "no difference",
-)
-"""Outcomes. The second five are about transformers or the random weights, not about kvmix."""
+NO_CACHE, NOT_OFFERED, NOT_BUILT, NOT_RUN = "no cache", "not offered", "not built", "does not run"
+BLIND, UNFINISHED = "no difference", "not finished"
+"""Outcomes. Those of the last two lines are about transformers, the random weights or the time."""
 
 
 def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from kvmix_fx.passes.sites import (
 NO_CACHE = "keys and values do not leave the graph: there is no cache here"
 STORED = "no attention that reads it was recognized, so every step unpacks one layer at a time"
 COMPUTED = "what it attends to is computed from cached tensors, which are packed as storage"
+OTHERS = "its cache keeps other tensors than those it attends to: they stay at 16 bits"
 NEW_BUFFER = "its cache is a buffer of fixed capacity, which stays at 16 bits: growing caches are packed"
 SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
 
@@ -321,9 +322,12 @@ def _tell_computed(sites: list[Site], left: list[Update], outputs: Collection[fx
     """Attention in a module that has a cache is not without one, even if it reads something else."""
     modules = {module_path(update.node) for update in left} | {site.module for site in sites if site.stored}
     made = {module_path(node) for node in outputs if place(node).endswith("].keys") and _is_buffer(node)}
+    kept = {module_path(node) for node in outputs if place(node).endswith(("].keys", "].values"))}
     for site in sites:
         if site.reason == NO_CACHE and site.module in modules | made:
             site.reason = COMPUTED if site.module in modules else NEW_BUFFER
+        elif site.reason == NO_CACHE and site.module in kept:
+            site.reason = OTHERS
 
 
 def _is_buffer(node: fx.Node) -> bool:

@@ -28,7 +28,7 @@ from kvmix_kernels.layout import RAW_BITS, bits_per_packed_element
 
 
 class KVMixCache(DynamicCache):
-    """A growing packed cache, for `generate(past_key_values=...)` on a compiled or plain model."""
+    """A growing packed cache, for generate() on a compiled or plain model."""
 
     def __init__(self, plan: KVPlan, config: Any) -> None:
         """`config`: the model's; layers that are no attention keep their own kind."""
@@ -42,7 +42,7 @@ class KVMixCache(DynamicCache):
 
 
 class KVMixStaticCache(StaticCache):
-    """A packed cache of fixed capacity, for `generate(past_key_values=...)`."""
+    """A packed cache of fixed capacity, for generate()."""
 
     def __init__(self, plan: KVPlan, config: Any, max_cache_len: int) -> None:
         """`max_cache_len`: capacity in tokens. Buffers are allocated at the first call."""

@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.contracts import NAMES, cache_name, given_cache, returned_cache
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
@@ -72,8 +73,8 @@ class TokensCall(Call):
     """A call of a transformers model.
 
     tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. mask_name: the argument
-    that hides some of them. cache: `past_key_values` if it is a Cache. fixed: its layers of fixed capacity.
-    sliding: its packed layers of a window.
+    that hides some of them. cache: the one it is given, if it is a Cache. fixed: its layers of fixed
+    capacity. sliding: its packed layers of a window.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class TransformersCalls:
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
         self._wide: set[tuple[int | None, int]] = set()
         self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        self._cache_name = cache_name(type(model).forward)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Check the inputs, bring them and the cache into the form the graph expects, choose the lane.
@@ -170,7 +172,12 @@ class TransformersCalls:
             if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name in kwargs:
                 break
             names.append(parameter.name)
-        return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in NAMES:
+            if name in named and name != self._cache_name and self._cache_name not in named:
+                # one name, one graph; the model would rename it as well
+                named[self._cache_name] = named.pop(name)
+        return args[len(names) :], named
 
     def _find_tokens(self, call: TokensCall) -> bool:
         """Whether the call has tokens, as ids or embeddings; of an encoder-decoder, those of the decoder."""
@@ -186,7 +193,7 @@ class TransformersCalls:
         call.batch, call.n = tokens.shape[:2]
         if call.batch == 0 or call.n == 0:
             raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         call.cache = cache if isinstance(cache, Cache) else None
         return True
 
@@ -214,7 +221,7 @@ class TransformersCalls:
     def _drop_mask_of_a_prompt(self, call: TokensCall) -> None:
         if (
             call.n > 1
-            and _is_empty(call.kwargs.get("past_key_values"))
+            and _is_empty(given_cache(call.kwargs))
             and _hides_nothing(call.mask, call.n)
             and _is_one_text(call.kwargs.get("position_ids"))
         ):
@@ -328,8 +335,8 @@ class TransformersCalls:
             # weights do not tell, one token does
             token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
             with torch.no_grad():
-                past = type(self.model).forward(self.model, input_ids=token, use_cache=True).past_key_values
-            for layer in getattr(past, "layers", ()):
+                result = type(self.model).forward(self.model, input_ids=token, use_cache=True)
+            for layer in getattr(returned_cache(result), "layers", ()):
                 if isinstance(getattr(layer, "keys", None), Tensor):
                     return layer.keys.dtype, layer.values.dtype
         return self.model.dtype, self.model.dtype
