@@ -298,7 +298,8 @@ def _stored(outputs: Collection[fx.Node], sites: list[Site]) -> list[Site]:
         layer, _, role = place(node).rpartition(".")
         if role in ("keys", "values") and layer.endswith("]"):
             pairs.setdefault(layer, {})[role] = node
-    roots = {root for site in sites for root in (site.key_root, site.value_root)}
+    # attention that is left alone may read one tensor of a layer as it is, and something made of the other
+    roots = {root for site in sites if site.action != LEAVE for root in (site.key_root, site.value_root)}
     updates = {update for site in sites for update in (site.key_update, site.value_update) if update}
     roots |= {node for update in updates for node in (update.node, update.new)}
     found = []

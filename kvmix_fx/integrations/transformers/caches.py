@@ -9,6 +9,8 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -16,6 +18,7 @@ from transformers.cache_utils import (
 
 from kvmix_fx.integrations.transformers.layers import (
     KVMixDynamicLayer,
+    KVMixHybridLayer,
     KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
@@ -91,6 +94,8 @@ class KVMixStaticCache(StaticCache):
         for layer in self.layers:
             if not isinstance(layer, KVMixStaticLayer):
                 layer.reset()
+            elif isinstance(layer, LinearAttentionLayer):
+                LinearAttentionLayer.reset(layer)
 
 
 def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
@@ -115,11 +120,20 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
         else capacity
     )
     windows = _exchanges_windows(cache, plan, capacity, known)
+    # all or none of them: they share a mask
+    hybrids = not any(
+        layer_plan.is_raw and isinstance(layer, LinearAttentionAndStaticFullAttentionLayer)
+        for layer, layer_plan in zip(cache.layers, plan.layers, strict=False)
+    )
     for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
-        if type(layer) is not StaticLayer and not (windows and type(layer) is StaticSlidingWindowLayer):
+        new: PromptFirstStaticLayer
+        if type(layer) is StaticLayer or (windows and type(layer) is StaticSlidingWindowLayer):
+            size = layer.max_cache_len if type(layer) is StaticLayer else capacity
+            new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
+        elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
+            new = KVMixHybridLayer(layer, layer_plan)
+        else:
             continue
-        size = layer.max_cache_len if type(layer) is StaticLayer else capacity
-        new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
         new.is_sliding = layer.is_sliding
         stored = _stored(layer)
         if stored:
