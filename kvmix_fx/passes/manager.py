@@ -216,7 +216,7 @@ def _no_tier(site: Site) -> str:
     # symbols are compared as such: to ask whether they are equal would make a guard
     asking, asked = (dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in sizes)
     # one query sees all that came before it; more of them need a mask to say the same
-    known = call.mask is not None or call.is_causal is True or asking == 1
+    known = call.is_masked or call.is_causal is True or asking == 1
     return "" if known and asking == asked else NO_TIER_ACROSS
 
 
