@@ -120,7 +120,7 @@ def make_row(
         machine: None for `machine_name()`.
         rest: p20, p80, baseline, ratio, effective_bits, bytes; or a stamp to override.
     """
-    stamps = _stamps() | {"machine": machine or machine_name()} | rest
+    stamped = stamps() | {"machine": machine or machine_name()} | rest
     return Row(
         suite=suite,
         case=case,
@@ -128,7 +128,7 @@ def make_row(
         metric=metric,
         value=_short(value),
         unit=unit,
-        **{name: _short(item) for name, item in stamps.items()},
+        **{name: _short(item) for name, item in stamped.items()},
     )
 
 
@@ -210,7 +210,8 @@ def machine_name() -> str:
 
 
 @functools.cache
-def _stamps() -> dict[str, Any]:
+def stamps() -> dict[str, Any]:
+    """What a row is measured with: versions, commit, day, command."""
     return {
         "torch": _version("torch") or "unknown",
         "triton": _version("triton"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import support
+from benchmarks.coverage import tables as sweep
 from benchmarks.rows import Row, load
 from kvmix_fx.plan import KVPlan, shipped_plans
 
@@ -422,7 +423,25 @@ def also() -> str:
     return markdown(["works", "shown by"], support.also_works(), "---")
 
 
+def coverage() -> str:
+    """How the models of transformers come out."""
+    return markdown(*sweep.summary())
+
+
+def coverage_models() -> str:
+    """What becomes of each of them."""
+    return markdown(*sweep.models(), "---")
+
+
+def coverage_outside() -> str:
+    """Those that could not be tried."""
+    return markdown(*sweep.outside(), "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "coverage": coverage,
+    "coverage_models": coverage_models,
+    "coverage_outside": coverage_outside,
     "models": models,
     "modes": modes,
     "also": also,

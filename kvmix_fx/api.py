@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvmix_fx.backend import Inner, KVMixBackend
+from kvmix_fx.contracts import cache_argument, returned_cache
 from kvmix_fx.errors import (
     BackendOptionError,
     DequantizeWarning,
@@ -256,14 +257,14 @@ def explain(
         report = compiled(model).report
         with torch.no_grad():
             result = model(*args, **kwargs)
-            past = getattr(result, "past_key_values", None)
+            past = returned_cache(result)
             if past is not None:
                 step = result.logits[:, -1:].argmax(-1)
                 mask = kwargs.get("attention_mask")
                 extra: dict[str, Any] = (
                     {} if mask is None else {"attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
                 )
-                model(step, past_key_values=past, **extra)
+                model(step, **cache_argument(model, past), **extra)
     finally:
         restore(model)
         assert vars(model).keys() == was.keys()
@@ -298,7 +299,7 @@ def _check_rewritten(report: CompileReport, result: Any, advice: str) -> None:
         )
     if any(site.idiom == "in place" for site in sites):
         return  # plain buffers are packed after this step; should they not be, the report says so
-    if getattr(result, "past_key_values", True) is None:
+    if returned_cache(result, True) is None:
         return  # use_cache=False: nothing to pack in this call
     raise NoSiteError(
         f"{len(sites)} attention sites were found and none could be packed: {'; '.join(reasons + missed)}. "

@@ -66,11 +66,14 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
         raise
 
 
-def graph_break_error() -> type[Exception]:
-    """What tracing raises where a function cannot be one graph and has to be."""
-    from torch._dynamo.exc import Unsupported
+def graph_break_errors() -> tuple[type[Exception], ...]:
+    """What tracing raises where a function cannot be one graph and has to be.
 
-    return Unsupported
+    The second is said to be a fault of Dynamo itself; numbers that depend on data raise it, too.
+    """
+    from torch._dynamo.exc import InternalTorchDynamoError, Unsupported
+
+    return Unsupported, InternalTorchDynamoError
 
 
 def break_place(error: Exception) -> str:

@@ -21,6 +21,7 @@ from kvmix_fx.cli.common import (
     size,
 )
 from kvmix_fx.cli.plan import PlanChoice, summary
+from kvmix_fx.contracts import cache_argument, returned_cache
 from kvmix_fx.errors import CommandError
 from kvmix_fx.progress import progress
 
@@ -93,7 +94,7 @@ def generate(
 
     tokens = result.sequences[0, ids.shape[1] :]
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    nbytes, elements = cache_size(result.past_key_values)
+    nbytes, elements = cache_size(returned_cache(result))
     rewritten, total = len(kvmix_fx.compiled(network).report.rewritten_layers()), len(chosen.layers)
     content = {
         "model": model,
@@ -142,7 +143,7 @@ def _cache(choice: CacheChoice, model: Any, plan: Any, capacity: int) -> dict[st
         return {}
     from kvmix_fx.integrations.transformers import KVMixStaticCache
 
-    return {"past_key_values": KVMixStaticCache(plan, model.config, capacity)}
+    return cache_argument(model, KVMixStaticCache(plan, model.config, capacity))
 
 
 def _text_streamer(tokenizer: Any) -> Any:

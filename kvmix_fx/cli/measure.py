@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvmix_fx.contracts import cache_argument
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -54,17 +56,18 @@ def generate_greedily(
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    held = {**cache_argument(model, cache), "use_cache": True}
     tokens: list[Tensor] = []
     logits: list[Tensor] = []
     with torch.no_grad():
         started = _now(ids.device)
-        last = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        last = model(input_ids=ids, **held).logits[:, -1]
         prefilled = _now(ids.device)
         for index in range(count):
             token = last.argmax(-1) if forced is None else forced[index : index + 1]
             tokens.append(token)
             if index + 1 < count:
-                last = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+                last = model(input_ids=token[:, None], **held).logits[:, -1]
                 logits.append(last)
             if step is not None:
                 step()

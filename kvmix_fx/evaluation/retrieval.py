@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvmix_fx.api import compile, restore
+from kvmix_fx.contracts import cache_argument
 from kvmix_fx.errors import EvaluationError
 from kvmix_fx.evaluation.figures import figure_of_matplotlib
 from kvmix_fx.evaluation.run import check_plain
@@ -148,11 +149,12 @@ def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> s
 
     count = len(tokenizer(" ".join(sample.answers), add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids(sample.context, True), past_key_values=cache, use_cache=True)
+    held = {**cache_argument(model, cache), "use_cache": True}
+    model(input_ids=ids(sample.context, True), **held)
     said: list[int] = []
     given = ids(sample.question, False)
     for _ in range(count):
-        logits = model(input_ids=given, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=given, **held).logits
         given = logits[:, -1:].argmax(-1)
         said.append(int(given))
     return str(tokenizer.decode(said, skip_special_tokens=True))

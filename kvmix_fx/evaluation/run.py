@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kvmix_fx.api import compile, restore
 from kvmix_fx.cache.sizes import cache_size
+from kvmix_fx.contracts import cache_argument
 from kvmix_fx.errors import CalibrationError, EvaluationError
 from kvmix_fx.evaluation.figures import Evaluation
 from kvmix_fx.plan import KVPlan
@@ -128,7 +129,7 @@ class _Pairs:
         cache = self._read_prompt(self.model, ids)
         for n in range(WARM_UP_STEPS):
             start = self.prompt + n * self.step
-            self.model(input_ids=ids[:, start : start + self.step], past_key_values=cache, use_cache=True)
+            self.model(input_ids=ids[:, start : start + self.step], **self._with(cache))
 
     def read(self, ids: Tensor, advance: Callable[[], None]) -> None:
         """Read rows [B, prompt + steps + 1]."""
@@ -145,7 +146,7 @@ class _Pairs:
             logits = {}
             for name, call in calls.items():
                 started = self._now()
-                out = call(input_ids=ids[:, start:stop], past_key_values=caches[name], use_cache=True)
+                out = call(input_ids=ids[:, start:stop], **self._with(caches[name]))
                 self.seconds[name] += self._now() - started
                 logits[name] = out.logits
             parts.append(_compared(logits["plain"], logits["packed"], ids[:, start + 1 : stop + 1]))
@@ -181,8 +182,11 @@ class _Pairs:
 
         cache = DynamicCache(config=self.model.config)
         prompt = ids[:, : self.prompt]
-        call(input_ids=prompt, past_key_values=cache, use_cache=True, **self.prompt_options)
+        call(input_ids=prompt, **self._with(cache), **self.prompt_options)
         return cache
+
+    def _with(self, cache: Any) -> dict[str, Any]:
+        return {**cache_argument(self.model, cache), "use_cache": True}
 
     def _now(self) -> float:
         """The time once the device has done all it was given."""

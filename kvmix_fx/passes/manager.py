@@ -32,7 +32,10 @@ from kvmix_kernels.layout import TensorFormat
 log = logging.getLogger(__name__)
 
 BY_PLAN = "the plan keeps this layer at 16 bits"
-FIXED_WINDOW = "a window in a cache of fixed capacity stays at 16 bits: growing caches pack it"
+FIXED_WINDOW = (
+    "a window in a cache of fixed capacity stays at 16 bits where that takes less than all the capacity "
+    "packed: growing caches pack it"
+)
 UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
     "or a cache object with one entry per layer, trace the whole model as one graph, or give all layers the "
@@ -213,7 +216,7 @@ def _no_tier(site: Site) -> str:
     # symbols are compared as such: to ask whether they are equal would make a guard
     asking, asked = (dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in sizes)
     # one query sees all that came before it; more of them need a mask to say the same
-    known = call.mask is not None or call.is_causal is True or asking == 1
+    known = call.is_masked or call.is_causal is True or asking == 1
     return "" if known and asking == asked else NO_TIER_ACROSS
 
 

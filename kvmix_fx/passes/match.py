@@ -42,6 +42,7 @@ from kvmix_fx.passes.sites import (
 NO_CACHE = "keys and values do not leave the graph: there is no cache here"
 STORED = "no attention that reads it was recognized, so every step unpacks one layer at a time"
 COMPUTED = "what it attends to is computed from cached tensors, which are packed as storage"
+OTHERS = "its cache keeps other tensors than those it attends to: they stay at 16 bits"
 NEW_BUFFER = "its cache is a buffer of fixed capacity, which stays at 16 bits: growing caches are packed"
 SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
 
@@ -278,6 +279,8 @@ def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
             return f"packed {name} are used in a way that has no known spelling"
         if not x.is_floating_point():
             return f"{name} are {x.dtype}, not floating point"
+    if _is_buffer(key) or _is_buffer(value):
+        return NEW_BUFFER
     if key not in outputs or value not in outputs:
         if kept_slices(key, outputs):
             return SLIDING
@@ -295,7 +298,8 @@ def _stored(outputs: Collection[fx.Node], sites: list[Site]) -> list[Site]:
         layer, _, role = place(node).rpartition(".")
         if role in ("keys", "values") and layer.endswith("]"):
             pairs.setdefault(layer, {})[role] = node
-    roots = {root for site in sites for root in (site.key_root, site.value_root)}
+    # attention that is left alone may read one tensor of a layer as it is, and something made of the other
+    roots = {root for site in sites if site.action != LEAVE for root in (site.key_root, site.value_root)}
     updates = {update for site in sites for update in (site.key_update, site.value_update) if update}
     roots |= {node for update in updates for node in (update.node, update.new)}
     found = []
@@ -319,9 +323,12 @@ def _tell_computed(sites: list[Site], left: list[Update], outputs: Collection[fx
     """Attention in a module that has a cache is not without one, even if it reads something else."""
     modules = {module_path(update.node) for update in left} | {site.module for site in sites if site.stored}
     made = {module_path(node) for node in outputs if place(node).endswith("].keys") and _is_buffer(node)}
+    kept = {module_path(node) for node in outputs if place(node).endswith(("].keys", "].values"))}
     for site in sites:
         if site.reason == NO_CACHE and site.module in modules | made:
             site.reason = COMPUTED if site.module in modules else NEW_BUFFER
+        elif site.reason == NO_CACHE and site.module in kept:
+            site.reason = OTHERS
 
 
 def _is_buffer(node: fx.Node) -> bool:

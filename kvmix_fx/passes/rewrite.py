@@ -112,6 +112,9 @@ class _Rewriter:
                 dynamo.add_buffer_placeholder(self.graph, base, name, getattr(tensor, name))
                 for name in tensor.format.buffer_names
             ]
+        for site in self.sites:
+            if site.action in (ATTEND, ADOPT, APPEND):
+                site.call = site.call.with_one_mask()
         for sites in self._by_cache():
             k, v = sites[0].key_update, sites[0].value_update
             assert k is not None

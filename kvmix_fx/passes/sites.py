@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import fx
 
 
@@ -71,12 +74,26 @@ class Update:
     from_zero: bool = False
 
 
+# what a mask does to scores
+ADDED = "added"
+HIDDEN = "hides where it is true"
+SEEN = "hides where it is false"
+
+
+class Mask(NamedTuple):
+    """One of several masks: what it does, one of the constants above, and the node."""
+
+    kind: str
+    node: fx.Node
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """One scaled-dot-product-attention node with its arguments by name.
 
-    softcap: bound of the scores, 0 for none. inside: what only this attention needs of the graph, last first,
-    where it is written out; `node` is then its last product. sinks: logits of a learned sink, [Hq].
+    masks: in place of `mask`, where there are several or one that is not added; `with_one_mask` makes one of
+    them. softcap: bound of the scores, 0 for none. inside: what only this attention needs of the graph, last
+    first, where it is written out; `node` is then its last product. sinks: logits of a learned sink, [Hq].
     """
 
     node: fx.Node
@@ -90,6 +107,30 @@ class AttentionCall:
     softcap: float = 0.0
     inside: tuple[fx.Node, ...] = ()
     sinks: fx.Node | None = None
+    masks: tuple[Mask, ...] = ()
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it has a mask, or several."""
+        return self.mask is not None or bool(self.masks)
+
+    def with_one_mask(self) -> AttentionCall:
+        """The same with all its masks as one, which is made in the graph ahead of it."""
+        if not self.masks:
+            return self
+        graph = self.node.graph
+        seen: fx.Node | None = None
+        added: fx.Node | None = None
+        with graph.inserting_before(self.node):
+            for kind, node in self.masks:
+                if kind == ADDED:
+                    added = node if added is None else graph.call_function(operator.add, (added, node))
+                    continue
+                shown = node if kind == SEEN else graph.call_function(torch.logical_not, (node,))
+                seen = shown if seen is None else graph.call_function(torch.logical_and, (seen, shown))
+            if seen is not None and added is not None:
+                seen = graph.call_function(torch.where, (seen, added, -math.inf))
+        return replace(self, mask=added if seen is None else seen, masks=())
 
 
 # what happens to a site

@@ -265,7 +265,7 @@ class Observer:
         return run
 
     def _tap_attention(self, gm: fx.GraphModule, site: Site) -> fx.Node:
-        call, layer = site.call, site.layer
+        call, layer = site.call.with_one_mask(), site.layer
         assert layer is not None
         _, heads, _, head_dim = dynamo.example(site.key_root).shape
         self._shapes[layer] = (int(heads), int(head_dim))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.contracts import given_cache
 from kvmix_fx.runtime.same import same_object
 
 
@@ -79,7 +80,7 @@ class Shortcut:
                 return
         self._last, self._result, self._arguments = noted, result, dict(arguments)
         self._sources = [(i, names[id(x)]) for i, x in enumerate(noted.inputs) if id(x) in names]
-        layers = getattr(arguments.get("past_key_values"), "layers", [])
+        layers = getattr(given_cache(arguments), "layers", [])
         self._held = [(layer, layer.keys, layer.values) for layer in layers]
         moving = {i for i, _ in self._sources}
         self._ready = (

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.contracts import given_cache, returned_cache
 from kvmix_fx.errors import (
     GraphBreakWarning,
     NarrowScalesError,
@@ -187,7 +188,7 @@ class CompiledStep:
         with dynamo.recompile_limit(self._limit):
             try:
                 result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
-            except dynamo.graph_break_error() as error:
+            except dynamo.graph_break_errors() as error:
                 if "fullgraph" in self._options:
                     raise
                 warnings.warn(
@@ -212,14 +213,14 @@ class CompiledStep:
             with torch.no_grad():
                 return self._call(args, kwargs)
         given = _by_name(self._original, args, kwargs)
-        past = given.get("past_key_values")
+        past = given_cache(given)
         if given.get("use_cache") or _is_packed(past):
             raise TrainingError(
                 "gradients cannot flow through a packed KV cache: call the model under torch.no_grad(), or "
                 "with use_cache=False for the plain, unquantized forward"
             )
         result = self._original(*args, **kwargs)
-        if not self._warned and getattr(result, "past_key_values", None) is not None:
+        if not self._warned and returned_cache(result) is not None:
             self._warned = True
             warnings.warn(
                 "gradients are on, so the cache of this call is plain and exact: call the model under "

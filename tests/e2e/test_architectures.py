@@ -83,9 +83,13 @@ def test_what_cannot_be_packed_is_exact_and_says_why(name):
     assert reason in report.sites[0].reason
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_are_packed(name):
-    """Left padded; tokens leave the window from the prompt on, and several times later."""
+def test_windows_are_packed(name, fixed):
+    """Left padded; tokens leave the window from the prompt on, and several times later.
+
+    In a fixed cache they stay stored, and the mask hides them.
+    """
     config, overrides, attention = WINDOWS[name]
     model = tiny_architecture(config, overrides, attention)
     # a window keeps no sink, and the oracle has one for all layers
@@ -104,13 +108,14 @@ def test_windows_are_packed(name):
             layer.valid = layer.valid & (torch.arange(length) >= first)
     want, _ = decode(model, ids, mask, positions, oracle, prompt=110)
     kvmix_fx.compile(model, plan, inner="eager")
-    got, past = decode(model, ids, mask, positions, KVMixCache(plan, model.config), prompt=110)
+    past = KVMixStaticCache(plan, model.config, length) if fixed else KVMixCache(plan, model.config)
+    got, past = decode(model, ids, mask, positions, past, prompt=110)
     assert worst(got, want) < 3e-4
     assert worst(plain, want) > 5e-3
     assert past.get_seq_length() == length
     stored = [layer.keys.shape[2] for layer in past.layers if layer.is_sliding]
     assert stored
-    assert all(63 <= n < 63 + 32 for n in stored)
+    assert all(n == length if fixed else 63 <= n < 63 + 32 for n in stored)
     report = kvmix_fx.compiled(model).report
     assert not report.skipped()
     assert len(report.graphs) == 2
@@ -120,8 +125,9 @@ def test_windows_in_caches_of_fixed_capacity_say_why_they_stay():
     model = tiny_architecture(*WINDOWS["mistral"][:2])
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=8)
     kvmix_fx.compile(model, plan, inner="eager")
+    # a window of 64 tokens takes less at 16 bits than so many at 2
     with pytest.raises(kvmix_fx.errors.NoSiteError, match="growing caches are packed"):
-        steps(model, tokens(length=80), 70, KVMixStaticCache(plan, model.config, 90))
+        steps(model, tokens(length=80), 70, KVMixStaticCache(plan, model.config, 900))
 
 
 def test_a_model_of_windows_generates_from_a_packed_cache():
@@ -141,6 +147,64 @@ def test_a_model_of_windows_generates_from_a_packed_cache():
         assert out.past_key_values.get_seq_length() == 139
         differences.append((out.logits[1] - plain.logits[1]).abs().max().item())
     assert differences[0] < 5e-2 < differences[1]
+
+
+SMALL_BART = {
+    "vocab_size": 128, "d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0,
+    "eos_token_id": None, "bos_token_id": None, "forced_eos_token_id": None, "decoder_start_token_id": 1,
+}  # fmt: skip
+SMALL_T5 = {
+    "vocab_size": 128, "d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2,
+    "pad_token_id": 0, "eos_token_id": None, "decoder_start_token_id": 1,
+}  # fmt: skip
+SMALL_BLOOM = {
+    "vocab_size": 128, "hidden_size": 64, "n_layer": 1, "n_head": 2, "pad_token_id": 0, "eos_token_id": None,
+    "bos_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "attention", "layers"),
+    [
+        # the cache that transformers makes of this configuration has more layers than the decoder fills
+        ("BartForCausalLM", SMALL_BART | {"encoder_layers": 2}, "sdpa", 1),
+        ("T5ForConditionalGeneration", SMALL_T5, "sdpa", 2),
+        # its mask has a column for every place of the cache, from the prompt on
+        ("BloomForCausalLM", SMALL_BLOOM, "eager", 1),
+    ],
+)
+def test_static_caches_of_generate(name, settings, attention, layers):
+    """Left padded: 8 bits say what the plain model says, 2 bits do not. Self- and cross-attention."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**settings)
+    config._attn_implementation = attention
+    model = model_class(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+    ids, mask = tokens(length=70), torch.ones(2, 70, dtype=torch.long)
+    ids[0, :11], mask[0, :11] = 0, 0
+    given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "min_new_tokens": 3}
+    given |= {"cache_implementation": "static", "return_dict_in_generate": True, "output_logits": True}
+    given |= {"decoder_input_ids": ids[:, 11:]} if config.is_encoder_decoder else {}
+    plain = model.generate(**given)
+    differences = []
+    for bits in (8, 2):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, group_size=16, window=8)
+        out = kvmix_fx.compile(model, plan, inner="eager").generate(**given)
+        differences.append((out.logits[1] - plain.logits[1]).abs().max().item())
+        past = out.past_key_values
+        caches = [getattr(past, "self_attention_cache", past), getattr(past, "cross_attention_cache", past)]
+        packed = {
+            id(layer)
+            for cache in caches
+            for layer in cache.layers
+            if isinstance(layer.keys, QuantizedKVTensor) and (layer.keys.dequantize() != 0).any()
+        }
+        assert len(packed) == layers
+    assert differences[0] < differences[1] / 8
 
 
 @pytest.mark.parametrize(("name", "fixed"), [("bloom", False), ("deepseek-v3, latents", True)])

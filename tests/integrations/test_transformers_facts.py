@@ -10,11 +10,12 @@ import logging
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 import kvmix_fx
+from kvmix_fx.contracts import NAMES, cache_name, given_cache, returned_cache
 from kvmix_fx.integrations.transformers.generate import _why_not_fixed
 from kvmix_fx.runtime import recording
 from kvmix_fx.testing.models import tiny_llama
@@ -57,12 +58,12 @@ def test_generate_asks_the_instance_for_its_cache_and_takes_the_one_it_is_given(
 
     def prepare(*args):
         asked.append(args)
-        args[1]["past_key_values"] = cache
+        args[1][cache_name(GenerationMixin.prepare_inputs_for_generation)] = cache
 
     vars(model)["_prepare_cache_for_generation"] = prepare
     out = model.generate(IDS, do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True)
     ((config, model_kwargs, mode, batch, length),) = asked
-    assert out.past_key_values is cache
+    assert returned_cache(out) is cache
     assert isinstance(config, GenerationConfig)
     assert "attention_mask" in model_kwargs
     assert (mode, batch) == (GenerationMode.GREEDY_SEARCH, 2)
@@ -124,7 +125,7 @@ def test_between_single_tokens_generate_itself_adds_ones_to_the_mask(model):
 
 def test_steps_have_names_and_positions(model):
     for call in steps(model, attention_mask=padded()):
-        assert {"input_ids", "position_ids", "past_key_values"} <= call.keys()
+        assert {"input_ids", "position_ids", cache_name(type(model).forward)} <= call.keys()
 
 
 def test_full_attention_layers_of_caches_are_of_these_very_classes(model):
@@ -199,7 +200,10 @@ def test_who_gets_no_fixed_cache_can_read_why(told, model, monkeypatch):
     assert told(num_beams=2) == "beam_search cuts or reorders its cache"
     assert told(cache_implementation="dynamic") == "cache_implementation='dynamic' was asked for"
     assert told(use_cache=False) == "use_cache=False was asked for"
-    assert told(past_key_values=DynamicCache(config=model.config)) == "a cache was handed in"
+    assert (
+        told(**{cache_name(type(model).forward): DynamicCache(config=model.config)})
+        == "a cache was handed in"
+    )
     model._can_compile_fullgraph = False
     assert told() == "transformers says that LlamaForCausalLM cannot be compiled as one graph"
     monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cuda",))
@@ -228,3 +232,14 @@ def test_a_model_knows_whether_its_recorders_are_installed():
     assert model._output_capturing_hooks_installed
     assert model.model._output_capturing_hooks_installed
     assert len(model.model.layers[0]._forward_hooks) == 1
+
+
+def test_a_cache_has_one_name_in_calls_and_results(model):
+    """Whatever a release calls it, generate() and forward agree, and results have it."""
+    (first, *_) = steps(model)
+    name = cache_name(type(model).forward)
+    assert [other for other in NAMES if other in first] == [name]
+    assert name == cache_name(GenerationMixin.prepare_inputs_for_generation)
+    assert given_cache(first) is first[name]
+    with torch.no_grad():
+        assert returned_cache(model(input_ids=IDS, use_cache=True)).get_seq_length() == IDS.shape[1]

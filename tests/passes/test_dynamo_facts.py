@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kvmix_fx
 from kvmix_fx import dynamo, errors
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.contracts import NAMES
 from kvmix_kernels import layout
 
 FMT = layout.make_format(2, window=8)
@@ -125,7 +126,9 @@ def test_buffers_and_weights_are_static_inputs_of_the_inner_graph():
     model.generate(ids, max_new_tokens=3, do_sample=False)
     count, gm = static[1]
     packed = [
-        n for n in gm.graph.nodes if n.op == "placeholder" and "past_key_values" in dynamo.source_name(n)
+        n
+        for n in gm.graph.nodes
+        if n.op == "placeholder" and any(f"'{name}'" in dynamo.source_name(n) for name in NAMES)
     ]
     buffers = [n for n in packed if n.name.endswith(("qdata", "scale", "zero_point", "residual"))]
     assert len(buffers) == 2 * 2 * 4

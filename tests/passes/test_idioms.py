@@ -421,6 +421,54 @@ def sink_as_a_factor(q, k, v, mask, sinks):
     return torch.matmul(weights, v) * factor.unsqueeze(-1).to(v.dtype)
 
 
+def two_terms(q, k, v, mask, hidden):
+    """A bias of positions and a mask, as in T5."""
+    bias = torch.linspace(-1, 1, k.shape[2]).expand(4, 1, -1)
+    return torch.softmax((q @ k.mT) * 32**-0.5 + bias + mask, -1) @ v
+
+
+def filled_by_a_tensor(q, k, v, mask, hidden):
+    """As GPT-Neo has it."""
+    scores = torch.where(~hidden, (q @ k.mT) * 32**-0.5, torch.tensor(torch.finfo(q.dtype).min))
+    return torch.softmax(scores + mask, -1) @ v
+
+
+def filled_behind_a_bias(q, k, v, mask, hidden):
+    """As MPT has it."""
+    bias = torch.linspace(-1, 1, k.shape[2]).expand(4, 1, -1)
+    return torch.softmax(((q @ k.mT) * 32**-0.5 + bias).masked_fill(hidden, -1e9), -1) @ v
+
+
+def filled_twice(q, k, v, mask, hidden):
+    scores = ((q @ k.mT) * 32**-0.5).masked_fill(hidden, float("-inf"))
+    return torch.softmax(scores.masked_fill(mask < -1, -1e9), -1) @ v
+
+
+@pytest.mark.parametrize("written", [two_terms, filled_by_a_tensor, filled_behind_a_bias, filled_twice])
+def test_several_masks_become_one(written):
+    def decode(q, k, v, past_k, past_v, mask, hidden):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        k, v = (t.repeat_interleave(2, dim=1) for t in (full_k, full_v))
+        return written(q, k, v, mask, hidden), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step(3)
+    generator = torch.Generator().manual_seed(0)
+    seen, shown = (torch.rand(2, 1, 3, 103, generator=generator) < 0.7 for _ in range(2))
+    mask = torch.zeros(2, 1, 3, 103).masked_fill(~seen, -1e9)
+    whole = [
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    want = written(q, *whole, mask, ~shown)
+    others = [written(q, *whole, mask * 0, ~shown), written(q, *whole, mask, ~shown & False)]
+    (out, _, _), graphs, report = run(decode, q, k, v, past_k, past_v, mask, ~shown)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert max((out - other).abs().max() for other in others) > 5e-2
+    assert [s.action for s in report.sites] == [ATTEND]
+    assert count_ops(graphs[0], ops.attend) == 1
+
+
 @pytest.mark.parametrize("written", [sink_as_a_column, sink_as_a_column_of_its_own, sink_as_a_factor])
 def test_learned_sinks_join_the_op(written):
     def decode(q, k, v, past_k, past_v, mask, sinks):
@@ -527,9 +575,9 @@ def with_batched_matrices(q, k, v):
     return torch.bmm(torch.softmax(product, -1), v.flatten(0, 1)).view(q.shape)
 
 
-def masked_by_filling(q, k, v):
+def filled_with_a_number_that_counts(q, k, v):
     hidden = torch.arange(k.shape[2]) % 3 == 0
-    return torch.softmax((q @ k.mT).masked_fill(hidden, -1e9), -1) @ v
+    return torch.softmax((q @ k.mT).masked_fill(hidden, -1.0), -1) @ v
 
 
 def masked_for_all_keys_at_once(q, k, v):
@@ -564,10 +612,10 @@ ANOTHER_FORM = {
     softmax_over_queries: "softmax runs along dimension 2",
     scaled_by_a_tensor: "mul lies between the product of queries and keys and softmax",
     added_to_the_mask: "added to something else in place",
-    two_are_added: "add lies between the product of queries and keys and softmax",
+    two_are_added: "no mask of 1 to 4 dimensions",
     with_einsum: "multiplied by einsum, not by matmul",
     with_batched_matrices: "multiplied by bmm, not by matmul",
-    masked_by_filling: "masked_fill lies between",
+    filled_with_a_number_that_counts: "masked_fill lies between",
     masked_for_all_keys_at_once: "one column for all keys",
     keys_are_turned_and_flipped: "keys are turned by permute",
     sink_for_each_query: "is no sink, one number for each head",

@@ -9,12 +9,16 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
     StaticCache,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
 from kvmix_fx.integrations.transformers.layers import (
     KVMixDynamicLayer,
+    KVMixHybridLayer,
     KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
@@ -23,10 +27,11 @@ from kvmix_fx.integrations.transformers.layers import (
     forget,
 )
 from kvmix_fx.plan import KVPlan
+from kvmix_kernels.layout import RAW_BITS, bits_per_packed_element
 
 
 class KVMixCache(DynamicCache):
-    """A growing packed cache, for `generate(past_key_values=...)` on a compiled or plain model."""
+    """A growing packed cache, for generate() on a compiled or plain model."""
 
     def __init__(self, plan: KVPlan, config: Any) -> None:
         """`config`: the model's; layers that are no attention keep their own kind."""
@@ -40,7 +45,7 @@ class KVMixCache(DynamicCache):
 
 
 class KVMixStaticCache(StaticCache):
-    """A packed cache of fixed capacity, for `generate(past_key_values=...)`."""
+    """A packed cache of fixed capacity, for generate()."""
 
     def __init__(self, plan: KVPlan, config: Any, max_cache_len: int) -> None:
         """`max_cache_len`: capacity in tokens. Buffers are allocated at the first call."""
@@ -49,7 +54,7 @@ class KVMixStaticCache(StaticCache):
         self.plan = plan
         self.one_full_row = False
         self.grows = False
-        pack_static_layers(self, plan)
+        pack_static_layers(self, plan, max_cache_len)
 
     @property
     def is_compileable(self) -> bool:
@@ -89,6 +94,8 @@ class KVMixStaticCache(StaticCache):
         for layer in self.layers:
             if not isinstance(layer, KVMixStaticLayer):
                 layer.reset()
+            elif isinstance(layer, LinearAttentionLayer):
+                LinearAttentionLayer.reset(layer)
 
 
 def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
@@ -98,24 +105,86 @@ def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
             cache.layers[i] = KVMixSlidingLayer.over(layer, layer_plan)
 
 
-def pack_static_layers(cache: Cache, plan: KVPlan) -> None:
-    """Exchange the plain full-attention layers of a StaticCache for packed ones.
+def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) -> None:
+    """Exchange the plain layers of a StaticCache for packed ones, with the tokens they hold.
 
-    Tokens they already hold are kept. Layers the plan keeps at 16 bits stay plain.
+    Layers the plan keeps at 16 bits stay plain. Windows get all of the cache's capacity packed, under the
+    model's mask, where that takes less than the window does at 16 bits.
+
+    `capacity`: of the cache, in tokens; None if only its layers tell.
     """
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is not StaticLayer:
+    known = capacity is not None
+    capacity = (
+        max((x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer)), default=0)
+        if capacity is None
+        else capacity
+    )
+    windows = _exchanges_windows(cache, plan, capacity, known)
+    # all or none of them: they share a mask
+    hybrids = not any(
+        layer_plan.is_raw and isinstance(layer, LinearAttentionAndStaticFullAttentionLayer)
+        for layer, layer_plan in zip(cache.layers, plan.layers, strict=False)
+    )
+    for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
+        new: PromptFirstStaticLayer
+        if type(layer) is StaticLayer or (windows and type(layer) is StaticSlidingWindowLayer):
+            size = layer.max_cache_len if type(layer) is StaticLayer else capacity
+            new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
+        elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
+            new = KVMixHybridLayer(layer, layer_plan)
+        else:
             continue
-        new = (
-            PromptFirstStaticLayer(layer.max_cache_len)
-            if plan.layers[i].is_raw
-            else KVMixStaticLayer(layer.max_cache_len, plan.layers[i])
-        )
-        stored = int(layer.cumulative_length)
-        if layer.is_initialized and stored:
+        new.is_sliding = layer.is_sliding
+        stored = _stored(layer)
+        if stored:
             keys, values = layer.keys, layer.values
             assert keys is not None
             assert values is not None
             new.update(keys[:, :, :stored], values[:, :, :stored])
             new.host_length = stored
         cache.layers[i] = new
+
+
+def _exchanges_windows(cache: Cache, plan: KVPlan, capacity: int, known: bool) -> bool:
+    """Whether all windows of a StaticCache are to hold its whole capacity: they share a mask.
+
+    `known`: whether that is its capacity whatever its layers say, which may all be windows.
+    """
+    geometry = plan.geometry
+    if geometry is None:
+        return False
+    for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
+        if type(layer) is not StaticSlidingWindowLayer:
+            continue
+        sizes = geometry.layer(i)
+        told = known or capacity > layer.max_cache_len or layer.max_cache_len < sizes.window
+        if not told or _stored(layer) < layer.cumulative_length_int:
+            return False
+        key, value = layer_plan.formats(sizes.head_dim, sizes.value_dim)
+        packed = capacity * (
+            bits_per_packed_element(key, sizes.head_dim) * sizes.head_dim
+            + bits_per_packed_element(value, sizes.value_dim) * sizes.value_dim
+        )
+        if packed > layer.max_cache_len * RAW_BITS * (sizes.head_dim + sizes.value_dim):
+            return False
+    return True
+
+
+def let_grow(cache: Cache) -> None:
+    """Exchange the empty layers of fixed capacity of a cache that is filled once, as across attention.
+
+    A graph that reads such a layer without writing it cannot know how many tokens it holds; and once packed
+    as it is, it has no room to waste.
+    """
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticLayer) and not layer.is_initialized:
+            cache.layers[i] = DynamicLayer()
+
+
+def _stored(layer: StaticLayer) -> int:
+    """Tokens that a plain layer of fixed capacity holds."""
+    if not layer.is_initialized:
+        return 0
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return min(layer.cumulative_length_int, layer.max_cache_len)
+    return int(layer.cumulative_length)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from kvmix_fx.contracts import cache_name, given_cache
 from kvmix_fx.integrations import Hooks
 from kvmix_fx.integrations.transformers.caches import KVMixStaticCache
 from kvmix_fx.integrations.transformers.inputs import InsideGenerate, TransformersCalls
@@ -92,7 +93,7 @@ class FixedCaches:
         max_cache_length: int,
     ) -> Any:
         """Put a cache into `model_kwargs`, as the original does."""
-        past = model_kwargs.get("past_key_values")
+        past = given_cache(model_kwargs)
         if isinstance(past, KVMixStaticCache) and past.grows:
             past.enlarge(in_steps(max_cache_length))
         reason = _why_not_fixed(self._model, self._plan, generation_config, model_kwargs, generation_mode)
@@ -102,7 +103,9 @@ class FixedCaches:
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         rows = batch_size * max(1, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = self._caches.new(rows, max_cache_length)
+        model_kwargs[cache_name(GenerationMixin.prepare_inputs_for_generation)] = self._caches.new(
+            rows, max_cache_length
+        )
         return None
 
 
@@ -134,6 +137,6 @@ def _why_not_fixed(
         return f"cache_implementation={config.cache_implementation!r} was asked for"
     if config.use_cache is False:
         return "use_cache=False was asked for"
-    if model_kwargs.get("past_key_values") is not None:
+    if given_cache(model_kwargs) is not None:
         return "a cache was handed in"
     return "the model is another one's assistant" if config.is_assistant else ""

@@ -6,14 +6,14 @@ Rules for masks, in order. The first two are for masks [B, tokens] that hide not
 |---|---|---|---|
 | empty, of any kind | n > 1, positions that go up by one (7) | [B, n] that hides nothing | None (1) |
 | one full row | in generate() | [1, tokens] that hides nothing (2) | None (3) |
-| fixed, empty | any | [B, 1, n, capacity] | [B, 1, n, n] (4) |
+| fixed, empty | any | [B, 1, n, capacity] or [B, capacity] | [B, 1, n, n] or [B, n] (4) |
 | fixed, not empty | with position_ids (5) | [B, tokens] | [B, capacity] (6) |
 
 1. A graph can not look. Without a mask, prefill takes the fastest attention.
 2. Looking waits for the device. After a call of one token generate() itself has added a one, so nobody looks.
 3. Attention ends with the last token stored.
 4. generate() made it for a cache that attends to all of its slots; the first call of ours attends to its own
-   tokens. Of a dict of masks, the one named "full_attention".
+   tokens. Of a dict of masks, the one named "full_attention"; all of them where windows are ours, too.
 5. Without positions some models count the mask.
 6. One shape for all steps: one graph and one recording.
 7. Or none. Without a mask, positions that start again are the beginning of another text.
@@ -38,9 +38,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.contracts import NAMES, cache_name, given_cache, returned_cache
 from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
+    let_grow,
     pack_sliding_layers,
     pack_static_layers,
 )
@@ -70,8 +72,9 @@ class InsideGenerate(threading.local):
 class TokensCall(Call):
     """A call of a transformers model.
 
-    tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. cache: `past_key_values`
-    if it is a Cache. fixed: its layers of fixed capacity. sliding: its packed layers of a window.
+    tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. mask_name: the argument
+    that hides some of them. cache: the one it is given, if it is a Cache. fixed: its layers of fixed
+    capacity. sliding: its packed layers of a window.
     """
 
     def __init__(
@@ -82,9 +85,26 @@ class TokensCall(Call):
         self._model = model
         self.tokens: Tensor | None = None
         self.batch = self.n = 0
+        self.mask_name = "attention_mask"
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
         self.sliding: list[KVMixSlidingLayer] = []
+
+    @property
+    def own_cache(self) -> Cache | None:
+        """The cache of the tokens themselves, without that of an encoder's."""
+        cache = self.cache
+        return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+    @property
+    def mask(self) -> Any:
+        """What hides some of the tokens, None without."""
+        return self.kwargs.get(self.mask_name)
+
+    @mask.setter
+    def mask(self, mask: Any) -> None:
+        if mask is not None or self.mask_name in self.kwargs:
+            self.kwargs[self.mask_name] = mask
 
     def finish(self) -> None:
         """Count the tokens that layers have got."""
@@ -108,6 +128,7 @@ class TransformersCalls:
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
         self._wide: set[tuple[int | None, int]] = set()
         self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        self._cache_name = cache_name(type(model).forward)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Check the inputs, bring them and the cache into the form the graph expects, choose the lane.
@@ -120,7 +141,7 @@ class TransformersCalls:
         call = TokensCall(args, kwargs, self.inside.calls > 0, self)
         if any(kwargs.get(name) for name in _RECORDED):
             _install_recorders(self.model)
-        if not _find_tokens(call):
+        if not self._find_tokens(call):
             self._choose_lane(call)
             return call
         for step in self._STEPS:
@@ -151,7 +172,30 @@ class TransformersCalls:
             if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.name in kwargs:
                 break
             names.append(parameter.name)
-        return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in NAMES:
+            if name in named and name != self._cache_name and self._cache_name not in named:
+                # one name, one graph; the model would rename it as well
+                named[self._cache_name] = named.pop(name)
+        return args[len(names) :], named
+
+    def _find_tokens(self, call: TokensCall) -> bool:
+        """Whether the call has tokens, as ids or embeddings; of an encoder-decoder, those of the decoder."""
+        kwargs, decodes = call.kwargs, self.model.config.is_encoder_decoder
+        names = ("decoder_input_ids", "decoder_inputs_embeds") if decodes else ("input_ids", "inputs_embeds")
+        others = () if decodes else call.args[:1]
+        given = [x for x in (*(kwargs.get(name) for name in names), *others) if x is not None]
+        tokens = given[0] if given else None
+        if not isinstance(tokens, Tensor):
+            return False
+        call.tokens = tokens
+        call.mask_name = "decoder_attention_mask" if decodes else "attention_mask"
+        call.batch, call.n = tokens.shape[:2]
+        if call.batch == 0 or call.n == 0:
+            raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
+        cache = given_cache(kwargs)
+        call.cache = cache if isinstance(cache, Cache) else None
+        return True
 
     def _own_slices(self, call: TokensCall) -> None:
         """A slice of a longer row brings its place in it into the graph, another one in every step."""
@@ -169,26 +213,26 @@ class TransformersCalls:
         """
         _mark_length(call.tokens)
         _mark_length(call.kwargs.get("position_ids"))
-        masks = call.kwargs.get("attention_mask")
-        for mask in masks.values() if isinstance(masks, dict) else (masks,):
-            _mark_length(mask)
-            _mark_length(mask, -1)
+        for masks in {id(x): x for x in (call.mask, call.kwargs.get("attention_mask"))}.values():
+            for mask in masks.values() if isinstance(masks, dict) else (masks,):
+                _mark_length(mask)
+                _mark_length(mask, -1)
 
     def _drop_mask_of_a_prompt(self, call: TokensCall) -> None:
         if (
             call.n > 1
-            and _is_empty(call.kwargs.get("past_key_values"))
-            and _hides_nothing(call.kwargs.get("attention_mask"), call.n)
+            and _is_empty(given_cache(call.kwargs))
+            and _hides_nothing(call.mask, call.n)
             and _is_one_text(call.kwargs.get("position_ids"))
         ):
-            call.kwargs["attention_mask"] = None
+            call.mask = None
 
     def _drop_mask_of_one_row(self, call: TokensCall) -> None:
         """Keep account of whether the cache is one sequence without padding; such a step has no mask."""
         cache = call.cache
         if not isinstance(cache, KVMixStaticCache):
             return
-        mask = call.kwargs.get("attention_mask")
+        mask = call.mask
         empty = _is_empty(cache)
         if call.batch != 1 or not (empty or cache.one_full_row):
             cache.one_full_row = False
@@ -198,7 +242,7 @@ class TransformersCalls:
             # between its single tokens generate() itself adds ones to the mask; else look, and wait for it
             cache.one_full_row = self.inside.steady or _hides_nothing(mask, mask.shape[1])
             if cache.one_full_row:
-                call.kwargs["attention_mask"] = None
+                call.mask = None
         else:
             cache.one_full_row = False
 
@@ -206,15 +250,15 @@ class TransformersCalls:
         self.inside.steady = call.generating and call.n == 1
 
     def _pack_static_layers(self, call: TokensCall) -> None:
-        if isinstance(call.cache, StaticCache) and self.plan.geometry is not None:
-            pack_static_layers(call.cache, self.plan)
-        if call.cache is not None:
-            call.fixed = fixed_layers(call.cache)
+        if isinstance(call.own_cache, StaticCache) and self.plan.geometry is not None:
+            pack_static_layers(call.own_cache, self.plan)
+            if isinstance(call.cache, EncoderDecoderCache):
+                let_grow(call.cache.cross_attention_cache)
+        if call.own_cache is not None:
+            call.fixed = fixed_layers(call.own_cache)
 
     def _pack_sliding_layers(self, call: TokensCall) -> None:
-        cache = call.cache
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
+        cache = call.own_cache
         if cache is not None:
             pack_sliding_layers(cache, self.plan)
             call.sliding = [layer for layer in cache.layers if isinstance(layer, KVMixSlidingLayer)]
@@ -222,15 +266,15 @@ class TransformersCalls:
     def _fit_mask(self, call: TokensCall) -> None:
         if not call.fixed:
             return
-        if not all(layer.has_tokens for layer in call.fixed):
+        # a cache may have more layers than the model fills
+        if not any(layer.has_tokens for layer in call.fixed):
             # generate() built the mask for a plain StaticCache, which attends to all of its slots;
             # the first step of a packed one attends to its own tokens
-            call.kwargs["attention_mask"] = _first_columns(call.kwargs.get("attention_mask"), call.n)
+            windows = any(layer.is_sliding for layer in call.fixed)
+            call.mask = _first_columns(call.mask, call.n, windows)
         elif call.kwargs.get("position_ids") is not None:
             # without positions some models count the mask
-            call.kwargs["attention_mask"] = _to_capacity(
-                call.kwargs.get("attention_mask"), call.fixed[0].max_cache_len
-            )
+            call.mask = _to_capacity(call.mask, call.fixed[0].max_cache_len)
 
     def _choose_lane(self, call: TokensCall) -> None:
         if call.generating and not call.args and self.shortcut.serves(call.kwargs):
@@ -251,8 +295,7 @@ class TransformersCalls:
 
     def _mark_plain_layers(self, call: TokensCall) -> None:
         """Packed layers grow without recompiling; plain ones beside them must not spoil that."""
-        layers = call.cache.layers if call.cache is not None else ()
-        for layer, layer_plan in zip(layers, self.plan.layers, strict=False):
+        for layer, layer_plan in zip(_layers(call.own_cache), self.plan.layers, strict=False):
             if layer_plan.is_raw and isinstance(layer, DynamicLayer):
                 _mark_length(layer.keys, 2)
                 _mark_length(layer.values, 2)
@@ -260,7 +303,7 @@ class TransformersCalls:
     def _allocate(self, call: TokensCall) -> None:
         live: Tensor | None = None
         dtypes: tuple[torch.dtype, torch.dtype] | None = None
-        for index, layer in enumerate(call.cache.layers if call.cache is not None else ()):
+        for index, layer in enumerate(_layers(call.own_cache)):
             if isinstance(layer, PromptFirstStaticLayer) and not layer.is_initialized:
                 assert self.plan.geometry is not None
                 sizes = self.plan.geometry.layer(index)
@@ -292,8 +335,8 @@ class TransformersCalls:
             # weights do not tell, one token does
             token = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
             with torch.no_grad():
-                past = type(self.model).forward(self.model, input_ids=token, use_cache=True).past_key_values
-            for layer in getattr(past, "layers", ()):
+                result = type(self.model).forward(self.model, input_ids=token, use_cache=True)
+            for layer in getattr(returned_cache(result), "layers", ()):
                 if isinstance(getattr(layer, "keys", None), Tensor):
                     return layer.keys.dtype, layer.values.dtype
         return self.model.dtype, self.model.dtype
@@ -392,22 +435,6 @@ def _layers(cache: Cache | None) -> list[Any]:
     return [] if cache is None else list(cache.layers)
 
 
-def _find_tokens(call: TokensCall) -> bool:
-    """Whether the call has tokens, as ids or embeddings."""
-    tokens = call.kwargs.get("input_ids")
-    if tokens is None:
-        tokens = call.kwargs.get("inputs_embeds", call.args[0] if call.args else None)
-    if not isinstance(tokens, Tensor):
-        return False
-    call.tokens = tokens
-    call.batch, call.n = tokens.shape[:2]
-    if call.batch == 0 or call.n == 0:
-        raise ModelInputError(f"input of shape {list(tokens.shape)} holds no tokens; pass at least one")
-    cache = call.kwargs.get("past_key_values")
-    call.cache = cache if isinstance(cache, Cache) else None
-    return True
-
-
 def _own(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.storage_offset() else x
 
@@ -426,7 +453,7 @@ def _is_empty(cache: Any) -> bool:
                 if isinstance(layer, PromptFirstStaticLayer)
                 else getattr(layer, "is_initialized", True)
             )
-            for layer in cache.layers
+            for layer in _layers(cache)
         )
     )
 
@@ -457,7 +484,11 @@ def _to_capacity(mask: Any, capacity: int) -> Any:
     return mask
 
 
-def _first_columns(mask: Any, n: int) -> Any:
+def _first_columns(mask: Any, n: int, windows: bool) -> Any:
+    """`windows`: whether those of windows are for layers of ours, too."""
     if isinstance(mask, dict):
-        return {name: _first_columns(m, n) if name == "full_attention" else m for name, m in mask.items()}
-    return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() == 4 else mask
+        return {
+            name: _first_columns(m, n, windows) if windows or name == "full_attention" else m
+            for name, m in mask.items()
+        }
+    return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() in (2, 4) else mask

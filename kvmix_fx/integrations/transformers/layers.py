@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.orders import key_order
@@ -309,6 +316,33 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given batch rows."""
         self.keys, self.values = self.keys[indices, ...], self.values[indices, ...]
+
+
+class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
+    """A packed layer of fixed capacity that has the states of a linear attention besides, as they are."""
+
+    def __init__(self, layer: LinearAttentionAndStaticFullAttentionLayer, layer_plan: LayerPlan) -> None:
+        """`layer`: transformers' own, whose states are taken over."""
+        LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
+        vars(self).update({name: vars(layer)[name] for name in vars(self)})
+        KVMixStaticLayer.__init__(self, layer.max_cache_len, layer_plan)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Keys and values come by position and states by name, as transformers tells them apart."""
+        if args:
+            KVMixStaticLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all tokens and states, keep the buffers."""
+        LinearAttentionLayer.reset(self)
+        KVMixStaticLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Take rows by their index."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        KVMixStaticLayer.reorder_cache(self, beam_idx)
 
 
 def forget(layers: list[KVMixStaticLayer]) -> None:

@@ -6,6 +6,9 @@ knows no cap. Everything between the two products must serve this attention alon
 before   s = q @ k.transpose(2, 3) * c; w = softmax(s + mask, -1); o = w @ v
 found    AttentionCall(node=o, query=q, key=k, value=v, mask=mask, scale=c, inside=(w, s + mask, s, q @ ...))
 
+There may be several masks: terms that are added, and places where scores are filled with a very low number
+(`masked_fill`, `where`).
+
 Learned sinks are found in either of the spellings of `learned_sinks`.
 
 Where a softmax over a product weighs something in another form, the answer is a `Miss` that says what is in
@@ -27,7 +30,7 @@ from torch.nn import functional as F
 from kvmix_fx.dynamo import example
 from kvmix_fx.passes.find import learned_sinks
 from kvmix_fx.passes.find.views import called, heads_root
-from kvmix_fx.passes.sites import AttentionCall, Miss
+from kvmix_fx.passes.sites import ADDED, HIDDEN, SEEN, AttentionCall, Mask, Miss
 
 READS_WEIGHTS = "something else reads the weights"
 """Why attention whose weights are returned is none."""
@@ -49,6 +52,8 @@ _PASSED = {
     "contiguous", "view", "reshape", "flatten", "transpose", "permute", "expand", "unsqueeze", "squeeze",
     "nan_to_num",
 }  # fmt: skip
+_VERY_LOW = -1e4
+"""What stands for minus infinity in half precision."""
 _SEARCHED = 32
 """Nodes that this search looks at, at most."""
 
@@ -62,7 +67,7 @@ class _Scores:
 
     scale: float = 1.0
     softcap: float = 0.0
-    mask: fx.Node | None = None
+    masks: list[Mask] = field(default_factory=list)
     sinks: fx.Node | None = None
     inside: list[fx.Node] = field(default_factory=list)
 
@@ -135,7 +140,7 @@ def _match(node: fx.Node) -> AttentionCall | str:
         return f"keys are turned by {called(turned)}, which does not just exchange their last two dimensions"
     if any(_rank(x) != 4 for x in (query, key, value)):
         return "queries, keys and values are not all [B, heads, L, D]"
-    if found.mask is not None and _columns(found.mask, -1) == 1 and _columns(key, 2) != 1:
+    if _columns(key, 2) != 1 and any(_columns(mask.node, -1) == 1 for mask in found.masks):
         return "the mask has one column for all keys"
     sinks = None
     if found.sinks is not None:
@@ -143,8 +148,10 @@ def _match(node: fx.Node) -> AttentionCall | str:
         if sinks is None:
             return "what joins the scores or scales the output is no sink, one number for each head"
     inside = tuple(sorted((*found.inside, product), reverse=True))
+    one = found.masks[0].node if len(found.masks) == 1 and found.masks[0].kind == ADDED else None
     return AttentionCall(
-        node, query, key, value, found.mask, 0.0, False, found.scale, found.softcap, inside, sinks
+        *(node, query, key, value, one, 0.0, False, found.scale, found.softcap, inside, sinks),
+        () if one is not None else tuple(found.masks),
     )
 
 
@@ -168,18 +175,24 @@ def _unmasked(scores: Any, found: _Scores) -> tuple[fx.Node | str, _Scores]:
 
     In place of the product, what is in the way of one.
     """
+    filled = _filled(scores)
     operands = _operands(scores, _ADD)
-    if operands is None:
+    if operands is None and filled is None:
         return _uncapped(scores, found), found
     if not _alone(scores, found):
         return "something else reads the scores", found
+    inside = [*found.inside, scores]
+    if filled is not None:
+        below = _Scores(masks=[*found.masks, filled[1]], sinks=found.sinks, inside=inside)
+        return _unmasked(filled[0], below)
+    assert operands is not None
     if scores.target in _IN_PLACE and not _behind(operands[0], _is_product):
         return "the scores are added to something else in place", found
     reasons = []
     # the mask may stand on either side, unless it would be written to; the scores lead back to a product
     for first, mask in (operands,) if scores.target in _IN_PLACE else (operands, operands[::-1]):
-        below = _Scores(mask=mask, sinks=found.sinks, inside=[*found.inside, scores])
-        product = _uncapped(first, below)
+        above = _Scores(masks=[*found.masks, Mask(ADDED, mask)], sinks=found.sinks, inside=inside)
+        product, below = _unmasked(first, above)
         if isinstance(product, fx.Node):
             if _is_mask(mask):
                 return product, below
@@ -187,6 +200,25 @@ def _unmasked(scores: Any, found: _Scores) -> tuple[fx.Node | str, _Scores]:
         # of the side where scores are
         reasons.insert(0 if _behind(first, _is_product) else len(reasons), product)
     return reasons[0], found
+
+
+def _filled(scores: Any) -> tuple[Any, Mask] | None:
+    """Scores, and where a number that softmax makes 0 stands in their place."""
+    name = called(scores).rstrip("_")
+    if name not in ("masked_fill", "where") or len(scores.args) != 3 or scores.kwargs:
+        return None
+    first, second, third = scores.args
+    kind, node, inner = (HIDDEN, second, first) if name == "masked_fill" else (SEEN, first, second)
+    value = example(node)
+    boolean = isinstance(value, torch.Tensor) and value.dtype == torch.bool and 1 <= value.dim() <= 4
+    return (inner, Mask(kind, node)) if boolean and _constant(third) <= _VERY_LOW else None
+
+
+def _constant(x: Any) -> float:
+    """A number, also as a tensor that the graph makes of one; 0 for anything else."""
+    if isinstance(x, fx.Node) and x.op == "call_function" and x.target in (torch.tensor, torch.full):
+        x = x.args[-1]
+    return float(x) if isinstance(x, int | float) else 0.0
 
 
 def _uncapped(scores: Any, found: _Scores) -> fx.Node | str:

@@ -1,0 +1,156 @@
+"""One model of the sweep: what `generate()` over a packed cache does to it, beside the plain model.
+
+The prompt is a batch that is padded on the left.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from typing import Any
+
+import torch
+
+PROMPT, PADDING, NEW = 72, 11, 4
+WINDOW, GROUP = 8, 16
+PACKED, PARTLY, LEFT, REFUSED, CRASHED, WRONG = "packed", "partly", "left", "refused", "crashed", "wrong"
+NO_CACHE, NOT_OFFERED, NOT_BUILT, NOT_RUN = "no cache", "not offered", "not built", "does not run"
+BLIND, UNFINISHED = "no difference", "not finished"
+"""Outcomes. Those of the last two lines are about transformers, the random weights or the time."""
+
+
+def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any]:
+    """What becomes of one model: its outcome, layers, reasons, differences of logits."""
+    from benchmarks.coverage import tiny
+
+    try:
+        model = tiny.build(kind, class_name, attention)
+    except Exception as error:
+        offered = "does not support an attention implementation" not in str(error)
+        return {"outcome": NOT_BUILT if offered else NOT_OFFERED, "why": _told(error)}
+    settings = _settings(model, cache)
+    try:
+        plain = _generate(model, settings)
+    except Exception as error:
+        return {"outcome": NOT_RUN, "why": _told(error)}
+    if len(plain.logits) < 2 or not all(bool(x.isfinite().all()) for x in plain.logits):
+        return {"outcome": NOT_RUN, "why": "the plain model computes no finite logits of several steps"}
+    growing = [layer for layer in _layers(plain) if _grows(layer)]
+    if not growing:
+        return {"outcome": NO_CACHE, "why": _what_instead(plain)}
+    return _packed(model, settings, plain, len(growing))
+
+
+def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers: int) -> dict[str, Any]:
+    import kvmix_fx
+    from kvmix_fx.errors import KVMixError
+    from kvmix_fx.passes.sites import ATTEND
+
+    found: dict[str, Any] = {"layers": layers}
+    for bits in (8, 2):
+        try:
+            plan = kvmix_fx.KVPlan.uniform(model, bits, bits, group_size=GROUP, window=WINDOW)
+            kvmix_fx.compile(model, plan, inner="eager")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                out = _generate(model, settings)
+        except KVMixError as error:
+            return found | {"outcome": REFUSED, "why": _told(error)}
+        except Exception as error:
+            return found | {"outcome": CRASHED, "why": _told(error)}
+        found[f"difference{bits}"] = _difference(out, plain)
+        if bits == 8:
+            report = kvmix_fx.compiled(model).report
+            found["packed"] = sum(map(_is_packed, _layers(out)))
+            found["actions"] = sorted({site.action for site in report.sites})
+            found["reasons"] = sorted({site.reason for site in report.sites if site.reason})
+            found["attended"] = max(
+                (sum(s.action == ATTEND for s in g.sites) for g in report.graphs), default=0
+            )
+            found["graphs"] = len(report.graphs)
+            found["warnings"] = sorted(
+                {type(w.message).__name__ for w in caught if "kvmix" in str(w.category)}
+            )
+    return found | _judged(found)
+
+
+def _judged(found: dict[str, Any]) -> dict[str, Any]:
+    """8 bits have to say what the plain model says, 2 bits must not."""
+    exact, rough = found["difference8"], found["difference2"]
+    if found["packed"] == 0:
+        outcome = LEFT if exact < 1e-3 else WRONG
+    elif rough < 1e-3:
+        outcome = BLIND if exact < 1e-3 else WRONG
+    elif exact > max(rough / 8, 1e-3):
+        outcome = WRONG
+    else:
+        outcome = PACKED if found["packed"] >= found["layers"] else PARTLY
+    return {"outcome": outcome}
+
+
+def _settings(model: Any, cache: str) -> dict[str, Any]:
+    ids = torch.randint(5, 75, (2, PROMPT), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :PADDING], mask[0, :PADDING] = 0, 0
+    settings: dict[str, Any] = {
+        "attention_mask": mask, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False,
+        "num_beams": 1, "use_cache": True, "pad_token_id": 0, "eos_token_id": None,
+        "return_dict_in_generate": True, "output_logits": True,
+    }  # fmt: skip
+    settings["input_ids"] = ids
+    if model.config.is_encoder_decoder:
+        settings |= {"decoder_input_ids": ids[:, PADDING:].clone(), "decoder_start_token_id": 2}
+    if cache == "static":
+        settings["cache_implementation"] = "static"
+    return settings
+
+
+def _generate(model: Any, settings: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.generate(**{k: v.clone() if torch.is_tensor(v) else v for k, v in settings.items()})
+
+
+def _difference(out: Any, plain: Any) -> float:
+    """Of logits, in their standard deviations, over the steps whose tokens before are the same."""
+    worst, spread = 0.0, float(plain.logits[0].std())
+    same = torch.ones(len(plain.logits[0]), dtype=torch.bool)
+    for got, want in zip(out.logits, plain.logits, strict=False):
+        if not bool(same.any()):
+            break
+        worst = max(worst, float((got[same] - want[same]).abs().nan_to_num(1e9).max()))
+        same = same & (got.argmax(-1) == want.argmax(-1))
+    return float(f"{worst / max(spread, 1e-9):.4g}")
+
+
+def _layers(out: Any) -> list[Any]:
+    """The layers of all caches that a result holds."""
+    past = getattr(out, "past_key_values", None)
+    parts = [getattr(past, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    caches = [part for part in parts if part is not None] or [past]
+    return [layer for one in caches for layer in getattr(one, "layers", ())]
+
+
+def _grows(layer: Any) -> bool:
+    """Whether a layer of a plain cache has keys and values of every token."""
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    tensors = torch.is_tensor(keys) and torch.is_tensor(values)
+    return tensors and keys.dim() == values.dim() == 4 and keys.shape[2] >= PROMPT - PADDING
+
+
+def _is_packed(layer: Any) -> bool:
+    from kvmix_fx.cache import QuantizedKVTensor
+
+    return all(isinstance(getattr(layer, name, None), QuantizedKVTensor) for name in ("keys", "values"))
+
+
+def _what_instead(out: Any) -> str:
+    past = getattr(out, "past_key_values", None)
+    kinds = sorted({type(layer).__name__ for layer in _layers(out)})
+    return f"{type(past).__name__} of {', '.join(kinds) or 'nothing'}"
+
+
+def _told(error: BaseException) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = "/".join(where.filename.split("/")[-2:])
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]} [{place}:{where.lineno}]"

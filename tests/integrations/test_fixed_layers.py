@@ -1,0 +1,104 @@
+"""Which layers of a StaticCache are exchanged for packed ones, and with what they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import FalconH1Config, MistralConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.integrations.transformers import KVMixStaticCache
+from kvmix_fx.integrations.transformers.caches import let_grow, pack_static_layers
+from kvmix_fx.integrations.transformers.layers import KVMixHybridLayer, KVMixStaticLayer
+from kvmix_fx.plan import KVPlan
+from kvmix_fx.testing.models import TINY
+
+WINDOW = 64
+
+
+def mistral(window=WINDOW):
+    return MistralConfig(**TINY | {"sliding_window": window})
+
+
+def plan(config, bits=4):
+    return KVPlan.uniform(config, bits, window=8).for_model(config)
+
+
+def tokens(n, seed=0):
+    return torch.randn(2, 2, n, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "bits", "packed"),
+    [(60, 8, True), (64, 8, True), (100, 8, True), (200, 8, False), (200, 2, True), (900, 2, False)],
+)
+def test_windows_are_packed_where_the_whole_capacity_takes_less(capacity, bits, packed):
+    config = mistral()
+    cache = KVMixStaticCache(plan(config, bits), config, capacity)
+    kinds = {type(layer) for layer in cache.layers}
+    assert kinds == {KVMixStaticLayer if packed else StaticSlidingWindowLayer}
+    assert all(cache.is_sliding)
+    if packed:
+        assert {layer.max_cache_len for layer in cache.layers} == {capacity}
+
+
+def test_a_capacity_that_only_windows_tell_is_not_guessed():
+    """A cache for 64 tokens and one for 10000 have the same layers."""
+    config = mistral()
+    for capacity, packed in ((63, True), (64, False), (10000, False)):
+        cache = StaticCache(config, max_cache_len=capacity)
+        pack_static_layers(cache, plan(config))
+        assert isinstance(cache.layers[0], KVMixStaticLayer) == packed
+
+
+def test_windows_share_a_mask_so_all_or_none_are_exchanged():
+    config = mistral()
+    mixed = plan(config, 2).with_layers("0", key=16, value=16)
+    for capacity, exchanged in ((60, True), (100, False)):
+        cache = KVMixStaticCache(mixed, config, capacity)
+        kinds = [isinstance(layer, StaticSlidingWindowLayer) for layer in cache.layers]
+        assert kinds == [not exchanged] * 2
+
+
+def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():
+    config = mistral()
+    for stored, exchanged in ((50, True), (70, False)):
+        cache = StaticCache(config, max_cache_len=72 if stored == 70 else 60)
+        for index in range(2):
+            cache.update(tokens(stored), tokens(stored, 1), index)
+        pack_static_layers(cache, plan(config, 8), 72)
+        layer = cache.layers[0]
+        assert isinstance(layer, KVMixStaticLayer) == exchanged
+        if exchanged:
+            assert int(layer.cumulative_length) == layer.host_length == stored
+            assert isinstance(layer.keys, QuantizedKVTensor)
+            assert (layer.keys.dequantize()[:, :, :stored] - tokens(stored)).abs().max() < 0.05
+
+
+def test_layers_with_states_keep_them_beside_packed_tokens():
+    config = FalconH1Config(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, intermediate_size=64, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16,
+    )  # fmt: skip
+    cache = StaticCache(config, max_cache_len=80)
+    states = torch.ones(2, 3, 4)
+    cache.layers[0].update_conv_state(states)
+    pack_static_layers(cache, plan(config, 8))
+    layer = cache.layers[0]
+    assert isinstance(layer, KVMixHybridLayer)
+    assert layer.conv_states[0].equal(states)
+    keys, _ = layer.update(tokens(70), tokens(70, 1))
+    assert keys.equal(tokens(70))
+    assert (layer.keys.dequantize()[:, :, :70] - tokens(70)).abs().max() < 0.05
+    layer.reset()
+    assert not layer.has_tokens
+    assert not layer.conv_states[0].any()
+    assert "is_conv_states_initialized" in vars(layer)
+
+
+def test_layers_that_are_filled_once_grow():
+    cache = StaticCache(mistral(None), max_cache_len=20)
+    cache.update(tokens(9), tokens(9), 0)
+    let_grow(cache)
+    assert [type(layer) is DynamicLayer for layer in cache.layers] == [False, True]
