@@ -1,0 +1,109 @@
+"""The attention of a model whose cache is packed pages, registered by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from kvmix_fx.errors import ServingError
+from kvmix_fx.integrations.transformers.batching.cache import PackedCache
+from kvmix_kernels import ops
+from kvmix_kernels.paged import attend
+
+NAME = "kvmix_paged"
+"""As `attn_implementation`."""
+
+
+def register() -> None:
+    """Make the name known to transformers; again is no harm."""
+    AttentionInterface.register(NAME, paged_attention)
+
+
+def unregister() -> None:
+    """Undo `register`."""
+    AttentionInterface._global_mapping.pop(NAME, None)
+
+
+@torch.compiler.disable
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, as transformers calls it: query [1, Hq, N, D] to output [1, N, Hq, Dv].
+
+    Raises:
+        ServingError: the model is called by something else than the engine it is served by.
+    """
+    if not isinstance(cache, PackedCache):
+        raise ServingError(
+            "this model is being served, and attends to the pages of its manager alone: close the manager "
+            "before you call the model or generate()"
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ServingError("packed pages have no attention with a position bias: serve another model")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = ops.default_scale(query.shape[3]) if scaling is None else float(scaling)
+    rest = (scale, softcap or 0.0, s_aux)
+    if cache.layer_to_allocator[layer] is not cache.packed:
+        return _sliding(cache, layer, query, key, value, sliding_window, *rest, kwargs), None
+    step = cache.step
+    # padding that the engine adds comes behind the tokens of all requests
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attend.attend(cache.packed.pages, layer, step, q, k, v, *rest)
+    attend.store(cache.packed.pages, layer, step, k, v)
+    return out.unsqueeze(0), None
+
+
+def _sliding(
+    cache: PackedCache,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None,
+    scale: float,
+    softcap: float,
+    s_aux: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """A layer with a window, whose cache is the engine's own: one request after another."""
+    key, value = cache.update(key, value, layer, kwargs)
+    begin_q, begin_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+    if window is None:
+        window = int(cache.layer_to_allocator[layer].sliding_window)
+    group = query.shape[1] // key.shape[1]
+    out = query.new_zeros(1, *query.shape[1:3], value.shape[3])
+    for first_q, last_q, first_k, last_k in zip(begin_q, begin_q[1:], begin_k, begin_k[1:], strict=False):
+        q = query[:, :, first_q:last_q]
+        k, v = (x[:, :, first_k:last_k].repeat_interleave(group, 1) for x in (key, value))
+        rows = torch.arange(first_q, last_q, device=q.device).unsqueeze(1) - last_q + last_k - first_k
+        columns = torch.arange(last_k - first_k, device=q.device)
+        seen = (columns <= rows) & (columns > rows - window)
+        if softcap or s_aux is not None:
+            scores = (q.float() * scale) @ k.float().mT
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            scores = scores.masked_fill(~seen, -torch.inf)
+            if s_aux is not None:
+                sink = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+                scores = torch.cat([scores, sink], 3)
+            weights = torch.softmax(scores, 3)[..., : len(columns)]
+            out[:, :, first_q:last_q] = (weights @ v.float()).to(out.dtype)
+        else:
+            out[:, :, first_q:last_q] = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, scale=scale
+            )
+    return out.transpose(1, 2)
