@@ -39,6 +39,7 @@ SUITES = (
     "quality",
     "profile_cost",
     "token_tiers",
+    "serving",
 )
 
 

@@ -234,30 +234,24 @@ def _attend_run(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
         return out[0].transpose(0, 1)
-    dtype = compute_dtype(query)
     n, Hq, D = query.shape
-    Hkv, group = keys.shape[1], Hq // keys.shape[1]
-    rows = (query.to(dtype) * scale).transpose(0, 1).unflatten(0, (Hkv, group))
-    merge = _Online(rows, values.shape[2], softcap)
+    merge = _Online(query.transpose(0, 1).unsqueeze(0), scale, softcap)
     size, sink = pool.layout.tokens, pool.layout.sink
     packed = request.raw_from // size
-    heads = Hq * n
-    at_once = max(1, BLOCK_ELEMENTS // (size * max(heads, Hkv * D)))
+    at_once = max(1, BLOCK_ELEMENTS // (size * max(Hq * n, keys.shape[1] * D)))
     for first in range(0, packed, at_once):
         some = step.page_tensor(request.pages[first : min(packed, first + at_once)])
         k, v = (_unpacked(cached, size) for cached in pool.gathered(layer, some))
         skip = min(sink, size * packed) if first == 0 else 0
-        merge.add(k[:, skip:].to(dtype), v[:, skip:].to(dtype))
+        merge.add(k[:, skip:], v[:, skip:])
     slots = step.slots(request.raw_from, request.past)
     raw = []
-    for role, own in enumerate((keys, values)):
-        firsts, recent = pool.sinks(layer)[role], pool.tails(layer)[role]
+    for firsts, recent in zip(pool.sinks(layer), pool.tails(layer), strict=True):
         parts = [firsts[request.sinks]] if packed and sink else []
-        parts += [recent[request.tail].index_select(1, slots), own.transpose(0, 1)]
-        raw.append(torch.cat(parts, 1).to(dtype))
-    merge.add_causal(*raw)
-    out = merge.result(sink_logits)
-    return out.flatten(0, 1).transpose(0, 1)
+        raw.append(torch.cat([*parts, recent[request.tail].index_select(1, slots)], 1))
+    merge.add(raw[0], raw[1])
+    merge.add(keys.transpose(0, 1), values.transpose(0, 1), causal=True)
+    return merge.result(sink_logits).transpose(0, 1)
 
 
 def _unpacked(cached: Cached, size: int) -> Tensor:
@@ -271,54 +265,70 @@ def _unpacked(cached: Cached, size: int) -> Tensor:
 
 
 class _Online:
-    """Attention that gets its keys and values part by part (Milakov and Gimelshein, arXiv 1805.02867)."""
+    """Attention of one sequence's queries that get their keys and values part by part."""
 
-    def __init__(self, rows: Tensor, channels: int, softcap: float) -> None:
-        """`rows`: scaled queries, [Hkv, group, n, D]."""
-        self.rows, self.softcap = rows, softcap
-        shape = rows.shape[:3]
-        self.best = rows.new_full((*shape, 1), torch.finfo(rows.dtype).min)
-        self.total = rows.new_zeros(*shape, 1)
-        self.out = rows.new_zeros(*shape, channels)
+    def __init__(self, query: Tensor, scale: float, softcap: float) -> None:
+        """`query`: [1, Hq, n, D]."""
+        self.query, self.scale, self.softcap = query, scale, softcap
+        self.dtype = compute_dtype(query)
+        self.out: Tensor | None = None
+        self.lse = query.new_empty(0)
 
-    def add(self, k: Tensor, v: Tensor) -> None:
-        """Every query attends to all of keys [Hkv, n, D]."""
-        self._add(slice(None), k, v, None)
+    def add(self, k: Tensor, v: Tensor, causal: bool = False) -> None:
+        """Every query attends to all of keys [Hkv, m, D] and values [Hkv, m, Dv].
 
-    def add_causal(self, k: Tensor, v: Tensor) -> None:
-        """The last query attends to all, each before it to one less."""
-        group, n = self.rows.shape[1:3]
-        before = k.shape[1] - n
-        block = max(1, BLOCK_ELEMENTS // max(1, self.rows.shape[0] * group * k.shape[1]))
-        for first in range(0, n, block):
-            last = min(n, first + block)
-            seen = before + last
-            later = torch.arange(seen, device=k.device) > before + torch.arange(
-                first, last, device=k.device
-            ).unsqueeze(1)
-            self._add(slice(first, last), k[:, :seen], v[:, :seen], later)
-
-    def _add(self, some: slice, k: Tensor, v: Tensor, hidden: Tensor | None) -> None:
-        scores = _capped(self.rows[:, :, some] @ k.unsqueeze(1).mT, self.softcap)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        best = self.best[:, :, some]
-        merged = torch.maximum(best, scores.amax(3, keepdim=True)) if k.shape[1] else best
-        weights = torch.exp(scores - merged)
-        shrink = torch.exp(best - merged)
-        self.total[:, :, some] = self.total[:, :, some] * shrink + weights.sum(3, keepdim=True)
-        self.out[:, :, some] = self.out[:, :, some] * shrink + weights @ v.unsqueeze(1)
-        self.best[:, :, some] = merged
+        causal: there are as many as queries, and each attends to those up to its own.
+        """
+        if not k.shape[1]:
+            return
+        out, lse = self._partial(k.unsqueeze(0), v.unsqueeze(0), causal)
+        if self.out is None:
+            self.out, self.lse = out, lse
+            return
+        both = torch.logaddexp(self.lse, lse)
+        self.out = self.out * torch.exp(self.lse - both).unsqueeze(3) + out * torch.exp(lse - both).unsqueeze(
+            3
+        )
+        self.lse = both
 
     def result(self, sink_logits: Tensor | None) -> Tensor:
-        """[Hkv, group, n, Dv]."""
-        out, total = self.out, self.total
+        """[Hq, n, Dv]; `sink_logits` [Hq] as of `attend`."""
+        assert self.out is not None
+        out = self.out
         if sink_logits is not None:
-            sink = sink_logits.to(out.dtype).view(*out.shape[:2], 1, 1)
-            merged = torch.maximum(self.best, sink)
-            shrink = torch.exp(self.best - merged)
-            out, total = out * shrink, total * shrink + torch.exp(sink - merged)
-        return out / total
+            both = torch.logaddexp(self.lse, sink_logits.to(self.dtype).view(1, -1, 1))
+            out = out * torch.exp(self.lse - both).unsqueeze(3)
+        return out[0]
+
+    def _partial(self, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """Output [1, Hq, n, Dv] over one part, and its log-sum-exp [1, Hq, n], in the compute dtype."""
+        known = self.softcap == 0 and k.shape[3] == v.shape[3] and self.dtype == torch.float32
+        if known and k.device.type == "cpu":
+            q, k, v = (x.float() for x in (self.query, k, v))
+            out, lse = _flash_on_cpu(q, k, v, 0.0, causal, scale=self.scale)
+            return out, lse
+        group = self.query.shape[1] // k.shape[1]
+        rows = self.query.to(self.dtype).unflatten(1, (-1, group)) * self.scale
+        k, v = k.to(self.dtype).unsqueeze(2), v.to(self.dtype).unsqueeze(2)
+        n, m = rows.shape[3], k.shape[3]
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        block = max(1, BLOCK_ELEMENTS // (self.query.shape[1] * m))
+        for first in range(0, n, block):
+            last = min(n, first + block)
+            seen = last if causal else m
+            scores = _capped(rows[:, :, :, first:last] @ k[:, :, :, :seen].mT, self.softcap)
+            if causal:
+                columns = torch.arange(seen, device=k.device)
+                scores.masked_fill_(columns > columns[first:last].unsqueeze(1), -torch.inf)
+            lse = scores.logsumexp(4)
+            outs.append(torch.exp(scores - lse.unsqueeze(4)) @ v[:, :, :, :seen])
+            lses.append(lse)
+        return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
+
+
+# that of scaled_dot_product_attention, which does not return the sums
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:
