@@ -11,6 +11,9 @@ tokens go one by one, in blocks of pages, as reading a prompt costs more than ca
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -174,33 +177,64 @@ def _attend_singles(
     total = weights.sum(3, keepdim=True)
     raw_out = (weights @ raw_v / total).view(N, Hq, Dv)
     raw_lse = (best + total.log()).view(N, Hq)
-    outs, lses, owners = [raw_out], [raw_lse], [torch.arange(N, device=query.device)]
+    everyone = torch.arange(N, device=query.device)
+    outs, lses, owners = [raw_out], [raw_lse], [everyone]
     if len(singles.pages):
-        k, v = pool.gathered(layer, singles.pages)
-        out, lse = ops.attend_lse(
-            query[singles.owners].unsqueeze(2),
-            None,
-            None,
-            k.tensors,
-            v.tensors,
-            singles.counted,
-            None,
-            pool.layout.tokens,
-            scale,
-            k.format.encode(),
-            v.format.encode(),
-            softcap,
-        )
-        outs.append(out.squeeze(2).to(dtype))
-        lses.append(lse.squeeze(2).to(dtype))
-        owners.append(singles.owners)
+        out, lse, whose = _attend_pages(pool, layer, singles, query, scale, softcap)
+        outs.append(out.to(dtype))
+        lses.append(lse.to(dtype))
+        owners.append(everyone if whose is None else whose)
     if sink_logits is not None:
         outs.append(raw_out.new_zeros(N, Hq, Dv))
         lses.append(sink_logits.to(dtype).expand(N, Hq))
-        owners.append(owners[0])
+        owners.append(everyone)
     if len(outs) == 1:
         return raw_out
     return _merged(torch.cat(outs), torch.cat(lses), torch.cat(owners), N)
+
+
+def _attend_pages(
+    pool: PagePool, layer: int, singles: Singles, query: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attention of sequences with one token over their pages: outputs, log-sum-exps, and whose they are.
+
+    The kernel reads pages where they lie, and answers with one part for each sequence (None: in their order).
+    Elsewhere pages are copied side by side as they are packed, and each is a part.
+    """
+    keys, values = pool.pages(layer)
+    tokens = pool.layout.tokens
+    kernel = _kernel(query)
+    if kernel is not None and kernel.takes(keys.format, values.format, tokens):
+        out, lse = kernel.attend_pages(
+            query, keys, values, singles.pages, singles.starts, pool.layout.sink, tokens, scale, softcap
+        )
+        return out, lse, None
+    k, v = pool.gathered(layer, singles.pages)
+    out, lse = ops.attend_lse(
+        query[singles.owners].unsqueeze(2),
+        None,
+        None,
+        k.tensors,
+        v.tensors,
+        singles.counted,
+        None,
+        tokens,
+        scale,
+        k.format.encode(),
+        v.format.encode(),
+        softcap,
+    )
+    return out.squeeze(2), lse.squeeze(2), singles.owners
+
+
+def _kernel(query: Tensor) -> Any:
+    """The module of the Triton kernel, where queries of this kind can have it."""
+    if not query.is_cuda or query.dtype == torch.float64 or not ops._USE_TRITON:
+        return None
+    try:
+        return import_module("kvmix_kernels.triton.paged")
+    except ImportError:
+        return None  # the ops say so
 
 
 def _merged(out: Tensor, lse: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -36,12 +36,14 @@ class Singles(NamedTuple):
     """The sequences that have one token in a step, N of them, as tensors.
 
     tokens: their places in the step, [N]; pages: blocks of all their packed pages, [P], sequence by sequence;
-    owners: whose they are, [P]; counted: which rows of pages count, bool [P, 1, 1, tokens], None for all;
-    tails: [N]; sinks: [N]; raw: which raw tokens count, bool [N, sink + ring].
+    starts: where each one's begin, [N + 1]; owners: whose they are, [P]; counted: which rows of pages count,
+    bool [P, 1, 1, tokens], None for all; tails: [N]; sinks: [N]; raw: which raw tokens count, bool
+    [N, sink + ring].
     """
 
     tokens: Tensor
     pages: Tensor
+    starts: Tensor
     owners: Tensor
     counted: Tensor | None
     tails: Tensor
@@ -77,11 +79,13 @@ class Step:
             return None
         size, ring, sink = self.layout.tokens, self.layout.ring, self.layout.sink
         pages: list[int] = []
+        starts = [0]
         owners: list[int] = []
         places: list[int] = []
         for number, request in enumerate(chosen):
             count = request.raw_from // size
             pages += request.pages[:count]
+            starts.append(len(pages))
             owners += [number] * count
             places += range(count)
         counted = None
@@ -96,6 +100,7 @@ class Step:
         return Singles(
             self._numbers([request.first for request in chosen]),
             self._numbers(pages),
+            self._numbers(starts),
             self._numbers(owners),
             counted,
             self._numbers([request.tail for request in chosen]),
