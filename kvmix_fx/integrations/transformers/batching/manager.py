@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
     ContinuousBatchProcessor,
+    OutputRouter,
 )
 from transformers.generation.continuous_batching.initialization import update_cb_config_after_cache_creation
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
@@ -24,6 +26,46 @@ from kvmix_fx.integrations.transformers.batching import attention
 from kvmix_fx.integrations.transformers.batching.cache import PackedCache, layer_groups, pages_for
 from kvmix_fx.parallel import check_placement
 from kvmix_fx.plan import KVPlan
+
+
+@dataclass
+class Counts:
+    """What a manager has done.
+
+    steps: of the model; tokens: computed; new: generated; finished: requests that ended; failed: of them,
+    those with an error.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    new: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+class CountingRouter(OutputRouter):
+    """The engine's router of results, which counts those that are final."""
+
+    def __init__(self, counts: Counts) -> None:
+        """`counts`: to be kept up to date."""
+        super().__init__()
+        self._counts = counts
+
+    def _count(self, output: Any) -> None:
+        self._counts.finished += bool(output.is_finished() or output.error is not None)
+        self._counts.failed += output.error is not None
+
+    def deliver(self, output: Any) -> None:
+        """As the original."""
+        self._count(output)
+        super().deliver(output)
+
+    def deliver_batch(self, outputs: Any) -> None:
+        """As the original."""
+        for output in outputs:
+            self._count(output)
+        super().deliver_batch(outputs)
+
 
 _open: set[int] = set()
 _lock = threading.Lock()
@@ -77,6 +119,8 @@ def _check_options(config: Any) -> None:
             "steps over packed pages are not compiled: leave varlen_compile_config, decode_compile_config "
             "and default_compile_level alone"
         )
+    if config.use_async_batching:
+        raise ServingError("steps over packed pages are not overlapped: leave use_async_batching alone")
     graphs = config.use_cuda_graph
     if graphs is True or (isinstance(graphs, tuple) and any(graphs)):
         raise ServingError(
@@ -90,6 +134,7 @@ class PackedBatchingManager(ContinuousBatchingManager):
     Attributes:
         plan: bits per layer.
         capacity: the most tokens that one request can have, prompt and answer.
+        counts: what it has done.
     """
 
     def __init__(
@@ -109,6 +154,8 @@ class PackedBatchingManager(ContinuousBatchingManager):
         pages = pages_for(plan, layer_groups(text), 1, model.dtype, None if size == default else size, 0)
         try:
             super().__init__(model, generation_config, config, hints)  # pyrefly: ignore[bad-argument-type]
+            self.counts = Counts()
+            self.output_router = CountingRouter(self.counts)
             self.continuous_batching_config.page_size = pages.tokens
             self.continuous_batching_config.max_blocks_per_request = 0
             self._runs = _Uncompiled(model) if "_kvmix" in vars(model) else model
@@ -261,7 +308,12 @@ class PackedBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         assert self.batch_processor is not None
         runs: Any = self._runs
+        prepared: Any = self.batch_processor.inputs_and_outputs
+        batch = list(prepared.requests_in_batch)
         self.batch_processor._generation_step(runs)
+        self.counts.steps += 1
+        self.counts.tokens += sum(future.query_length for future in batch)
+        self.counts.new += sum(future.has_new_token for future in batch)
 
     # ---- requests
 
