@@ -147,9 +147,10 @@ class PackedCache(PagedAttentionCache):
             self.max_batch_tokens, self.num_sectors = (int(n) for n in sizes)
         self._check_size(memory)
         own = self.num_sectors * self.bytes_per_sector
-        self.cache_tensor = torch.zeros(
-            own + TRASH_SECTORS * self.bytes_per_sector, dtype=torch.uint8, device=device
-        )
+        trash = TRASH_SECTORS * self.bytes_per_sector
+        # memory is taken when it is written to, where the system can; only padding reads what nobody wrote
+        self.cache_tensor = torch.empty(own + trash, dtype=torch.uint8, device=device)
+        self.cache_tensor[:trash].zero_()
         self.pool = PackedPool(self.num_sectors, len(self.cache_allocators))
         for allocator in self.cache_allocators.values():
             allocator.register_cache_tensor(self.bytes_per_sector, own, self.cache_tensor, self.pool)

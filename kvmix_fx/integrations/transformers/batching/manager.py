@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def make_manager(
     _check_options(given)
     chosen = generation_config if generation_config is not None else model.generation_config
     if chosen.eos_token_id is None:
-        # as init_continuous_batching does, for a model that tells no end of sequence
+        # as init_continuous_batching does for a model that tells no end of sequence, but not in its own
+        chosen = copy.deepcopy(chosen)
         chosen.eos_token_id = -1
     return PackedBatchingManager(model, plan, memory, chosen, given, hints)
 
