@@ -94,11 +94,14 @@ def test_packed_requests_side_by_side_have_the_logits_that_each_has_alone(model,
 def test_a_prefix_of_many_requests_is_stored_once(model, prompts):
     prefix = prompts[5][:128]
     with kvmix_fx.serve(model, KVPlan.uniform(model, 8), memory=MEMORY) as manager, Logits(manager) as heard:
-        first = manager.add_request([*prefix, 7], max_new_tokens=1)
+        # one that ends in its first step leaves nothing to others
+        first = manager.add_request([*prefix, 7], max_new_tokens=2)
         results(manager, [first])
         others = manager.add_requests([[*prefix, n] for n in range(8, 14)], max_new_tokens=20)
         found = results(manager, others)
         packed = manager.cache.packed
+        # the others compute their last token and their answers
+        assert manager.counts.tokens == len(prefix) + 2 + 6 * 20
         # the pages of the prefix, and nothing of the answers, which are shorter than a page
         assert len(packed.ledger.cached_blocks) == len(prefix) // packed.tokens_per_page
         assert len(packed._sinks) == 1
@@ -109,17 +112,29 @@ def test_a_prefix_of_many_requests_is_stored_once(model, prompts):
 
 
 @engine
-def test_copies_of_a_request_have_their_own_tails(model, prompts):
+@pytest.mark.parametrize("sharing", [True, False])
+def test_copies_of_a_request_have_their_own_tails_and_sinks(model, prompts, sharing):
     config = GenerationConfig(
-        num_return_sequences=3, do_sample=True, top_k=1, max_new_tokens=40, eos_token_id=-1
+        num_return_sequences=3, do_sample=True, top_k=1, max_new_tokens=50, eos_token_id=-1
     )
-    with kvmix_fx.serve(model, KVPlan.uniform(model, 16), memory=MEMORY, generation_config=config) as manager:
-        ids = [manager.add_request(prompt) for prompt in (prompts[0], prompts[4])]
-        names = [f"{i}{end}" for i in ids for end in ("", "__child#0", "__child#1")]
-        done = results(manager, names)
+    with (
+        kvmix_fx.serve(
+            model,
+            KVPlan.uniform(model, 8, window=0),
+            memory=MEMORY,
+            generation_config=config,
+            continuous_batching_config=options(allow_block_sharing=sharing),
+        ) as manager,
+        Logits(manager) as heard,
+    ):
+        for prompt in (prompts[0], prompts[4]):
+            name = manager.add_request(prompt)
+            copies = [f"{name}{end}" for end in ("", "__child#0", "__child#1")]
+            found = results(manager, copies)
+            assert len({tuple(found[one].generated_tokens) for one in copies}) == 1
+            first, *others = (torch.stack(heard.by_request[one]) for one in copies)
+            assert worst(others, [first, first]) < 1e-5
         assert free_share(manager) == 1
-    found = [done[name].generated_tokens for name in names]
-    assert found[0] == found[1] == found[2] != found[3] == found[4] == found[5]
 
 
 @engine
