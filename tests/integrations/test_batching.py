@@ -18,7 +18,7 @@ from kvmix_fx.errors import (
 from kvmix_fx.integrations.transformers import batching
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.batching import Logits, free_share, results
-from kvmix_fx.testing.models import tiny_architecture, tiny_llama
+from kvmix_fx.testing.models import STORED, WINDOWS, WRITTEN_OUT, tiny_architecture, tiny_llama
 
 try:
     batching.require_engine("these tests")
@@ -179,9 +179,11 @@ def test_what_cannot_be_held_is_refused_and_what_is_cancelled_returns_its_pages(
 
 
 @engine
-def test_layers_with_windows_keep_the_engines_own_pages(prompts):
-    windows = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
-    model = tiny_architecture("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 0} | windows)
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma2"])
+def test_windows_learned_sinks_and_caps_are_those_of_the_model(prompts, name):
+    config, given, *_ = {**WINDOWS, **WRITTEN_OUT}[name]
+    # gpt-oss has layers with windows, which keep the engine's own pages
+    model = tiny_architecture(config, given, "eager")
     logits, tokens = run(model, KVPlan.uniform(model, 16), prompts[1:5], max_batch_tokens=48)
     exact = [plain(model, *pair) for pair in zip(prompts[1:5], tokens, strict=True)]
     assert worst(logits, exact) < 2e-6
@@ -241,6 +243,12 @@ def test_what_does_not_go_together_is_said_before_the_model_is_touched(
 def test_models_without_full_attention_and_things_that_are_none_are_refused():
     model = tiny_architecture("MistralConfig", {"sliding_window": 24})
     with pytest.raises(ServingError, match="all layers of this model have sliding windows"):
+        kvmix_fx.serve(model, KVPlan.uniform(model, 4), memory=MEMORY)
+    model = tiny_architecture(*STORED["deepseek-v3, latents"])
+    with pytest.raises(ServingError, match="caches latents"):
+        kvmix_fx.serve(model, KVPlan.uniform(model, 4, group_size=16), memory=MEMORY)
+    model = tiny_architecture(*STORED["bloom"])
+    with pytest.raises(ServingError, match="attention of its own"):
         kvmix_fx.serve(model, KVPlan.uniform(model, 4), memory=MEMORY)
     with pytest.raises(ServingError, match="takes a model of transformers"):
         kvmix_fx.serve(torch.nn.Linear(2, 2), KVPlan.uniform(1, 4))

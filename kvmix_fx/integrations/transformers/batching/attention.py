@@ -61,6 +61,12 @@ def paged_attention(
     if cache.layer_to_allocator[layer] is not cache.packed:
         return _sliding(cache, layer, query, key, value, sliding_window, *rest, kwargs), None
     step = cache.step
+    stored = cache.packed.pages.tails(layer)
+    if any(x.shape[1::2] != tail.shape[1::2] for x, tail in zip((key, value), stored, strict=True)):
+        raise ServingError(
+            f"layer {layer} attends to {key.shape[1]} heads of {key.shape[3]} channels and values of "
+            f"{value.shape[3]}, its configuration says otherwise: it cannot be served from packed pages"
+        )
     # padding that the engine adds comes behind the tokens of all requests
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = attend.attend(cache.packed.pages, layer, step, q, k, v, *rest)

@@ -46,6 +46,10 @@ def layer_groups(config: PreTrainedConfig) -> dict[str, list[int]]:
             f"transformers does not batch this model continuously ({error}): use generate() of the compiled "
             "model"
         ) from None
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise ServingError(
+            "this model caches latents, of which there are no pages: use generate() of the compiled model"
+        )
     if FULL not in groups:
         raise ServingError(
             "all layers of this model have sliding windows, which stay at 16 bits in continuous batching: "
