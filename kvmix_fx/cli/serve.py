@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import signal
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -10,6 +14,7 @@ import typer
 from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, load_model, note, size
 from kvmix_fx.cli.plan import PlanChoice
 from kvmix_fx.errors import CommandError, MissingPackageError
+from kvmix_fx.plan import KVPlan
 
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -27,6 +32,17 @@ def bytes_of(text: str) -> int:
         raise CommandError(
             f"--memory takes bytes, or a number with KiB, MiB or GiB such as 8GiB, got {text!r}"
         ) from None
+
+
+@contextlib.contextmanager
+def _outliving_signals() -> Iterator[None]:
+    """Let the command end as others do: uvicorn raises the signal that stopped it once more at its end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @answers
@@ -48,7 +64,7 @@ def serve(
     ] = 2048,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running requests get at the end.")] = 30,
 ) -> Answer:
-    """Serve a model at /v1/chat/completions and /v1/completions."""
+    """Serve a model at /v1/chat/completions and /v1/completions; 4-bit keys and 2-bit values unless told."""
     pool = None if memory is None else bytes_of(memory)
     from kvmix_fx.integrations.transformers.batching import require_engine
 
@@ -60,7 +76,12 @@ def serve(
     except ImportError as error:
         raise MissingPackageError.for_extra(str(error.name), "server", "kvmix serve") from error
     network, tokenizer = load_model(model, placement)
-    plan = choice.build(network).for_model(network)
+    named = choice.plan is not None or choice.preset is not None or choice.arguments()
+    if named:
+        plan = choice.build(network).for_model(network)
+    else:
+        # not the preset tiers: its prompts choose orders of channels, and pages are shared
+        plan = choice.changed(KVPlan.uniform(network, 4, 2)).for_model(network)
     manager = start_manager(network, plan, pool, max_batch_tokens=max_batch_tokens)
     try:
         note(
@@ -68,7 +89,10 @@ def serve(
             f"requests of up to {manager.capacity:,} tokens"
         )
         app = build_app(model, tokenizer, manager, queue_limit)
-        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
+        # transformers warns of every request that it has come
+        logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+        with _outliving_signals():
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
     finally:
         manager.close()
     counts = manager.counts
