@@ -272,7 +272,9 @@ def _attend_run(
     merge = _Online(query.transpose(0, 1).unsqueeze(0), scale, softcap)
     size, sink = pool.layout.tokens, pool.layout.sink
     packed = request.raw_from // size
-    at_once = max(1, BLOCK_ELEMENTS // (size * max(Hq * n, keys.shape[1] * D)))
+    # scores exist where attention is written out
+    scores = 0 if merge.fused(values.shape[2]) else Hq * n
+    at_once = max(1, BLOCK_ELEMENTS // (size * max(scores, keys.shape[1] * D)))
     for first in range(0, packed, at_once):
         some = step.page_tensor(request.pages[first : min(packed, first + at_once)])
         k, v = (_unpacked(cached, size) for cached in pool.gathered(layer, some))
@@ -325,6 +327,18 @@ class _Online:
         )
         self.lse = both
 
+    def fused(self, channels: int) -> bool:
+        """Whether attention over values of so many channels is one op that does not keep the scores."""
+        query = self.query
+        if self.softcap > 0 or channels != query.shape[3] or self.dtype != torch.float32:
+            return False
+        if query.device.type == "cpu":
+            return True
+        if not query.is_cuda:
+            return False
+        alike = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, False, False)
+        return torch.backends.cuda.can_use_flash_attention(alike)
+
     def result(self, sink_logits: Tensor | None) -> Tensor:
         """[Hq, n, Dv]; `sink_logits` [Hq] as of `attend`."""
         assert self.out is not None
@@ -336,12 +350,15 @@ class _Online:
 
     def _partial(self, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Output [1, Hq, n, Dv] over one part, and its log-sum-exp [1, Hq, n], in the compute dtype."""
-        known = self.softcap == 0 and k.shape[3] == v.shape[3] and self.dtype == torch.float32
-        if known and k.device.type == "cpu":
+        group = self.query.shape[1] // k.shape[1]
+        if self.fused(v.shape[3]) and k.device.type == "cpu":
             q, k, v = (x.float() for x in (self.query, k, v))
             out, lse = _flash_on_cpu(q, k, v, 0.0, causal, scale=self.scale)
             return out, lse
-        group = self.query.shape[1] // k.shape[1]
+        if self.fused(v.shape[3]):
+            k, v = (x.to(self.query.dtype).repeat_interleave(group, 1) for x in (k, v))
+            out, lse = _flash_on_cuda(self.query, k, v, 0.0, causal, scale=self.scale)[:2]
+            return out.to(self.dtype), lse
         rows = self.query.to(self.dtype).unflatten(1, (-1, group)) * self.scale
         k, v = k.to(self.dtype).unsqueeze(2), v.to(self.dtype).unsqueeze(2)
         n, m = rows.shape[3], k.shape[3]
@@ -361,8 +378,9 @@ class _Online:
         return torch.cat(outs, 3).flatten(1, 2), torch.cat(lses, 3).flatten(1, 2)
 
 
-# that of scaled_dot_product_attention, which does not return the sums
+# those of scaled_dot_product_attention, which does not return the sums
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:
