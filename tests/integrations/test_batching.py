@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from transformers import AttentionInterface, GenerationConfig
@@ -176,6 +178,33 @@ def test_what_cannot_be_held_is_refused_and_what_is_cancelled_returns_its_pages(
         assert found[good].error is None
         assert "do not fit into the pool" in found[bad].error
         assert free_share(manager) == 1
+
+
+@engine
+@pytest.mark.parametrize("seed", range(4))
+def test_pools_that_hold_a_few_requests_answer_all_and_lose_no_page(seed):
+    drawn = random.Random(seed)
+    model = tiny_llama(num_hidden_layers=1)
+    plan = KVPlan.uniform(model, drawn.choice([4, 8]), window=drawn.choice([0, 32]))
+    given = options(max_batch_tokens=drawn.choice([16, 512]), allow_block_sharing=seed % 2 == 0)
+    common = [drawn.randint(1, 127) for _ in range(70)]
+    with kvmix_fx.serve(
+        model, plan, memory=(180 + 30 * seed) << 10, continuous_batching_config=given
+    ) as manager:
+        kept, cancelled = [], []
+        for number in range(15):
+            own = [drawn.randint(1, 127) for _ in range(drawn.randint(1, 60))]
+            prompt = common + own if number % 2 and manager.capacity > 170 else own
+            name = manager.add_request(prompt, max_new_tokens=drawn.randint(1, 40))
+            (cancelled if number % 5 == 4 else kept).append(name)
+            if number % 5 == 4:
+                manager.cancel_request(name)
+        assert all(result.error is None for result in results(manager, kept).values())
+        # the last to be cancelled may still be known until the next step
+        final = manager.add_request([1], max_new_tokens=1)
+        results(manager, [final])
+        assert free_share(manager) == 1
+        assert manager.counts.failed == 0
 
 
 @engine
