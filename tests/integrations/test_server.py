@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -167,3 +171,32 @@ def test_sizes_of_memory():
     for wrong in ("8GB", "lots", "1.2.3"):
         with pytest.raises(CommandError, match="--memory takes bytes"):
             bytes_of(wrong)
+
+
+@pytest.mark.timeout(180)
+def test_the_command_serves_on_two_ranks_and_ends_with_what_it_has_done(tmp_path):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "kvmix_fx", "serve", str(tmp_path), "--memory", "4MiB", "--json"]
+    command += ["--tp", "2", "--port", str(port), "--dtype", "float32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as served:
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60
+        )
+        # it refuses connections until the model is there
+        while True:
+            try:
+                answer = client.completions.create(model=str(tmp_path), prompt="w1 w2", max_tokens=3)
+                break
+            except openai.APIConnectionError:
+                assert served.poll() is None
+                time.sleep(0.2)
+        assert answer.usage.completion_tokens == 3
+        served.terminate()
+        content = json.loads(served.stdout.read())
+    assert served.returncode == 0
+    assert content == {"model": str(tmp_path), "requests": 1, "failed": 0, "new_tokens": 3}
