@@ -237,6 +237,18 @@ def test_generate_batch_of_a_compiled_model_has_packed_pages_and_leaves_nothing(
         with pytest.raises(ServingError, match="is being served already"):
             kvmix_fx.serve(model, KVPlan.uniform(model, 4), memory=MEMORY)
         manager.close()
+        kvmix_fx.compile(model, KVPlan.uniform(model, 16))
+        with pytest.warns(UserWarning, match="not kept from one generate_batch to the next"):
+            model.generate_batch(
+                prompts[:1],
+                max_new_tokens=1,
+                continuous_batching_config=options(num_blocks=64),
+                persistent_manager=True,
+            )
+        model._cached_continuous_batching_manager = object()
+        with pytest.raises(ServingError, match="destroy_cached_continuous_batching_manager"):
+            model.generate_batch(prompts[:1], max_new_tokens=1)
+        del model._cached_continuous_batching_manager
     finally:
         kvmix_fx.restore(model)
     assert vars(model) == before

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmix_fx.errors import MissingPackageError
+from kvmix_fx.errors import MissingPackageError, ServingError
 from kvmix_fx.plan import KVPlan
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ class PackedBatching:
     ) -> Any:
         """As the original, with packed pages."""
         require_engine("generate_batch of a compiled model")
-        kept = getattr(self._model, "_cached_continuous_batching_manager", None)
-        if kept is not None:
-            # as the original does with a manager that was to be kept
-            kept.switch_to_cb_friendly_attn(self._model)
-            return kept
+        if getattr(self._model, "_cached_continuous_batching_manager", None) is not None:
+            raise ServingError(
+                "this model has kept a manager with 16-bit pages from before it was compiled: call "
+                "model.destroy_cached_continuous_batching_manager() first"
+            )
         return serve(
             self._model,
             self._plan,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -216,8 +217,13 @@ class PackedBatchingManager(ContinuousBatchingManager):
         keep_for_next_session: bool = False,
         hard_stop: bool = False,
     ) -> None:
-        """As the original; the model gets its attention back."""
-        super().stop(block, timeout, keep_for_next_session, hard_stop)
+        """As the original; the model gets its attention back. It is never kept for another session."""
+        if keep_for_next_session:
+            warnings.warn(
+                "packed pages are not kept from one generate_batch to the next: use kvmix_fx.serve for that",
+                stacklevel=2,
+            )
+        super().stop(block, timeout, False, hard_stop)
         if not self.is_running():
             self._restore_attention()
 
