@@ -181,6 +181,21 @@ def test_what_cannot_be_held_is_refused_and_what_is_cancelled_returns_its_pages(
 
 
 @engine
+def test_keys_that_scales_cannot_hold_fail_with_what_to_do(prompts):
+    model = tiny_llama(num_hidden_layers=1)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1e7)
+    with kvmix_fx.serve(model, KVPlan.uniform(model, 4), memory=MEMORY) as manager:
+        name = manager.add_request(prompts[0], max_new_tokens=1)
+        assert "keys of layer 0" in results(manager, [name])[name].error
+    assert model.config._attn_implementation == "sdpa"
+    wide = KVPlan.uniform(model, 4, scale_dtype="float32")
+    with kvmix_fx.serve(model, wide, memory=MEMORY) as manager:
+        name = manager.add_request(prompts[0], max_new_tokens=1)
+        assert results(manager, [name])[name].error is None
+
+
+@engine
 @pytest.mark.parametrize("seed", range(4))
 def test_pools_that_hold_a_few_requests_answer_all_and_lose_no_page(seed):
     drawn = random.Random(seed)

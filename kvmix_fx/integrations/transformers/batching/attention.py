@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from kvmix_fx.errors import ServingError
+from kvmix_fx.errors import NarrowScalesError, ServingError
 from kvmix_fx.integrations.transformers.batching.cache import PackedCache
-from kvmix_kernels import ops
+from kvmix_kernels import layout, ops
 from kvmix_kernels.paged import attend
 
 NAME = "kvmix_paged"
@@ -47,6 +47,7 @@ def paged_attention(
 
     Raises:
         ServingError: the model is called by something else than the engine it is served by.
+        NarrowScalesError: the plan's scales do not have the range of the model's keys or values.
     """
     if not isinstance(cache, PackedCache):
         raise ServingError(
@@ -67,11 +68,30 @@ def paged_attention(
             f"layer {layer} attends to {key.shape[1]} heads of {key.shape[3]} channels and values of "
             f"{value.shape[3]}, its configuration says otherwise: it cannot be served from packed pages"
         )
+    if layer not in cache.in_range:
+        _check_range(cache, layer, key, value)
     # padding that the engine adds comes behind the tokens of all requests
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = attend.attend(cache.packed.pages, layer, step, q, k, v, *rest)
     attend.store(cache.packed.pages, layer, step, k, v)
     return out.unsqueeze(0), None
+
+
+def _check_range(cache: PackedCache, layer: int, key: Tensor, value: Tensor) -> None:
+    """Note that a layer's first keys and values have the range of their scales; what follows is not looked at.
+
+    Raises:
+        NarrowScalesError: they do not.
+    """
+    pages = cache.packed.layout.layers[layer]
+    found: list[tuple[int | None, int, float]] = []
+    for role, (x, side) in enumerate(((key, pages.keys), (value, pages.values))):
+        peak = float(ops.peak(x))
+        if not layout.holds(side.format, peak):
+            found.append((layer, role, peak))
+    if found:
+        raise NarrowScalesError.of(found)
+    cache.in_range.add(layer)
 
 
 def _sliding(

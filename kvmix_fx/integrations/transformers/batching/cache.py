@@ -81,6 +81,10 @@ class PackedCache(PagedAttentionCache):
     """`PagedAttentionCache` with a packed allocator for full attention; sliding layers keep the engine's own.
 
     Made without the original's constructor, which makes its allocators by a table that is transformers' own.
+
+    Attributes:
+        packed: the allocator of pages.
+        in_range: layers whose first tokens had the range of their scales.
     """
 
     def __init__(
@@ -166,6 +170,7 @@ class PackedCache(PagedAttentionCache):
         self.max_decode_fast_path_length = 0
         # the engine makes a table of token numbers as long as this, for sliding layers alone here
         self.max_tokens_read = 0 if sliding is None else sliding.tokens_per_page * sliding.num_blocks
+        self.in_range: set[int] = set()
         self._collected: list[Request] = []
         self._collecting: object = None
         self._tokens = 0
