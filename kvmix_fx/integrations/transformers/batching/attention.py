@@ -78,7 +78,7 @@ def paged_attention(
 
 
 def _check_range(cache: PackedCache, layer: int, key: Tensor, value: Tensor) -> None:
-    """Note that a layer's first keys and values have the range of their scales; what follows is not looked at.
+    """Note that a layer's first keys and values have the range of their scales; others are not looked at.
 
     Raises:
         NarrowScalesError: they do not.
