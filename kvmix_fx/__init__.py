@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvmix_fx.cache import QuantizedKVTensor
     from kvmix_fx.evaluation import evaluate
     from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+    from kvmix_fx.integrations.transformers.batching import serve
     from kvmix_fx.profiling import profile
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "profile",
     "restore",
+    "serve",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "explain": "kvmix_fx.api",
     "profile": "kvmix_fx.profiling",
     "restore": "kvmix_fx.api",
+    "serve": "kvmix_fx.integrations.transformers.batching",
 }
 
 

@@ -55,12 +55,15 @@ __all__ = [
     "PlanLayerError",
     "PlanMismatchError",
     "PlanVersionError",
+    "PoolError",
     "PresetError",
     "ProfileError",
     "ProfileFileError",
     "ProfileMismatchError",
     "RangeWarning",
+    "RequestLengthError",
     "RewriteInvariantError",
+    "ServingError",
     "SignalError",
     "SignalUnavailable",
     "TokenTierError",
@@ -196,6 +199,18 @@ class ModelInputError(KVMixError, ValueError):
 
 class CommandError(KVMixError, ValueError):
     """Something named on the command line that cannot be used: a model, a device, a place to write to."""
+
+
+class ServingError(KVMixError, ValueError):
+    """Something of a model, a plan or an option does not go with continuous batching over packed pages."""
+
+
+class PoolError(KVMixError, MemoryError):
+    """A pool of pages is too small for any request, or there is no memory for one."""
+
+
+class RequestLengthError(KVMixError, ValueError):
+    """A request that its pool of pages could never hold."""
 
 
 class MissingPackageError(KVMixError, ImportError):

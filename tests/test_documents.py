@@ -10,6 +10,7 @@ import torch
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.errors import MissingPackageError
 
 from . import documents
 
@@ -85,7 +86,10 @@ def test_the_blocks_of_a_page_run_in_their_order(reader, path):
         "plan": kvmix_fx.KVPlan.uniform(model, 4, 2),
         "step": lambda x: x + 1,
     }
-    assert list(run_blocks(path, names))
+    try:
+        assert list(run_blocks(path, names))
+    except MissingPackageError as error:
+        pytest.skip(str(error))
     if path.name == "plans.md":
         assert Path("profile.safetensors").exists()
         assert Path("signals.png").stat().st_size > 1000

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from kvmix_fx.cli import auto, compare, demo, env, evaluate, explain, generate, plan, profile, solve, tune
+from kvmix_fx.cli import (
+    auto,
+    compare,
+    demo,
+    env,
+    evaluate,
+    explain,
+    generate,
+    plan,
+    profile,
+    serve,
+    solve,
+    tune,
+)
 
 app = typer.Typer(
     name="kvmix",
@@ -21,6 +34,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 app.command("explain")(explain.explain)
 app.command("profile")(profile.profile)
 app.command("eval")(evaluate.evaluate)

@@ -190,7 +190,7 @@ def load_model(name: str, placement: Placement) -> tuple[PreTrainedModel, PreTra
 
         with _quiet():
             return load_smollm2(dtype, device)
-    with _load_errors(name), _quiet():
+    with load_errors(name), _quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation="sdpa"
@@ -205,7 +205,7 @@ def load_config(name: str) -> Any:
         from kvmix_fx.testing.smollm2 import smollm2_config
 
         return smollm2_config()
-    with _load_errors(name):
+    with load_errors(name):
         return transformers.AutoConfig.from_pretrained(name)
 
 
@@ -235,7 +235,8 @@ def _nothing(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _load_errors(name: str) -> Iterator[None]:
+def load_errors(name: str) -> Iterator[None]:
+    """What goes wrong while a model is loaded, as an error of ours that names it."""
     try:
         yield
     except KVMixError:

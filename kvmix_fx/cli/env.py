@@ -17,6 +17,7 @@ EXTRAS = {
     "hf": ("transformers", "safetensors", "huggingface_hub"),
     "ao": ("torchao",),
     "tp": ("transformers", "safetensors", "huggingface_hub", "accelerate"),
+    "server": ("transformers", "safetensors", "huggingface_hub", "fastapi", "uvicorn", "openai"),
     "serve": ("transformers", "safetensors", "huggingface_hub", "gguf", "ray", "openai"),
     "demo": ("transformers", "safetensors", "huggingface_hub", "gguf"),
     "plot": ("matplotlib",),

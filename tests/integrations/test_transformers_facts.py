@@ -243,3 +243,31 @@ def test_a_cache_has_one_name_in_calls_and_results(model):
     assert given_cache(first) is first[name]
     with torch.no_grad():
         assert returned_cache(model(input_ids=IDS, use_cache=True)).get_seq_length() == IDS.shape[1]
+
+
+def test_the_engine_makes_its_lists_anew_in_every_step_and_asks_in_the_order_of_tokens(model, monkeypatch):
+    """`PackedCache` takes new lists for a new step, and requests for the order of the step's tokens."""
+    cache = pytest.importorskip("transformers.generation.continuous_batching.cache")
+    if not hasattr(cache, "ATTN_TYPE_TO_ALLOCATOR"):
+        pytest.skip("an engine of which caches cannot be ours")
+    steps = []
+    original = cache.PagedAttentionCache.extend_read_and_write_indices
+
+    def noting(self, name, past, count, read, write):
+        if not any(write is seen for seen, _ in steps):
+            steps.append((write, []))
+        steps[-1][1].append(count)
+        return original(self, name, past, count, read, write)
+
+    monkeypatch.setattr(cache.PagedAttentionCache, "extend_read_and_write_indices", noting)
+    seen = []
+    model.register_forward_hook(
+        lambda _m, _a, given, _o: seen.append(given["cu_seq_lens_q"].diff().tolist()), with_kwargs=True
+    )
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=8, page_size=32)
+    found = model.generate_batch(IDS.tolist(), max_new_tokens=NEW, continuous_batching_config=config)
+    assert [result.error for result in found.values()] == [None, None]
+    assert seen == [counts for _, counts in steps]
+    assert any(len(counts) > 1 for counts in seen)

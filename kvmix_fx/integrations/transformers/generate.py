@@ -14,6 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvmix_fx.contracts import cache_name, given_cache
 from kvmix_fx.integrations import Hooks
+from kvmix_fx.integrations.transformers.batching import PackedBatching
 from kvmix_fx.integrations.transformers.caches import KVMixStaticCache
 from kvmix_fx.integrations.transformers.inputs import InsideGenerate, TransformersCalls
 from kvmix_fx.integrations.transformers.pool import GenerationCaches, in_steps
@@ -29,6 +30,8 @@ def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut)
     attributes: dict[str, Any] = {}
     if hasattr(model, "get_compiled_call"):
         attributes["get_compiled_call"] = AlreadyCompiled(model)
+    if hasattr(model, "init_continuous_batching"):
+        attributes["init_continuous_batching"] = PackedBatching(model, plan)
     inside = InsideGenerate()
     if isinstance(model, GenerationMixin):
         attributes["_prepare_cache_for_generation"] = FixedCaches(model, plan)
