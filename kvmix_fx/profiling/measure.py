@@ -77,6 +77,7 @@ def measure(
     Raises:
         CalibrationError: the loss or a gradient is not finite.
         SignalError: a name is unknown.
+        SignalUnavailable: none of the signals can be had.
     """
     check_signals(names)
     measured = Measured()
@@ -108,6 +109,11 @@ def measure(
             del measured.prices[Fisher.name]
     if KL in names:
         measured.prices[KL] = measure_kl(observer, calibration, menu, step)
+    if measured.unavailable and not (measured.scores or measured.prices):
+        reasons = "; ".join(f"{name}: {why}" for name, why in measured.unavailable.items())
+        raise SignalUnavailable(
+            f"none of these signals can be had from this model, so ask for another. {reasons}"
+        )
     return measured
 
 

@@ -77,6 +77,7 @@ def profile(
     Raises:
         CalibrationError: the text is empty, too short or unreadable, or the loss on it is not finite.
         SignalError: a signal is unknown.
+        SignalUnavailable: none of the signals can be had from this model.
         NoSiteError: no cache of this model can be packed.
         ProfileError: the model answers in no known form, or its layers differ in size.
         HeadSizeError, FormatError: the menu has a format that this model's heads cannot take.

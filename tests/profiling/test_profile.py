@@ -19,6 +19,7 @@ from kvmix_fx.errors import (
     ProfileFileError,
     ProfileMismatchError,
     SignalError,
+    SignalUnavailable,
 )
 from kvmix_fx.plan import QuantSpec
 from kvmix_fx.plan.prices import Menu
@@ -103,8 +104,11 @@ def test_padding_and_batches_change_nothing() -> None:
 
 
 def test_weight_norms_are_refused_under_qk_norm() -> None:
+    model = tiny_architecture(*PACKED["qwen3"])
+    with pytest.raises(SignalUnavailable, match=r"ask for another.*normalized after their projection"):
+        kvmix_fx.profile(model, tokens(1), signals="weight_norm_frobenius")
     profile = kvmix_fx.profile(
-        tiny_architecture(*PACKED["qwen3"]),
+        model,
         tokens(1),
         signals=["weight_norm_frobenius", "cache_norm_frobenius"],
     )
