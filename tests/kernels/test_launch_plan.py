@@ -61,6 +61,18 @@ def test_raw_tokens_alone_are_never_read_as_packed(v, step):
     assert attend_plan(raw, v, step, Gpu()).rest_packed is not v.is_raw
 
 
+def test_raw_tokens_fit_into_less_shared_memory():
+    raw = make_format(16)
+    for size in (64, 128, 256):
+        step = Step(64, 4, size, size, 8192, 1, True, True, True)
+        own = attend_plan(raw, raw, step, Gpu("NVIDIA_H100_80GB_HBM3"))
+        less = attend_plan(raw, raw, step, Gpu("NVIDIA_H100_80GB_HBM3", 58, 101376))
+        stages, tokens = less.rest_stages, less.rest_tokens
+        assert (stages + 2) * tokens * 2 * size * 2 < 101376
+        assert (stages, tokens) <= (own.rest_stages, own.rest_tokens)
+    assert (own.rest_stages, own.rest_tokens) == (3, 32)
+
+
 def test_a_config_that_is_given_wins_over_the_tuned_one():
     k, v = make_format(2, "channel", 128, 128), make_format(2, "token", 0, 128)
     step = Step(512, 4, 64, 64, 8192, 1, True, True, True)

@@ -39,11 +39,13 @@ DEFAULT = "default"
 class Gpu(NamedTuple):
     """What parameters are found by.
 
-    file: stem of the file that has them; multiprocessors: of the GPU, where the file is another one's, else 0.
+    file: stem of the file that has them; multiprocessors, shared: of the GPU, and the bytes of shared memory that a
+    program may have, where the file is another one's, else 0.
     """
 
     file: str = DEFAULT
     multiprocessors: int = 0
+    shared: int = 0
 
 
 class AttendConfig(NamedTuple):
@@ -77,13 +79,17 @@ def gpu_of(x: Tensor) -> Gpu:
 @cache
 def _gpu_of(index: int | None) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
+    shared = int(getattr(properties, "shared_memory_per_block_optin", 0))
     name = file_stem(properties.name)
     if any(file.is_file() for file in _files(name)):
         return Gpu(name)
     if torch.version.hip or (properties.major, properties.minor) < OLDEST:
         found, whose = Gpu(), "conservative ones"
     else:
-        found, whose = Gpu(ALIKE, properties.multi_processor_count), f"those of {ALIKE.replace('_', ' ')}"
+        found, whose = (
+            Gpu(ALIKE, properties.multi_processor_count, shared),
+            f"those of {ALIKE.replace('_', ' ')}",
+        )
     warnings.warn(
         f"launch parameters were never measured on {properties.name}: attention runs with {whose}, which may "
         "be slower than need be. `kvmix tune` measures them once, in a few minutes",

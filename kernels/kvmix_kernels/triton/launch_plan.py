@@ -27,6 +27,8 @@ MIN_PART, MAX_PART = 16, 32
 """Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
 FEW_SPLITS = 8
 """Up to here one warp merges a row."""
+SHARED_BESIDE = 2048
+"""Bytes of shared memory that a program has beside tokens."""
 REST_SHARE = 128
 """Tokens outside the bulk that one program should not fall below."""
 
@@ -174,6 +176,15 @@ def attend_plan(
     if not rest_half:
         rest_tokens, rest_stages = min(rest_tokens, 32), 1
     rest_tokens = max(16, min(rest_tokens, 64 * 128 // max(keys.DP, values.DP)))
+    row = (keys.DP + values.DP) * (2 if rest_half else 4)
+    while gpu.shared and (rest_stages + 2) * rest_tokens * row + SHARED_BESIDE > gpu.shared:
+        # found by compiling: no GPU that a file is of has so little
+        if rest_stages > 1:
+            rest_stages -= 1
+        elif rest_tokens > 16:
+            rest_tokens //= 2
+        else:
+            break
 
     # few shares: a program merges whole rows; many: there are few rows, so programs share each
     few = splits <= FEW_SPLITS
