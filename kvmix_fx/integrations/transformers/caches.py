@@ -27,7 +27,6 @@ from kvmix_fx.integrations.transformers.layers import (
     forget,
 )
 from kvmix_fx.plan import KVPlan
-from kvmix_kernels.layout import RAW_BITS, bits_per_packed_element
 
 
 class KVMixCache(DynamicCache):
@@ -151,22 +150,13 @@ def _exchanges_windows(cache: Cache, plan: KVPlan, capacity: int, known: bool) -
     `known`: whether that is its capacity whatever its layers say, which may all be windows.
     """
     geometry = plan.geometry
-    if geometry is None:
+    if geometry is None or not plan.packs_fixed_windows(capacity):
         return False
-    for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
-        if type(layer) is not StaticSlidingWindowLayer:
-            continue
-        sizes = geometry.layer(i)
-        told = known or capacity > layer.max_cache_len or layer.max_cache_len < sizes.window
-        if not told or _stored(layer) < layer.cumulative_length_int:
-            return False
-        key, value = layer_plan.formats(sizes.head_dim, sizes.value_dim)
-        packed = capacity * (
-            bits_per_packed_element(key, sizes.head_dim) * sizes.head_dim
-            + bits_per_packed_element(value, sizes.value_dim) * sizes.value_dim
-        )
-        if packed > layer.max_cache_len * RAW_BITS * (sizes.head_dim + sizes.value_dim):
-            return False
+    for i, layer in enumerate(cache.layers[: len(plan.layers)]):
+        if type(layer) is StaticSlidingWindowLayer:
+            told = known or capacity > layer.max_cache_len or capacity < geometry.layer(i).window
+            if not told or _stored(layer) < layer.cumulative_length_int:
+                return False
     return True
 
 
