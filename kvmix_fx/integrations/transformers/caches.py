@@ -112,13 +112,9 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
 
     `capacity`: of the cache, in tokens; None if only its layers tell.
     """
-    known = capacity is not None
-    capacity = (
-        max((x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer)), default=0)
-        if capacity is None
-        else capacity
-    )
-    windows = _exchanges_windows(cache, plan, capacity, known)
+    fixed = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    room = max(fixed, default=0) if capacity is None else capacity
+    windows = _exchanges_windows(cache, plan, room, capacity is not None)
     # all or none of them: they share a mask
     hybrids = not any(
         layer_plan.is_raw and isinstance(layer, LinearAttentionAndStaticFullAttentionLayer)
@@ -127,7 +123,7 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
     for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
         new: PromptFirstStaticLayer
         if type(layer) is StaticLayer or (windows and type(layer) is StaticSlidingWindowLayer):
-            size = layer.max_cache_len if type(layer) is StaticLayer else capacity
+            size = layer.max_cache_len if type(layer) is StaticLayer else room
             new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
         elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
             new = KVMixHybridLayer(layer, layer_plan)
