@@ -61,7 +61,9 @@ def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers
         found[f"difference{bits}"] = _difference(out, plain)
         if bits == 8:
             report = kvmix_fx.compiled(model).report
-            found["packed"] = sum(map(_is_packed, _layers(out)))
+            # a cache may have more layers than the model fills
+            both = zip(_layers(out), _layers(plain), strict=True)
+            found["packed"] = sum(_is_packed(layer) for layer, was in both if _grows(was))
             found["actions"] = sorted({site.action for site in report.sites})
             found["reasons"] = sorted({site.reason for site in report.sites if site.reason})
             found["attended"] = max(

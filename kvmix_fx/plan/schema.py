@@ -546,7 +546,7 @@ class KVPlan:
             # only groups that span the head, and positions, are measured by its size
             return sum(mean_bits(fmt, 0, length) for fmt in formats) / len(formats)
         bits = elements = 0.0
-        for layer, sizes in self._cached_layers():
+        for _, layer, sizes in self._cached_layers():
             for fmt, channels in zip(layer._formats(), (sizes.head_dim, sizes.value_dim), strict=True):
                 bits += sizes.num_kv_heads * channels * mean_bits(fmt, channels, length)
                 elements += sizes.num_kv_heads * channels
@@ -560,21 +560,21 @@ class KVPlan:
         """
         self._needed_geometry()
         total = 0.0
-        for layer, sizes in self._cached_layers():
+        for _, layer, sizes in self._cached_layers():
             for fmt, channels in zip(layer._formats(), (sizes.head_dim, sizes.value_dim), strict=True):
                 if not sizes.window:
                     total += sizes.num_kv_heads * channels * mean_bits(fmt, channels, None)
         return total / 8
 
-    def _cached_layers(self) -> Iterator[tuple[LayerPlan, LayerGeometry]]:
-        """The layers that have a cache, with its sizes; those whose window is left at 16 bits so."""
+    def _cached_layers(self) -> Iterator[tuple[LayerPlan, LayerPlan, LayerGeometry]]:
+        """The layers that have a cache: as planned, with windows left at 16 bits so, and its sizes."""
         geometry = self._needed_geometry()
         for index, layer in enumerate(self.layers):
             sizes = geometry.layer(index)
             if sizes.num_kv_heads and (not sizes.window or layer.packs_window(sizes.window)):
-                yield layer, sizes
+                yield layer, layer, sizes
             elif sizes.num_kv_heads:
-                yield replace(layer, key=_RAW, value=_RAW, token_tier=None), sizes
+                yield layer, replace(layer, key=_RAW, value=_RAW, token_tier=None), sizes
 
     def nbytes(
         self,
@@ -590,7 +590,7 @@ class KVPlan:
 
         A layer that keeps both tensors raw is left to the model's own cache and counted at exactly
         `length` tokens, or as many as its window has. A packed window is counted at its largest, in a growing
-        cache; caches of fixed capacity keep windows at 16 bits. Layers without a KV cache cost nothing.
+        cache; see `packs_fixed_windows` for those of fixed capacity. Layers without a KV cache cost nothing.
 
         Args:
             batch: rows.
@@ -615,10 +615,13 @@ class KVPlan:
         check_integer("source_length", source, 0)
         geometry = self._needed_geometry()
         geometry.heads_per_rank(tp_size)
+        whole = cache == "fixed" and self.packs_fixed_windows(length)
         total = 0
-        for layer, sizes in self._cached_layers():
+        for planned, layer, sizes in self._cached_layers():
             tokens = length
-            if sizes.window and cache == "fixed":
+            if sizes.window and whole:
+                layer = planned
+            elif sizes.window and cache == "fixed":
                 layer = replace(layer, key=_RAW, value=_RAW, token_tier=None)
                 tokens = min(length, sizes.window)
             elif sizes.window:
@@ -630,6 +633,20 @@ class KVPlan:
                 across = _layer_bytes(layer, sizes, source, itemsize, cache)
                 total += geometry.shared_out(sizes.cross_heads, tp_size) * across
         return batch * total
+
+    def packs_fixed_windows(self, capacity: int) -> bool:
+        """Whether a cache of fixed capacity keeps all tokens of its windows, packed.
+
+        It does where that takes no more than the windows do at 16 bits, and where no token ever leaves them.
+        All of a model's windows share a mask, so all of them are kept so or none.
+        """
+        geometry = self._needed_geometry()
+        for layer, sizes in zip(self.layers, map(geometry.layer, range(len(self.layers))), strict=True):
+            if sizes.num_kv_heads and sizes.window < capacity and sizes.window:
+                raw = sizes.window * 2 * (sizes.head_dim + sizes.value_dim)
+                if _layer_bytes(layer, sizes, capacity, 2, "fixed") > raw:
+                    return False
+        return True
 
     def _needed_geometry(self) -> ModelGeometry:
         if self.geometry is None:

@@ -14,7 +14,7 @@ from kvmix_fx.integrations.transformers.layers import KVMixHybridLayer, KVMixSta
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.models import TINY
 
-WINDOW = 64
+WINDOW = 512
 
 
 def mistral(window=WINDOW):
@@ -31,7 +31,7 @@ def tokens(n, seed=0):
 
 @pytest.mark.parametrize(
     ("capacity", "bits", "packed"),
-    [(60, 8, True), (64, 8, True), (100, 8, True), (200, 8, False), (200, 2, True), (900, 2, False)],
+    [(300, 8, True), (512, 8, True), (700, 8, True), (2000, 8, False), (2000, 2, True), (9000, 2, False)],
 )
 def test_windows_are_packed_where_the_whole_capacity_takes_less(capacity, bits, packed):
     config = mistral()
@@ -41,12 +41,18 @@ def test_windows_are_packed_where_the_whole_capacity_takes_less(capacity, bits, 
     assert all(cache.is_sliding)
     if packed:
         assert {layer.max_cache_len for layer in cache.layers} == {capacity}
+        keys = torch.zeros(1, 2, 3, 32, dtype=torch.float16)
+        for layer in cache.layers:
+            layer.update(keys, keys)
+        allocated = sum(t.packed_nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        assert allocated == cache.plan.nbytes(1, capacity, cache="fixed")
+        assert allocated < plan(mistral(None), 16).nbytes(1, min(capacity, WINDOW), cache="fixed")
 
 
 def test_a_capacity_that_only_windows_tell_is_not_guessed():
-    """A cache for 64 tokens and one for 10000 have the same layers."""
+    """A cache for 512 tokens and one for 10000 have the same layers."""
     config = mistral()
-    for capacity, packed in ((63, True), (64, False), (10000, False)):
+    for capacity, packed in ((511, True), (512, False), (10000, False)):
         cache = StaticCache(config, max_cache_len=capacity)
         pack_static_layers(cache, plan(config))
         assert isinstance(cache.layers[0], KVMixStaticLayer) == packed
@@ -55,19 +61,19 @@ def test_a_capacity_that_only_windows_tell_is_not_guessed():
 def test_windows_share_a_mask_so_all_or_none_are_exchanged():
     config = mistral()
     mixed = plan(config, 2).with_layers("0", key=16, value=16)
-    for capacity, exchanged in ((60, True), (100, False)):
+    for capacity, exchanged in ((500, True), (600, False)):
         cache = KVMixStaticCache(mixed, config, capacity)
         kinds = [isinstance(layer, StaticSlidingWindowLayer) for layer in cache.layers]
         assert kinds == [not exchanged] * 2
 
 
 def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():
-    config = mistral()
+    config = mistral(64)
     for stored, exchanged in ((50, True), (70, False)):
         cache = StaticCache(config, max_cache_len=72 if stored == 70 else 60)
         for index in range(2):
             cache.update(tokens(stored), tokens(stored, 1), index)
-        pack_static_layers(cache, plan(config, 8), 72)
+        pack_static_layers(cache, plan(config, 8), 72 if stored == 70 else 60)
         layer = cache.layers[0]
         assert isinstance(layer, KVMixStaticLayer) == exchanged
         if exchanged:

@@ -27,7 +27,6 @@ from kvmix_fx.integrations.transformers.layers import (
     forget,
 )
 from kvmix_fx.plan import KVPlan
-from kvmix_kernels.layout import RAW_BITS, bits_per_packed_element
 
 
 class KVMixCache(DynamicCache):
@@ -113,13 +112,9 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
 
     `capacity`: of the cache, in tokens; None if only its layers tell.
     """
-    known = capacity is not None
-    capacity = (
-        max((x.max_cache_len for x in cache.layers if isinstance(x, StaticLayer)), default=0)
-        if capacity is None
-        else capacity
-    )
-    windows = _exchanges_windows(cache, plan, capacity, known)
+    fixed = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    room = max(fixed, default=0) if capacity is None else capacity
+    windows = _exchanges_windows(cache, plan, room, capacity is not None)
     # all or none of them: they share a mask
     hybrids = not any(
         layer_plan.is_raw and isinstance(layer, LinearAttentionAndStaticFullAttentionLayer)
@@ -128,7 +123,7 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
     for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
         new: PromptFirstStaticLayer
         if type(layer) is StaticLayer or (windows and type(layer) is StaticSlidingWindowLayer):
-            size = layer.max_cache_len if type(layer) is StaticLayer else capacity
+            size = layer.max_cache_len if type(layer) is StaticLayer else room
             new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
         elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
             new = KVMixHybridLayer(layer, layer_plan)
@@ -151,22 +146,13 @@ def _exchanges_windows(cache: Cache, plan: KVPlan, capacity: int, known: bool) -
     `known`: whether that is its capacity whatever its layers say, which may all be windows.
     """
     geometry = plan.geometry
-    if geometry is None:
+    if geometry is None or not plan.packs_fixed_windows(capacity):
         return False
-    for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
-        if type(layer) is not StaticSlidingWindowLayer:
-            continue
-        sizes = geometry.layer(i)
-        told = known or capacity > layer.max_cache_len or layer.max_cache_len < sizes.window
-        if not told or _stored(layer) < layer.cumulative_length_int:
-            return False
-        key, value = layer_plan.formats(sizes.head_dim, sizes.value_dim)
-        packed = capacity * (
-            bits_per_packed_element(key, sizes.head_dim) * sizes.head_dim
-            + bits_per_packed_element(value, sizes.value_dim) * sizes.value_dim
-        )
-        if packed > layer.max_cache_len * RAW_BITS * (sizes.head_dim + sizes.value_dim):
-            return False
+    for i, layer in enumerate(cache.layers[: len(plan.layers)]):
+        if type(layer) is StaticSlidingWindowLayer:
+            told = known or capacity > layer.max_cache_len or capacity < geometry.layer(i).window
+            if not told or _stored(layer) < layer.cumulative_length_int:
+                return False
     return True
 
 
