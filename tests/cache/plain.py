@@ -104,11 +104,11 @@ class Tokens:
 
 
 def rounded(x: Tensor, valid: Tensor | None, fmt: TensorFormat, order: Tensor | None) -> Tensor:
-    """One tile [B, H, tile, D] as its codes say it is, float32."""
-    B, H, _, D = x.shape
-    alone = fmt._replace(sink=0, window=0)
+    """Whole tiles [B, H, n * tile, D], of one order, as their codes say they are, float32."""
+    B, H, L, D = x.shape
+    alone = fmt._replace(sink=0, window=0, high=None)
     codes, scale, zero_point = quantize.quantize(x, valid, alone, order)
-    one: Cached = allocate(B, H, D, 1, alone.residual_slots, alone, x.dtype, x.device)
+    one: Cached = allocate(B, H, D, L // fmt.tile, alone.residual_slots, alone, x.dtype, x.device)
     one.qdata.copy_(quantize.pack(codes, fmt.code, layout.plane_block(fmt), fmt.channels(D)[1]))
     one.scale.copy_(scale)
     one.zero_point.copy_(zero_point)
@@ -116,7 +116,7 @@ def rounded(x: Tensor, valid: Tensor | None, fmt: TensorFormat, order: Tensor | 
         one.order.copy_(order)
         if one.exact is not None:
             one.exact.copy_(quantize.in_order(x, order)[..., D - fmt.raw_channels :])
-    return storage.read(one, 0, fmt.tile, fmt.tile).float()
+    return storage.read(one, 0, L, L).float()
 
 
 def attention(query, keys, values, mask, scale, softcap=0.0) -> Tensor:
