@@ -19,6 +19,7 @@ from kvmix_fx.cache.growth import prepare_append
 from kvmix_fx.errors import CacheMutationError, CapacityError
 from kvmix_fx.testing.tensors import error_budget, formats, split_sums_lose, values
 from kvmix_kernels import layout, ops
+from kvmix_kernels.cached import as_packed
 from tests.cache.plain import Tokens, attention
 
 HEADS, GROUP, D = 2, 2, 32
@@ -359,7 +360,8 @@ class Machine(RuleBasedStateMachine):
         used = order[:, :, :tiles] if t.format.by_tile else order
         assert torch.equal(used.sort(-1).values.long(), torch.arange(D).expand(used.shape))
         if t.format.order == layout.ORDER_PLAN:
-            assert torch.equal(order, self.plan_order.expand(order.shape))
+            planned = as_packed(self.plan_order, t.format)
+            assert torch.equal(order, planned.expand(order.shape))
 
 
 NAMES = ("keys", "values")
