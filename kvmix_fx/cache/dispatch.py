@@ -206,12 +206,16 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @implements(aten.zero_.default)
 def _zero_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     self: QuantizedKVTensor = args[0]
+    empty = self.cached.zeros()
+    if self.cached.order is not None:
+        # a plan's is given once, and zeros are no permutation
+        empty = empty.replace(order=self.cached.order.clone())
     if self.live is None:
         # others may read the same buffers
-        self.become(self.cached.zeros() if self.format.high else self.cached.map(torch.zeros_like))
+        self.become(empty)
         return self
-    for buffer in self.cached.tensors:
-        buffer.zero_()
+    for buffer, nothing in zip(self.cached.tensors, empty.tensors, strict=True):
+        buffer.copy_(nothing)
     self.live.zero_()
     return self
 
@@ -223,13 +227,18 @@ def _copy_(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         isinstance(self, QuantizedKVTensor)
         and isinstance(source, QuantizedKVTensor)
         and self.format == source.format
-        and all(a.shape == b.shape for a, b in zip(self.cached.tensors, source.cached.tensors, strict=True))
+        and self.shape == source.shape
         and self.is_fixed == source.is_fixed
     )
     if not same:
         return NotImplemented
+    if self.live is None:
+        # others may read the same buffers; and a growing tensor's may have any room
+        self.become(_to_copy(func, (source,), {"device": self.device, "dtype": self.dtype}).cached)
+        return self
+    if any(a.shape != b.shape for a, b in zip(self.cached.tensors, source.cached.tensors, strict=True)):
+        return NotImplemented
     for target, origin in zip(self.cached.tensors, source.cached.tensors, strict=True):
         target.copy_(origin)
-    if self.live is not None:
-        self.live.copy_(source.live)
+    self.live.copy_(source.live)
     return self

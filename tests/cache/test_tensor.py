@@ -164,6 +164,37 @@ def test_zero_leaves_forks_alone():
     assert torch.equal(fork.dequantize(), before)
 
 
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_zeroing_keeps_the_order_of_channels(kind):
+    """Zeros would be no permutation, and reads would take in memory that nobody has written."""
+    fmt = layout.make_format(4, "channel", 8, 8, 0, 0, tiers=((4, 16), (2, 48)), order="plan")
+    order = torch.stack([torch.randperm(64), torch.randperm(64)]).to(torch.int32)
+    x = values("normal", (2, 2, 40, 64), 0)
+    t = QuantizedKVTensor.from_hp(x, fmt, hint=order)
+    if kind == "fixed":
+        t = QuantizedKVTensor(t.cached, 40, torch.tensor(40))
+    want = t.dequantize()
+    t.zero_()
+    assert not t.dequantize().any()
+    if kind == "growing":
+        assert torch.equal(torch.cat([t, x], 2).dequantize()[:, :, 40:], want)
+    else:
+        assert torch.equal(t.index_copy_(2, positions(0, 40), x).dequantize(), want)
+
+
+def test_copying_over_a_growing_tensor_leaves_forks_alone():
+    t, _ = packed()
+    fork, before = t.detach(), t.dequantize()
+    other, _ = packed(seed=3)
+    t.copy_(other)
+    assert torch.equal(t.dequantize(), other.dequantize())
+    assert torch.equal(fork.dequantize(), before)
+    # of another length, though its buffers are as large
+    with pytest.raises(CacheMutationError):
+        t.copy_(packed(201)[0])
+    assert torch.equal(t.dequantize(), other.dequantize())
+
+
 def test_repr_tells_bits_and_bytes():
     t, _ = packed()
     assert "2 bits per channel in groups of 32" in repr(t)

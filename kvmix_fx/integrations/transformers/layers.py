@@ -217,13 +217,17 @@ class PromptFirstStaticLayer(StaticLayer):
         if self.has_tokens:
             # the pass sees that a first step starts at 0, and appends without asking the device
             positions = positions + self.cumulative_length
-        self.keys.index_copy_(2, positions, key_states)
-        self.values.index_copy_(2, positions, value_states)
+        for tensor, states in ((self.keys, key_states), (self.values, value_states)):
+            self._before_write(tensor)
+            tensor.index_copy_(2, positions, states)
         self.cumulative_length.add_(n)
         if not self.has_tokens:
             self.has_tokens = True
             return key_states, value_states
         return self.keys, self.values
+
+    def _before_write(self, tensor: Any) -> None:
+        """What a packed layer does."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the attention mask."""
@@ -286,6 +290,12 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         )
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
+
+    def _before_write(self, tensor: Any) -> None:
+        # the tensors of a cache share a counter. In eager mode the first that is written moves it on, which
+        # the others would take for a rollback of their own tokens
+        if not torch.compiler.is_compiling():
+            tensor.live.copy_(self.cumulative_length)
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
