@@ -38,7 +38,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
+from kvmix_fx.errors import (
+    CacheMutationError,
+    CacheShapeError,
+    CapacityError,
+    ModelInputError,
+    PlanMismatchError,
+)
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
     pack_sliding_layers,
@@ -92,6 +98,11 @@ class TokensCall(Call):
             window.count(self.n)
         for layer in self.fixed:
             layer.host_length += self.n
+
+    def failed(self) -> None:
+        """Take back what layers of fixed capacity have counted; growing ones have not changed."""
+        for layer in self.fixed:
+            layer.take_back(self.n)
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
@@ -246,6 +257,11 @@ class TransformersCalls:
 
     def _check_room(self, call: TokensCall) -> None:
         for layer in call.fixed:
+            if layer.interrupted:
+                raise CacheMutationError(
+                    "a step on this cache was interrupted after it had written over tokens: call "
+                    "cache.reset() and fill it anew"
+                )
             if layer.host_length + call.n > layer.max_cache_len:
                 raise CapacityError.exceeded(call.n, layer.host_length, layer.max_cache_len)
 
