@@ -130,3 +130,33 @@ def test_a_cache_of_which_some_layers_could_not_be_enlarged_goes_on(ready):
         got = forward(ready, ids[:, i : i + 1], cache).logits
         torch.testing.assert_close(got, forward(ready, ids[:, i : i + 1], again).logits, atol=1e-5, rtol=1e-5)
     assert {layer.keys.shape[2] for layer in cache.layers} == {200}
+
+
+def test_two_compiled_models_and_a_plain_one_do_not_know_of_each_other(ready):
+    """Step by step in turns, with caches of both kinds, as each does alone."""
+    ids = tokens(44)
+    other = tiny_llama(seed=1)
+    plain = tiny_llama(seed=2)
+    kvmix_fx.compile(other, kvmix_fx.KVPlan.uniform(other, 4, **PLAN), inner="eager")
+    models = (ready, other, plain)
+
+    def caches():
+        return [made(ready, "growing"), made(other, "fixed"), None]
+
+    def alone(model, past):
+        logits = []
+        for piece in (ids[:, :40], *ids[:, 40:].split(1, 1)):
+            out = forward(model, piece, past)
+            past = out.past_key_values
+            logits.append(out.logits)
+        return logits
+
+    want = [alone(*both) for both in zip(models, caches(), strict=True)]
+    pasts, got = caches(), [[], [], []]
+    for piece in (ids[:, :40], *ids[:, 40:].split(1, 1)):
+        for i, model in enumerate(models):
+            out = forward(model, piece, pasts[i])
+            pasts[i] = out.past_key_values
+            got[i].append(out.logits)
+    for a, b in zip(want, got, strict=True):
+        assert all(map(torch.equal, a, b))
