@@ -39,13 +39,14 @@ test: lint tests oldest
 tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# hours, one test after the other: random sequences of what caches do (10,000 each) and random models (2,000)
+# hours, one test after the other: random sequences of what caches do (10,000 of tensors, 5,000 each of token tiers
+# and of layers) and random models (2,000)
 soak: setup
 	KVMIX_HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 0 --timeout=0 -v tests/cache/test_machine.py \
 		tests/cache/test_tier_machine.py tests/cache/test_layer_machine.py tests/passes/test_drawn_models.py
 
-# hours: 100,000 examples of every property of kernels, plans and the layout. What fails is kept in .hypothesis
-# and tried first when this is started again; FUZZ names other tests
+# hours: 100,000 examples of every property of kernels, plans and the layout that names no number of its own. What
+# fails is kept in .hypothesis and tried first when this is started again; FUZZ names other tests
 FUZZ ?= tests/kernels/test_layout.py tests/kernels/test_reference.py tests/kernels/test_cpu_attention.py \
 	tests/kernels/test_tiers.py tests/kernels/test_token_tiers.py tests/plan tests/cache/test_saved.py
 fuzz: setup
