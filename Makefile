@@ -9,7 +9,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests oldest lm-eval gpu-test docs release-check clean
+.PHONY: setup demo lint test tests soak fuzz oldest lm-eval gpu-test docs release-check clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,19 @@ test: lint tests oldest
 # file, which share fixtures, stay together
 tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# hours, one test after the other: random sequences of what caches do (10,000 of tensors, 5,000 each of token tiers
+# and of layers) and random models (2,000)
+soak: setup
+	KVMIX_HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 0 --timeout=0 -v tests/cache/test_machine.py \
+		tests/cache/test_tier_machine.py tests/cache/test_layer_machine.py tests/passes/test_drawn_models.py
+
+# hours: 100,000 examples of every property of kernels, plans and the layout that names no number of its own. What
+# fails is kept in .hypothesis and tried first when this is started again; FUZZ names other tests
+FUZZ ?= tests/kernels/test_layout.py tests/kernels/test_reference.py tests/kernels/test_cpu_attention.py \
+	tests/kernels/test_tiers.py tests/kernels/test_token_tiers.py tests/plan tests/cache/test_saved.py
+fuzz: setup
+	KVMIX_HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 0 --timeout=0 -v $(FUZZ)
 
 # what the integration leans on, in the oldest transformers that is supported; `tests` has the newest
 OLDEST := transformers==5.17.0

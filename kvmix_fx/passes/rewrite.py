@@ -52,6 +52,15 @@ class Rewritten:
     values: list[Any]
 
 
+@dataclass(frozen=True)
+class Written:
+    """A cache that a graph writes. anchor: place in the graph of what its append stands behind."""
+
+    update: Update
+    append: fx.Node
+    anchor: int
+
+
 FormatOf = Callable[[Site], tuple[TensorFormat, TensorFormat]]
 OrderOf = Callable[[Site], Tensor | None]
 
@@ -104,6 +113,7 @@ class _Rewriter:
         self.starts: dict[Hashable, fx.Node] = {}
         self.end: fx.Node | None = None
         self.dead: list[fx.Node] = []
+        self.written: dict[fx.Node, Written] = {}
         self.peaks: list[tuple[fx.Node, tuple[int | None, int, TensorFormat]]] = []
 
     def run(self) -> Rewritten:
@@ -246,7 +256,7 @@ class _Rewriter:
             sinks = None if call is None else call.sinks
             more = (query, self.mass.get(k.past), scale, softcap, sinks)
         with self.graph.inserting_after(anchor):
-            self.graph.call_function(
+            append = self.graph.call_function(
                 ops.append_ if fmt.high is None else token_ops.append_tiers_,
                 (
                     *(self.buffers[k.past], self.buffers[v.past], k.new, v.new, mask, start),
@@ -255,6 +265,7 @@ class _Rewriter:
             )
         for update in (k, v):
             assert update.new is not None
+            self.written[update.past] = Written(update, append, self.order[anchor])
             self.extra[update.past] = example(update.new).shape[2]
             self.grown[update.node] = update.past
             self.dead.append(update.node)
@@ -424,14 +435,31 @@ class _Rewriter:
         return self.symbols.get(str(dynamo.expression(size))) if dynamo.is_symbolic(size) else int(size)
 
     def _unpack_for_readers(self, base: fx.Node) -> None:
-        first = min(base.users, key=lambda n: self.order.get(n, -1))
-        tensor = self.packed[base]
+        """Give who reads a cache beside attention its tokens, and after a write in place the new ones too."""
+        tensor, written = self.packed[base], self.written.get(base)
         start = None
-        if tensor.is_fixed and self.starts:
+        if written is not None:
+            start = self._start(written.update)
+        elif tensor.is_fixed and self.starts:
             start = next(iter(self.starts.values()))
-        with self.graph.inserting_before(first):
-            full = self._plain_tokens(base, start, tensor)
-        base.replace_all_uses_with(full)
+        readers = set(base.users)
+        with self.graph.inserting_before(self._ahead(readers, written)):
+            history = self._plain_tokens(base, start, tensor)
+        if written is not None and written.update.idiom.written_in_place and written.update.node._erased:
+            update = written.update
+            later = {user for user in readers if self.order.get(user, -1) > self.order[update.node]}
+            if later:
+                with self.graph.inserting_before(self._ahead(later, written)):
+                    full = update.idiom.plain(self.graph, update, history)
+                base.replace_all_uses_with(full, delete_user_cb=lambda user: user in later)
+        base.replace_all_uses_with(history)
+
+    def _ahead(self, readers: set[fx.Node], written: Written | None) -> fx.Node:
+        """The first of these, or the append, behind which buffers no longer hold the tokens of before."""
+        first = min(readers, key=lambda n: self.order.get(n, -1))
+        if written is None or self.order.get(first, -1) <= written.anchor:
+            return first
+        return written.append
 
 
 def _scale(call: AttentionCall) -> float:

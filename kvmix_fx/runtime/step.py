@@ -53,6 +53,9 @@ class Call:
     def finish(self) -> None:
         """What to do after the call has succeeded."""
 
+    def failed(self) -> None:
+        """What to do after something was raised in the middle of it."""
+
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """Before the call is done again: give the scales of these empty tensors single precision.
 
@@ -159,7 +162,11 @@ class CompiledStep:
         if torch.is_grad_enabled():
             return self._with_gradients(args, kwargs)
         call = self._prepare(args, kwargs)
-        result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
+        try:
+            result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
+        except BaseException:
+            call.failed()
+            raise
         call.finish()
         return result
 

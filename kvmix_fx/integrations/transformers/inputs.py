@@ -39,7 +39,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.contracts import NAMES, cache_name, given_cache, returned_cache
-from kvmix_fx.errors import CacheShapeError, CapacityError, ModelInputError, PlanMismatchError
+from kvmix_fx.errors import (
+    CacheMutationError,
+    CacheShapeError,
+    CapacityError,
+    ModelInputError,
+    PlanMismatchError,
+)
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
     let_grow,
@@ -112,6 +118,11 @@ class TokensCall(Call):
             window.count(self.n)
         for layer in self.fixed:
             layer.host_length += self.n
+
+    def failed(self) -> None:
+        """Take back what layers of fixed capacity have counted; growing ones have not changed."""
+        for layer in self.fixed:
+            layer.take_back(self.n)
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
@@ -290,6 +301,11 @@ class TransformersCalls:
 
     def _check_room(self, call: TokensCall) -> None:
         for layer in call.fixed:
+            if layer.interrupted:
+                raise CacheMutationError(
+                    "a step on this cache was interrupted after it had written over tokens: call "
+                    "cache.reset() and fill it anew"
+                )
             if layer.host_length + call.n > layer.max_cache_len:
                 raise CapacityError.exceeded(call.n, layer.host_length, layer.max_cache_len)
 

@@ -207,6 +207,8 @@ class PromptFirstStaticLayer(StaticLayer):
         self.has_tokens = False
         # tokens stored, known without asking the device
         self.host_length = 0
+        # whether a step that failed has left less than it found
+        self.interrupted = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store [B, Hkv, n, D]. The first tokens are returned themselves, so prefill is exact."""
@@ -245,6 +247,12 @@ class PromptFirstStaticLayer(StaticLayer):
             self.keys, self.values = (self._enlarged(x, capacity) for x in (self.keys, self.values))
         self.max_cache_len = capacity
 
+    def take_back(self, n: int) -> None:  # noqa: ARG002
+        """Forget a step of `n` tokens that was interrupted, whatever of it has been done."""
+        if self.is_initialized:
+            self.cumulative_length.fill_(self.host_length)
+            self.has_tokens = self.host_length > 0
+
     def _enlarged(self, x: Any, capacity: int) -> Any:
         larger = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
         larger[:, :, : x.shape[2]] = x
@@ -255,6 +263,7 @@ class PromptFirstStaticLayer(StaticLayer):
         super().reset()
         self.has_tokens = False
         self.host_length = 0
+        self.interrupted = False
 
 
 class KVMixStaticLayer(PromptFirstStaticLayer):
@@ -300,6 +309,17 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         forget([self])
+
+    def take_back(self, n: int) -> None:
+        """As above. Raw slots that were free are free again; a longer step has written over tokens."""
+        if not self.is_initialized:
+            return
+        # also if the device does not answer any more
+        self.interrupted = True
+        super().take_back(n)
+        for tensor in (self.keys, self.values):
+            tensor.live.fill_(self.host_length)
+        self.interrupted = not all(_untouched(t, self.host_length, n) for t in (self.keys, self.values))
 
     def _enlarged(self, x: QuantizedKVTensor, capacity: int) -> QuantizedKVTensor:
         return x.enlarged(capacity)
@@ -354,6 +374,22 @@ class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         KVMixStaticLayer.reorder_cache(self, beam_idx)
 
+    def take_back(self, n: int) -> None:
+        """As above; the states of a linear attention cannot be, once there were any."""
+        held = bool(self.host_length)
+        super().take_back(n)
+        self.interrupted = self.interrupted or held
+
+
+def _untouched(tensor: QuantizedKVTensor, length: int, n: int) -> bool:
+    """Whether an append of `n` tokens to so many, done or not, leaves these readable."""
+    fmt = tensor.format
+    if not length or fmt.is_raw:
+        return True
+    if fmt.high is not None or tensor.cached.seen is not None:
+        return False  # scores and sums have been added to
+    return n <= fmt.ring - max(0, length - fmt.packed_end(length))
+
 
 def forget(layers: list[KVMixStaticLayer]) -> None:
     """Empty packed layers, in few launches.
@@ -366,6 +402,7 @@ def forget(layers: list[KVMixStaticLayer]) -> None:
     for layer in layers:
         layer.has_tokens = False
         layer.host_length = 0
+        layer.interrupted = False
         counters[id(layer.cumulative_length)] = layer.cumulative_length
         if layer.is_initialized:
             for tensor in (layer.keys, layer.values):

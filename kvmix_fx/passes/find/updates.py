@@ -149,11 +149,15 @@ class SliceAssignment:
     def first_and_last(self, graph: fx.Graph, update: Update) -> tuple[fx.Node, fx.Node]:
         """The two numbers as tensors."""
         start, stop = update.positions  # type: ignore[misc]
-        known = [n for n in graph.nodes if n in (start, stop) or n.op == "placeholder"]
         like = {"dtype": torch.int64, "device": update.tensor.device}
-        with graph.inserting_after(known[-1]):
+
+        def known(bounds: tuple[Any, ...]) -> fx.Node:
+            return [n for n in graph.nodes if n in bounds or n.op == "placeholder"][-1]
+
+        # as early as may be: somebody may read the cache before it is written
+        with graph.inserting_after(known((start,))):
             first = graph.call_function(torch.full, ((), start), like)
-        with graph.inserting_after(first):
+        with graph.inserting_after(known((first, stop))):
             end = graph.call_function(torch.full, ((), stop), like)
         with graph.inserting_after(end):
             return first, graph.call_function(operator.sub, (end, 1))

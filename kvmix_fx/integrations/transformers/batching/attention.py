@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from kvmix_fx.errors import NarrowScalesError, ServingError
-from kvmix_fx.integrations.transformers.batching.cache import PackedCache
+from kvmix_fx.integrations.transformers.batching.cache import HANDED_ON, PackedCache
 from kvmix_kernels import layout, ops
 from kvmix_kernels.paged import attend
 
@@ -49,6 +49,8 @@ def paged_attention(
         ServingError: the model is called by something else than the engine it is served by.
         NarrowScalesError: the plan's scales do not have the range of the model's keys or values.
     """
+    # from 5.24 on layers call `PackedCache.update`, and attention is not given the cache
+    cache = kwargs.get(HANDED_ON, cache)
     if not isinstance(cache, PackedCache):
         raise ServingError(
             "this model is being served, and attends to the pages of its manager alone: close the manager "
@@ -107,7 +109,8 @@ def _sliding(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """A layer with a window, whose cache is the engine's own: one request after another."""
-    key, value = cache.update(key, value, layer, kwargs)
+    if HANDED_ON not in kwargs:
+        key, value = cache.update(key, value, layer, kwargs)
     begin_q, begin_k = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     if window is None:
         window = int(cache.layer_to_allocator[layer].sliding_window)

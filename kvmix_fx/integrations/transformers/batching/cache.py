@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.generation.continuous_batching.cache import (
     PagedAttentionCache,
@@ -75,6 +76,10 @@ def pages_for(
         key, value = plan.layers[number].formats(sizes.head_dim, sizes.value_dim)
         shapes[number] = LayerShape(key, value, heads, sizes.head_dim, sizes.value_dim)
     return page_layout(shapes, dtype, tokens, multiple)
+
+
+HANDED_ON = "kvmix_cache"
+"""As what `PackedCache.update` tells attention of itself."""
 
 
 class PackedCache(PagedAttentionCache):
@@ -296,6 +301,16 @@ class PackedCache(PagedAttentionCache):
         return forked
 
     # ---- steps
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """As the original for the engine's own layers; the step's own tokens for packed ones."""
+        kwargs[HANDED_ON] = self
+        if self.layer_to_allocator[layer_idx] is self.packed:
+            return key_states, value_states
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, kwargs)
+        return found
 
     def extend_read_and_write_indices(
         self,
