@@ -21,6 +21,7 @@ EXTRAS = {
     "serve": ("transformers", "safetensors", "huggingface_hub", "gguf", "ray", "openai"),
     "demo": ("transformers", "safetensors", "huggingface_hub", "gguf"),
     "plot": ("matplotlib",),
+    "lm-eval": ("transformers", "safetensors", "huggingface_hub", "lm_eval", "accelerate"),
 }
 """The modules that each extra of the package installs."""
 
