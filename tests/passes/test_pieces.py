@@ -37,10 +37,11 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_that_are_alike_are_one_form(cache: str | None, subtests: pytest.Subtests) -> None:
     ids = torch.randint(0, 100, (2, 100), generator=torch.Generator().manual_seed(1))
     found = {}
-    for pieces in (True, False):
+    # what is not recorded is compiled whole unless told otherwise
+    for pieces, given in ((True, {"pieces": True}), (False, {})):
         model = tiny_llama(num_hidden_layers=4)
         plan = KVPlan.uniform(model, 4, 2)
-        kvmix_fx.compile(model, plan, inner="inductor", options={"pieces": pieces})
+        kvmix_fx.compile(model, plan, inner="inductor", options=given)
         found[pieces] = logits(model, ids, cache)
         forms = [graph.forms for graph in kvmix_fx.compiled(model).report.graphs]
         with subtests.test(pieces=pieces):
@@ -61,7 +62,7 @@ def test_layers_of_other_formats_are_other_forms(
     ids = torch.randint(0, 100, (1, 100), generator=torch.Generator().manual_seed(2))
     model = tiny_llama(num_hidden_layers=4)
     plan = KVPlan.uniform(model, 4, 2).with_layers([2], key=kvmix_fx.QuantSpec(8, "channel", 32))
-    kvmix_fx.compile(model, plan, inner="inductor")
+    kvmix_fx.compile(model, plan, inner="inductor", options={"pieces": True})
     logits(model, ids, "static")
     # a piece begins with one layer's attention and ends with the next one's keys, which are appended later
     assert kvmix_fx.compiled(model).report.graphs[1].forms == 4
