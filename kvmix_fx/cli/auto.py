@@ -125,6 +125,7 @@ def _told(network: Any, chunks: int, prompt: int, steps: int) -> str:
     import torch
     from transformers import DynamicCache
 
+    from kvmix_fx.contracts import cache_argument
     from kvmix_fx.evaluation.run import BATCH
 
     rows = min(BATCH, chunks)
@@ -135,7 +136,7 @@ def _told(network: Any, chunks: int, prompt: int, steps: int) -> str:
         # the second step is timed: the first may still allocate
         for part in ids.split((prompt, 1, 1), 1):
             started = time.perf_counter()
-            network(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -1].cpu()
+            network(input_ids=part, use_cache=True, **cache_argument(network, cache)).logits[:, -1].cpu()
             times.append(time.perf_counter() - started)
     read, _, step = times
     seconds = -(-chunks // rows) * (2 * read + (1 + PACKED_STEP) * steps * step)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvmix_fx.contracts import cache_argument
 from kvmix_fx.errors import EvaluationError
 
 STEP = 32
@@ -126,7 +127,7 @@ def _scores(
         takes = inspect.signature(type(model).forward).parameters
         options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         ids = torch.tensor(prompts, device=model.device)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        model(input_ids=ids, use_cache=True, **cache_argument(model, cache), **options)
         if len(prompts) < len(rows):
             places = {prompt: n for n, prompt in enumerate(prompts)}
             order = torch.tensor([places[row.prompt] for row in rows], device=model.device)
@@ -137,7 +138,8 @@ def _scores(
     greedy: list[Tensor] = []
     for start in range(0, read.shape[1], step):
         stop = min(start + step, read.shape[1])
-        logits = model(input_ids=read[:, start:stop], past_key_values=cache, use_cache=True).logits
+        given = cache_argument(model, cache)
+        logits = model(input_ids=read[:, start:stop], use_cache=True, **given).logits
         wanted = targets[:, start:stop]
         columns = torch.arange(stop - start, device=model.device)
         log_softmax = logits.log_softmax(-1, dtype=dtype)
