@@ -55,7 +55,7 @@ class KVMixBackend:
         model: torch.nn.Module | None = None,
         cuda_graphs: bool | None = None,
         note: Note | None = None,
-        pieces: bool | None = None,
+        pieces: bool = False,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -74,8 +74,8 @@ class KVMixBackend:
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
             pieces: whether Inductor compiles what the layers of a decode step have in common once, or the
-                whole step. None does so where steps are recorded: in plain launches each piece takes the host
-                70 microseconds more.
+                whole step, as unless told: no GPU has run pieces yet, and in plain launches each takes the
+                host 70 microseconds more (two CPU cores).
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -132,14 +132,15 @@ class KVMixBackend:
         module = result.rewritten.module
         result.report.replay = self._no_replay(result, dynamo.example_inputs(module))
         inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
-        deferred = defer_appends(module) if inner == "inductor" and _is_short(result) else None
-        compiled = None
+        compiled, deferred = None, None
+        pieces = self.pieces and inner == "inductor" and _is_short(result)
+        if inner == "inductor" and _is_short(result):
+            deferred = defer_appends(module, counters=pieces)
         if inner == "inductor" and not self.told:
             self.told = True
             layers = sum(site.recognized for site in result.report.sites)
             say(f"compiling a step of {layers} layers, once; later processes reuse most of it")
-        pieces = not result.report.replay if self.pieces is None else self.pieces
-        if inner == "inductor" and _is_short(result) and pieces:
+        if pieces:
             compiled = compile_pieces(module, lambda part, inputs: _compile(part, inputs, inner, patches))
             result.report.forms = 0 if compiled is None else compiled.forms
         if compiled is None:

@@ -3,8 +3,8 @@
 A graph that only reads the cache is functional: AOTAutograd and Inductor need no bookkeeping for eight
 written buffers per layer, which would take longer than compiling the rest of a decode step. Nothing in a
 step reads what it appends, so the order does not matter. The step's keys and values of all layers live
-until its end, so this is for short steps only. What counts the tokens of each layer is added up with them, by
-one launch for all layers.
+until its end, so this is for short steps only. What counts the tokens of each layer can be added up with
+them, by one launch for all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvmix_kernels import ops
 from kvmix_kernels.tokens.ops import append_tiers_
 
 
-def defer_appends(gm: fx.GraphModule) -> Deferred:
+def defer_appends(gm: fx.GraphModule, counters: bool) -> Deferred:
     """Edit a rewritten module so that it returns what its appends would store.
 
     Returns:
@@ -38,14 +38,14 @@ def defer_appends(gm: fx.GraphModule) -> Deferred:
         appends.append((node.target, arguments))
         graph.erase_node(node)
     output.args = (tuple(flat),)
-    counters: dict[int, list[int]] = {}
-    for node in _counters(graph, inputs):
+    added: dict[int, list[int]] = {}
+    for node in _counters(graph, inputs) if counters else ():
         counter, number = node.args
-        counters.setdefault(cast("int", number), []).append(inputs[cast("fx.Node", counter)])
+        added.setdefault(cast("int", number), []).append(inputs[cast("fx.Node", counter)])
         graph.erase_node(node)
     graph.lint()
     gm.recompile()
-    return Deferred(appends, count, counters)
+    return Deferred(appends, count, added)
 
 
 def _counters(graph: fx.Graph, inputs: dict[fx.Node, int]) -> list[fx.Node]:

@@ -37,7 +37,6 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_that_are_alike_are_one_form(cache: str | None, subtests: pytest.Subtests) -> None:
     ids = torch.randint(0, 100, (2, 100), generator=torch.Generator().manual_seed(1))
     found = {}
-    # what is not recorded is compiled whole unless told otherwise
     for pieces, given in ((True, {"pieces": True}), (False, {})):
         model = tiny_llama(num_hidden_layers=4)
         plan = KVPlan.uniform(model, 4, 2)
