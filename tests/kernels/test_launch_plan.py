@@ -32,7 +32,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
     assert plan.columns * plan.column_blocks >= step.rows > plan.columns * (plan.column_blocks - 1)
     assert plan.splits > plan.bulk_splits or step.length + step.new == 0
     assert plan.merge_splits >= plan.splits
-    assert plan.merge_channels * plan.merge_blocks >= step.Dv
+    assert plan.merge_chunk <= plan.merge_splits
     if plan.bulk:
         groups = launch_plan._bulk_groups(k, v, step.length, plan.keys.GROUP)
         share = -(-groups // plan.bulk_splits)
@@ -45,8 +45,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
         assert plan.tokens % plan.keys.GROUP == 0 or plan.keys.GROUP % plan.tokens == 0
     else:
         assert plan.bulk_splits == plan.room == plan.scratch == 0
-    # rows that are rotated back have to be whole
-    assert plan.merge_blocks == 1 or not plan.merge_rotated
+    assert plan.bulk or not plan.merge_rotated
 
 
 @given(formats(64), formats(64), steps)
