@@ -208,7 +208,9 @@ def attend_plan(
         registers=config.registers,
         merge_splits=next_power_of_2(splits),
         # more at a time than there are is wasted work
-        merge_chunk=min(next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // values.DP)),
+        merge_chunk=min(
+            next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // values.DP)
+        ),
         merge_rotated=bulk and bool(v.rotation),
     )
 
