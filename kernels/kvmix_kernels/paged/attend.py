@@ -65,9 +65,7 @@ def attend(
     """
     kernel = _kernel(query, pool, layer)
     if kernel is not None:
-        return _attend_on_device(
-            kernel, pool, layer, step, query, keys, values, scale, softcap, sink_logits
-        )
+        return _attend_on_device(kernel, pool, layer, step, query, keys, values, scale, softcap, sink_logits)
     out = query.new_empty(*query.shape[:2], values.shape[2])
     if step.singles is not None:
         tokens = step.singles.tokens
@@ -245,6 +243,11 @@ def _kernel(x: Tensor, pool: PagePool, layer: int) -> Any:
     return kernel if kernel.takes(pool.layout, layer) else None
 
 
+def kernels_take(pool: PagePool, layer: int, dtype: torch.dtype) -> bool:
+    """Whether all that a step does in a layer is done by kernels, for a model of this dtype on the pool's device."""
+    return _kernel(pool.storage.new_empty(0).to(dtype), pool, layer) is not None
+
+
 def tables_of(step: Step, like: Tensor) -> Tables:
     """The numbers of a step on the device of a tensor, made for its first layer unless it has them."""
     if step.tables is None:
@@ -281,9 +284,9 @@ def _attend_on_device(
     if not _flash_takes(query, values.shape[2], softcap) or size > GATHERED_BYTES:
         for request in tables.runs:
             own = slice(request.first, request.first + request.count)
-            out[own] = _attend_run(
-                pool, layer, step, request, query[own], keys[own], values[own], *given
-            ).to(out.dtype)
+            out[own] = _attend_run(pool, layer, step, request, query[own], keys[own], values[own], *given).to(
+                out.dtype
+            )
         return out
     k, v = kernel.gather(pool, layer, tables, keys, values)
     q = query[tables.run_tokens]

@@ -68,7 +68,8 @@ class Tables:
         self.rows = room[0]
         self.singles = self.rows - len(self.runs)
         self.most = max((request.count for request in ordered), default=1)
-        flat, keys, blocks = [0] * HEAD, 0, []
+        flat, keys = [0] * HEAD, 0
+        blocks: list[int] = []
         for request in ordered:
             stored = request.past + request.count if request.count > 1 else 0
             flat += request[:4]

@@ -7,15 +7,14 @@ steps of sequences with one token can be recorded.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.paged.pages import PageLayout, PagePool
-from kvmix_kernels.paged.tables import Tables
+from kvmix_kernels.paged.tables import ROW, Tables
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.attention import shift_table
 from kvmix_kernels.triton.common import (
@@ -28,10 +27,19 @@ from kvmix_kernels.triton.common import (
     strides,
 )
 from kvmix_kernels.triton.kernels import fields
+from kvmix_kernels.triton.kernels.forms import ORDERED
 from kvmix_kernels.triton.kernels.merge import combine_kernel
 from kvmix_kernels.triton.kernels.paged import decode_kernel, gather_kernel
 from kvmix_kernels.triton.kernels.paged_storage import keep_kernel, pack_pages_kernel
-from kvmix_kernels.triton.launch_plan import FEW_SPLITS, AttendPlan, Step, attend_plan, form_plan, next_power_of_2
+from kvmix_kernels.triton.launch_plan import (
+    FEW_SPLITS,
+    REST_SHARE,
+    AttendPlan,
+    Step,
+    attend_plan,
+    form_plan,
+    next_power_of_2,
+)
 from kvmix_kernels.triton.storage import APPEND_ELEMENTS, APPEND_WARPS, _cut, _packing
 
 STEP_TOKENS = 64
@@ -56,18 +64,19 @@ def step_tokens(fmt: TensorFormat, tokens: int) -> int:
     return min(STEP_TOKENS, unit & -unit)
 
 
+@lru_cache(256)
 def decode_plan(
-    keys: TensorFormat, values: TensorFormat, layout: PageLayout, step: Step, gpu: configs.Gpu
+    keys: TensorFormat, values: TensorFormat, page: int, sink: int, ring: int, step: Step, gpu: configs.Gpu
 ) -> tuple[AttendPlan, int]:
-    """The plan of a launch over pages, and the groups that a share of them has room for.
+    """The plan of a launch over pages, and the groups that a share of them has room for. Kept: every layer asks.
 
-    step: its length is that of the packed pages of the longest sequence.
+    page, sink, ring: as of `PageLayout`; step: its length is that of the packed pages of the longest sequence.
     """
-    page = layout.tokens
     # sinks and tails are to a plan what they are to a cache of one sequence
-    k, v = (f._replace(sink=layout.sink, window=layout.ring - f.tile) for f in (keys, values))
+    k, v = (f._replace(sink=sink, window=ring - f.tile) for f in (keys, values))
     k_form, v_form = form_plan(k, step.D), form_plan(v, step.Dv)
-    step = step._replace(length=step.length + layout.sink + layout.ring)
+    most = step.length // page
+    step = step._replace(length=step.length + sink + ring)
     plan = attend_plan(k, v, step, gpu)
     group = k_form.GROUP
     if plan.bulk:
@@ -77,19 +86,18 @@ def decode_plan(
         config = config._replace(spread=spread, tokens=min(config.tokens, group * spread))
         plan = attend_plan(k, v, step, gpu, config)
     bulk_splits = plan.bulk_splits
-    most = (step.length - layout.sink - layout.ring) // page
     if not plan.bulk:
         programs = plan.column_blocks * step.heads
         bulk_splits = max(1, min(most, 4 * max(gpu.multiprocessors, 132) // programs))
     bulk_splits = max(1, min(bulk_splits, most))
     room = -(-(-(-most // bulk_splits) * (page // group)) // plan.part) * plan.part
-    splits = bulk_splits + -(-(layout.sink + layout.ring + 1) // 128)
+    splits = bulk_splits + -(-(sink + ring + 1) // REST_SHARE)
     few = splits <= FEW_SPLITS
     rotated = bool(values.rotation)
     channels = v_form.DP if few or rotated else 32
     return plan._replace(
         keys=k_form, values=v_form, bulk_splits=bulk_splits, splits=splits, room=room,
-        scratch=room + (step.D if plan.bulk and k_form.TURNED == 2 else 0),
+        scratch=room + (step.D if plan.bulk and k_form.TURNED == ORDERED else 0),
         merge_channels=channels, merge_blocks=-(-step.Dv // channels), merge_splits=next_power_of_2(splits),
         merge_chunk=min(32, next_power_of_2(splits)), merge_warps=1 if few else 8 if rotated else 4,
         merge_rotated=rotated,
@@ -138,14 +146,18 @@ def attend_singles(
     raw_half = half and query.dtype == new_keys.dtype == new_values.dtype and not fields.INTERPRET
     length = tables.longest * layout.tokens
     step = Step(N * Hkv, rows, D, Dv, length, 1, scale > 0, half, raw_half)
-    plan, room = decode_plan(keys.format, values.format, layout, step, configs.gpu_of(query))
+    plan, room = decode_plan(
+        keys.format, values.format, layout.tokens, layout.sink, layout.ring, step, configs.gpu_of(query)
+    )
     columns, heads = plan.columns, N * Hkv * plan.column_blocks
     device = query.device
     out = query.new_empty(N, Hq, Dv)
     partial = torch.empty(heads * plan.splits * columns * Dv, dtype=torch.float32, device=device)
     stats = torch.empty(heads * plan.splits * 2 * columns, dtype=torch.float32, device=device)
     offsets = torch.empty(
-        heads * plan.bulk_splits * plan.scratch * columns if plan.bulk else 1, dtype=torch.float32, device=device
+        heads * plan.bulk_splits * plan.scratch * columns if plan.bulk else 1,
+        dtype=torch.float32,
+        device=device,
     )
     unit = math.log2(math.e)
     unpacked = min(step_tokens(f, layout.tokens) for f in (keys.format, values.format))
@@ -205,7 +217,7 @@ def gather(
     with device_of(new_keys):
         gather_kernel[(len(tables.runs) * Hkv * blocks,)](
             new_keys, new_values, buffers(keys), buffers(values), *tails, *sinks,
-            tables.requests[tables.singles * 8 :], tables.pages, out_k, out_v,
+            tables.requests[tables.singles * ROW :], tables.pages, out_k, out_v,
             *new_keys.stride()[:2], *new_values.stride()[:2], strides(keys), strides(values),
             tails[0].stride(0), sinks[0].stride(0), Hkv, blocks, keys.format.tile, values.format.tile,
             layout.sink, layout.ring, K_FORM=form_plan(keys.format, D), V_FORM=form_plan(values.format, Dv),

@@ -289,7 +289,15 @@ def _sweep(
             own_queries = queries
         if K.RAW > 0:
             score = _add_exact(
-                score, k_at.exact, k_first + token, asked[0], order_ptr, mask.column_ok, asked[2], K, P.PRECISION
+                score,
+                k_at.exact,
+                k_first + token,
+                asked[0],
+                order_ptr,
+                mask.column_ok,
+                asked[2],
+                K,
+                P.PRECISION,
             )
         for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
             score = _add_scores(

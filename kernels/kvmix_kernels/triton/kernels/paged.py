@@ -113,7 +113,7 @@ def _attend_pages(
     top = tl.zeros([N], tl.float32) + LOWEST
     total = tl.zeros([N], tl.float32)
     out = tl.zeros([V.DP, N], tl.float32)
-    for place in range(0, count):
+    for place in range(count):
         page = tl.load(pages.table + place).to(tl.int64)
         k_at = stored(pages.k_buffers, pages.k_strides, page, pages.head, k.tile)
         v_at = stored(pages.v_buffers, pages.v_strides, page, pages.head, v.tile)

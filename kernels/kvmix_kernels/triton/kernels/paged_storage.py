@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 
 from kvmix_kernels.paged import tables
-from kvmix_kernels.triton.kernels.fields import RAW_BITS, TIERED, TILED, as_form, next_power_of_2, stored, words_per_token
+from kvmix_kernels.triton.kernels.fields import (
+    RAW_BITS,
+    TIERED,
+    TILED,
+    as_form,
+    next_power_of_2,
+    stored,
+    words_per_token,
+)
 from kvmix_kernels.triton.kernels.forms import Form, Packing, Stored
-from kvmix_kernels.triton.kernels.paged import BEGIN, COUNT, FIRST, PAGES, PAST, ROW, SINKS, TAIL
+from kvmix_kernels.triton.kernels.paged import COUNT, FIRST, PAGES, PAST, ROW, SINKS, TAIL
 from kvmix_kernels.triton.kernels.storage import _flush, _key_sizes, _load_tokens, _store_order
 
 DUE = tl.constexpr(tables.DUE)
@@ -51,9 +59,7 @@ def _copy_page(
             channel, channel < X.D, X.D, X.D, 1, True,
         )[0]  # fmt: skip
         out = out_ptr + at[:, None] * X.D + channel[None, :]
-        tl.store(
-            out, x.to(out_ptr.dtype.element_ty), mask=(row < PAGE)[:, None] & (channel < X.D)[None, :]
-        )
+        tl.store(out, x.to(out_ptr.dtype.element_ty), mask=(row < PAGE)[:, None] & (channel < X.D)[None, :])
 
 
 @triton.jit
@@ -87,7 +93,9 @@ def _pack_one(
                 tile_index += part
                 first = tile_index * tile
                 fresh_from = past - first
-                T: tl.constexpr = Form(TIERED, 0, P.TOKENS, X.D, 1, next_power_of_2(X.D), X.D, X.D, False, 0, 0)
+                T: tl.constexpr = Form(
+                    TIERED, 0, P.TOKENS, X.D, 1, next_power_of_2(X.D), X.D, X.D, False, 0, 0
+                )
                 score = _key_sizes(
                     own - fresh_from.to(tl.int64) * new_sb, new_sb, tail_ptr, seen_ptr, 1, 0.0, fresh_from, first,
                     ring, 0, T, TOKENS, VALID,
@@ -152,9 +160,7 @@ def _keep(
         tail_ptr + (position % ring)[:, None] * D + channel, x.to(tail_ptr.dtype.element_ty), mask=ok & last
     )
     first = (position < sink)[:, None]
-    tl.store(
-        sinks_ptr + position[:, None] * D + channel, x.to(sinks_ptr.dtype.element_ty), mask=ok & first
-    )
+    tl.store(sinks_ptr + position[:, None] * D + channel, x.to(sinks_ptr.dtype.element_ty), mask=ok & first)
 
 
 @triton.jit(do_not_specialize=["heads", "blocks", "sink", "ring"])
