@@ -281,7 +281,13 @@ def test_generate_batch_of_a_compiled_model_has_packed_pages_and_leaves_nothing(
         (lambda m: KVPlan.uniform(m, 4), None, {"max_memory_percent": 1e-9}, PoolError, "no room for a pool"),
         (lambda m: KVPlan.uniform(m, 4), MEMORY, {"page_size": 48}, FormatError, "no multiple of this plan"),
         (lambda m: KVPlan.uniform(m, 4), MEMORY, {"cpu_offload_space": 1.0}, ServingError, "offloaded"),
-        (lambda m: KVPlan.uniform(m, 4), MEMORY, {"use_cuda_graph": True}, ServingError, "CUDA graphs"),
+        (
+            lambda m: KVPlan.uniform(m, 4),
+            MEMORY,
+            {"use_cuda_graph": (True, True)},
+            ServingError,
+            "CUDA graphs",
+        ),
         (lambda m: KVPlan.uniform(m, 4), MEMORY, {"default_compile_level": 1}, ServingError, "not compiled"),
     ],
 )

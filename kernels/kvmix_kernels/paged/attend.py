@@ -4,9 +4,13 @@ A token attends to the sequence's packed pages, to its raw tokens, and exactly t
 itself. Parts are merged by their log-sum-exp, so no sequence is padded to another's length and the history
 never exists in 16 bits.
 
-Sequences with one token go together: their pages are rows of one batch for `ops.attend_lse` (the C kernel
-on CPUs, Triton on GPUs), whatever sequence they are of, and are merged afterwards. Sequences with several
-tokens go one by one, in blocks of pages, as reading a prompt costs more than calling ops.
+On GPUs a few launches do it for all sequences of a step (`triton.paged`), by numbers on the device
+(`tables.Tables`): those with one token read pages where they lie; the others get what they have stored as
+numbers, of one layer at a time, for one call of flash attention with all their lengths.
+
+Elsewhere sequences with one token go together: their pages are rows of one batch for `ops.attend_lse` (the C
+kernel on CPUs), whatever sequence they are of, and are merged afterwards. Sequences with several tokens go
+one by one, in blocks of pages, as reading a prompt costs more than calling ops.
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ from kvmix_kernels import ops
 from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.paged.pages import PagePool
 from kvmix_kernels.paged.step import Request, Singles, Step
+from kvmix_kernels.paged.tables import Tables, tables_for
 from kvmix_kernels.reference.quantize import compute_dtype
 from kvmix_kernels.reference.storage import read
 
 BLOCK_ELEMENTS = 1 << 22
 """Scores, or unpacked elements of K, that exist at a time."""
+GATHERED_BYTES = 1 << 29
+"""Most that prompts may take whose stored tokens exist as numbers together."""
 
 
 def attend(
@@ -56,6 +63,9 @@ def attend(
     Returns:
         [N, Hq, Dv] in the query's dtype.
     """
+    kernel = _kernel(query, pool, layer)
+    if kernel is not None:
+        return _attend_on_device(kernel, pool, layer, step, query, keys, values, scale, softcap, sink_logits)
     out = query.new_empty(*query.shape[:2], values.shape[2])
     if step.singles is not None:
         tokens = step.singles.tokens
@@ -90,6 +100,10 @@ def store(pool: PagePool, layer: int, step: Step, keys: Tensor, values: Tensor) 
         keys: [N, Hkv, D].
         values: [N, Hkv, Dv].
     """
+    kernel = _kernel(keys, pool, layer)
+    if kernel is not None:
+        kernel.store(pool, layer, tables_of(step, keys), keys, values)
+        return
     # tails still have the tokens that full pages begin with
     if len(step.packed):
         both = pool.pages(layer)
@@ -180,10 +194,10 @@ def _attend_singles(
     everyone = torch.arange(N, device=query.device)
     outs, lses, owners = [raw_out], [raw_lse], [everyone]
     if len(singles.pages):
-        out, lse, whose = _attend_pages(pool, layer, singles, query, scale, softcap)
+        out, lse = _attend_pages(pool, layer, singles, query, scale, softcap)
         outs.append(out.to(dtype))
         lses.append(lse.to(dtype))
-        owners.append(everyone if whose is None else whose)
+        owners.append(singles.owners)
     if sink_logits is not None:
         outs.append(raw_out.new_zeros(N, Hq, Dv))
         lses.append(sink_logits.to(dtype).expand(N, Hq))
@@ -195,20 +209,11 @@ def _attend_singles(
 
 def _attend_pages(
     pool: PagePool, layer: int, singles: Singles, query: Tensor, scale: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attention of sequences with one token over their pages: outputs, log-sum-exps, and whose they are.
+) -> tuple[Tensor, Tensor]:
+    """Attention of sequences with one token over their pages: outputs and log-sum-exps of every page.
 
-    The kernel reads pages where they lie, and answers with one part for each sequence (None: in their order).
-    Elsewhere pages are copied side by side as they are packed, and each is a part.
+    Pages are copied side by side as they are packed.
     """
-    keys, values = pool.pages(layer)
-    tokens = pool.layout.tokens
-    kernel = _kernel(query)
-    if kernel is not None and kernel.takes(keys.format, values.format, tokens):
-        out, lse = kernel.attend_pages(
-            query, keys, values, singles.pages, singles.starts, pool.layout.sink, tokens, scale, softcap
-        )
-        return out, lse, None
     k, v = pool.gathered(layer, singles.pages)
     out, lse = ops.attend_lse(
         query[singles.owners].unsqueeze(2),
@@ -218,23 +223,95 @@ def _attend_pages(
         v.tensors,
         singles.counted,
         None,
-        tokens,
+        pool.layout.tokens,
         scale,
         k.format.encode(),
         v.format.encode(),
         softcap,
     )
-    return out.squeeze(2), lse.squeeze(2), singles.owners
+    return out.squeeze(2), lse.squeeze(2)
 
 
-def _kernel(query: Tensor) -> Any:
-    """The module of the Triton kernel, where queries of this kind can have it."""
-    if not query.is_cuda or query.dtype == torch.float64 or not ops._USE_TRITON:
+def _kernel(x: Tensor, pool: PagePool, layer: int) -> Any:
+    """The module of the kernels, if they take a layer's pages and tokens of this kind."""
+    if not x.is_cuda or x.dtype == torch.float64 or not ops._USE_TRITON:
         return None
     try:
-        return import_module("kvmix_kernels.triton.paged")
+        kernel = import_module("kvmix_kernels.triton.paged")
     except ImportError:
         return None  # the ops say so
+    return kernel if kernel.takes(pool.layout, layer) else None
+
+
+def kernels_take(pool: PagePool, layer: int, dtype: torch.dtype) -> bool:
+    """Whether all that a step does in a layer is done by kernels, for a model of this dtype on the pool's device."""
+    return _kernel(pool.storage.new_empty(0).to(dtype), pool, layer) is not None
+
+
+def tables_of(step: Step, like: Tensor) -> Tables:
+    """The numbers of a step on the device of a tensor, made for its first layer unless it has them."""
+    if step.tables is None:
+        step.tables = tables_for(step, like.device)
+    assert isinstance(step.tables, Tables)
+    return step.tables
+
+
+def _attend_on_device(
+    kernel: Any,
+    pool: PagePool,
+    layer: int,
+    step: Step,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """`attend` by kernels; rows of padding, behind the tokens of all sequences, are zeros."""
+    tables = tables_of(step, query)
+    given = (scale, softcap, sink_logits)
+    if not tables.runs and tables.rows == len(query):
+        out: Tensor = kernel.attend_singles(pool, layer, tables, query, keys, values, *given)
+        return out
+    out = query.new_zeros(*query.shape[:2], values.shape[2])
+    if tables.singles:
+        found = kernel.attend_singles(pool, layer, tables, query, keys, values, *given)
+        out.index_copy_(0, tables.single_tokens, found)
+    if not tables.runs:
+        return out
+    size = tables.keys * keys.shape[1] * (keys.shape[2] + values.shape[2]) * query.element_size()
+    if not _flash_takes(query, values.shape[2], softcap) or size > GATHERED_BYTES:
+        for request in tables.runs:
+            own = slice(request.first, request.first + request.count)
+            out[own] = _attend_run(pool, layer, step, request, query[own], keys[own], values[own], *given).to(
+                out.dtype
+            )
+        return out
+    k, v = kernel.gather(pool, layer, tables, keys, values)
+    q = query[tables.run_tokens]
+    lengths = tables.run_lengths
+    found, lse = _flash_on_cuda_varlen(
+        q, k.to(q.dtype), v.to(q.dtype), lengths[0], lengths[1], tables.most,
+        max(request.past + request.count for request in tables.runs), 0.0, True, False, scale=scale,
+    )[:2]  # fmt: skip
+    if sink_logits is not None:
+        both = torch.logaddexp(lse, sink_logits.to(lse.dtype).unsqueeze(1))
+        found = (found * torch.exp(lse - both).T.unsqueeze(2)).to(out.dtype)
+    out[tables.run_tokens] = found
+    return out
+
+
+def _flash_takes(query: Tensor, channels: int, softcap: float) -> bool:
+    """Whether flash attention takes sequences of any lengths side by side, with such queries and values."""
+    if softcap > 0 or channels != query.shape[2] or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    alike = query[:1].transpose(0, 1).unsqueeze(0)
+    return bool(
+        torch.backends.cuda.can_use_flash_attention(
+            torch.backends.cuda.SDPAParams(alike, alike, alike, None, 0.0, False, False)
+        )
+    )
 
 
 def _merged(out: Tensor, lse: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -381,6 +458,8 @@ class _Online:
 # those of scaled_dot_product_attention, which does not return the sums
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_on_cuda = torch.ops.aten._scaled_dot_product_flash_attention
+# that of torch.nn.attention.varlen, whose interface differs between releases
+_flash_on_cuda_varlen = torch.ops.aten._flash_attention_forward
 
 
 def _capped(scores: Tensor, softcap: float) -> Tensor:

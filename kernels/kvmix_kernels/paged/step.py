@@ -65,6 +65,8 @@ class Step:
     def __init__(self, layout: PageLayout, requests: Sequence[Request], device: torch.device | str) -> None:
         """`requests`: in the order of their tokens."""
         self.layout, self.requests, self.device = layout, list(requests), device
+        # the same for kernels (`tables.Tables`), from where it is first needed
+        self.tables: object = None
 
     @cached_property
     def runs(self) -> list[Request]:

@@ -1,87 +1,61 @@
-"""Launching decode attention over pages: shares of pages, one kernel, and what merges the shares."""
+"""Launching what a step does over pages: decode attention, the read of prompts' histories, packing, keeping.
+
+No launch depends on a value of the step, only on how many sequences, tokens and pages there is room for, so
+steps of sequences with one token can be recorded.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
-from kvmix_kernels.reference.scales import rotate_sums
-from kvmix_kernels.triton.common import check_grids, device_of, model_dtype, multiprocessors
-from kvmix_kernels.triton.kernels.paged import paged_kernel
-from kvmix_kernels.triton.launch_plan import form_plan
+from kvmix_kernels.paged.pages import PageLayout, PagePool
+from kvmix_kernels.paged.tables import ROW, Tables
+from kvmix_kernels.triton import configs
+from kvmix_kernels.triton.attention import shift_table
+from kvmix_kernels.triton.common import (
+    buffers,
+    check_grids,
+    device_of,
+    model_dtype,
+    multiprocessors,
+    portable,
+    strides,
+)
+from kvmix_kernels.triton.kernels import fields
+from kvmix_kernels.triton.kernels.forms import ORDERED
+from kvmix_kernels.triton.kernels.merge import combine_kernel
+from kvmix_kernels.triton.kernels.paged import decode_kernel, gather_kernel
+from kvmix_kernels.triton.kernels.paged_storage import keep_kernel, pack_pages_kernel
+from kvmix_kernels.triton.launch_plan import (
+    FEW_SPLITS,
+    REST_SHARE,
+    AttendPlan,
+    Step,
+    attend_plan,
+    form_plan,
+    next_power_of_2,
+)
+from kvmix_kernels.triton.storage import APPEND_ELEMENTS, APPEND_WARPS, _cut, _packing
 
-WAVES = 4
-"""Programs for each multiprocessor: enough that the last ones do not run alone."""
 STEP_TOKENS = 64
-"""Most tokens that are unpacked at a time."""
+"""Most tokens that are unpacked at a time where they become numbers."""
+GATHER_TOKENS = 32
+"""Most that a program of `gather` has: with more its registers spill."""
+KEEP_ROWS = 16
+"""New tokens of a prompt that a program keeps at a time."""
 
 
-def attend_pages(
-    query: Tensor,
-    keys: Cached,
-    values: Cached,
-    pages: Tensor,
-    starts: Tensor,
-    sink: int,
-    tokens: int,
-    scale: float,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one token of each of N sequences over its packed pages.
-
-    Args:
-        query: [N, Hq, D], float16, bfloat16 or float32.
-        keys: of one layer in all pages of a pool, whose batch is the blocks (`PagePool.pages`).
-        values: likewise.
-        pages: blocks of all sequences' pages, int64 [P], sequence by sequence.
-        starts: where each sequence's begin, int64 [N + 1].
-        sink: first tokens of a sequence that do not count.
-        tokens: of a page.
-        scale: factor of the scores.
-        softcap: as of `reference.attention.attend`.
-
-    Returns:
-        [N, Hq, Dv] and the log-sum-exp [N, Hq], float32; zeros and minus infinity for a sequence without pages.
-    """
-    N, Hq, D = query.shape
-    Hkv, Dv = keys.residual.shape[1], values.head_dim
-    rows = Hq // Hkv
-    check_grids(keys)
-    check_grids(values)
-    query = query if query.stride(2) == 1 else query.contiguous()
-    splits = max(1, min(WAVES * multiprocessors(query) // max(1, N * Hkv), len(pages)))
-    out = torch.empty(N, Hq, splits, Dv, dtype=torch.float32, device=query.device)
-    lse = torch.empty(N, Hq, splits, dtype=torch.float32, device=query.device)
-    # as `forms.Form` has them
-    k_form, v_form = tuple(form_plan(keys.format, D)), tuple(form_plan(values.format, Dv))
-    names = ("BITS", "AXIS", "GROUP", "D", "BLOCK", "DP", "KEPT", "HIGH", "SYMMETRIC", "TURNED", "RAW")
-    forms = {
-        f"{role}_{name}": value
-        for role, form in (("K", k_form), ("V", v_form))
-        for name, value in zip(names, form, strict=True)
-    }
-    unit = math.log2(math.e)
-    with device_of(query):
-        paged_kernel[(N * Hkv * splits,)](
-            query, *_pointers(keys), *_pointers(values), pages, starts, out, lse,
-            *query.stride()[:2], *_strides(keys), *_strides(values)[:6],
-            Hkv, splits, sink, keys.format.tile, values.format.tile, scale * unit, softcap * unit,
-            **forms, ROWS=rows, N=max(16, 1 << (rows - 1).bit_length()),
-            TOKENS=step_tokens(keys.format, tokens), PAGE=tokens, CAPPED=softcap > 0,
-            DTYPE=model_dtype(query.dtype), PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
-    if splits > 1:
-        both = lse.logsumexp(2, keepdim=True)
-        weights = torch.exp(lse - both).nan_to_num_(0.0)
-        out, lse = (weights.unsqueeze(3) * out).sum(2), both.squeeze(2)
-    else:
-        out, lse = out.squeeze(2), lse.squeeze(2)
-    return (rotate_sums(out) if values.format.rotation else out), lse
+def takes(layout: PageLayout, layer: int) -> bool:
+    """Whether the kernels read and write pages of a layer."""
+    one = layout.layers[layer]
+    keys, values = one.keys.format, one.values.format
+    fits = step_tokens(keys, layout.tokens) >= 16 and step_tokens(values, layout.tokens) >= 16
+    return fits and not (values.order or values.raw_channels)
 
 
 def step_tokens(fmt: TensorFormat, tokens: int) -> int:
@@ -90,20 +64,238 @@ def step_tokens(fmt: TensorFormat, tokens: int) -> int:
     return min(STEP_TOKENS, unit & -unit)
 
 
-def takes(keys: TensorFormat, values: TensorFormat, tokens: int) -> bool:
-    """Whether the kernel reads pages of these formats."""
-    return step_tokens(keys, tokens) >= 16 and not (values.order or values.raw_channels)
+@lru_cache(256)
+def decode_plan(
+    keys: TensorFormat, values: TensorFormat, page: int, sink: int, ring: int, step: Step, gpu: configs.Gpu
+) -> tuple[AttendPlan, int]:
+    """The plan of a launch over pages, and the groups that a share of them has room for. Kept: every layer asks.
+
+    page, sink, ring: as of `PageLayout`; step: its length is that of the packed pages of the longest sequence.
+    """
+    # sinks and tails are to a plan what they are to a cache of one sequence
+    k, v = (f._replace(sink=sink, window=ring - f.tile) for f in (keys, values))
+    k_form, v_form = form_plan(k, step.D), form_plan(v, step.Dv)
+    most = step.length // page
+    step = step._replace(length=step.length + sink + ring)
+    plan = attend_plan(k, v, step, gpu)
+    group = k_form.GROUP
+    if plan.bulk:
+        config = configs.attend_config(gpu, k, v, step.D, group, plan.columns, True, configs.FEW_HEADS + 1)
+        # a step lies in one page
+        spread = math.gcd(config.spread, page // group)
+        config = config._replace(spread=spread, tokens=min(config.tokens, group * spread))
+        plan = attend_plan(k, v, step, gpu, config)
+    bulk_splits = plan.bulk_splits
+    if not plan.bulk:
+        programs = plan.column_blocks * step.heads
+        bulk_splits = max(1, min(most, 4 * max(gpu.multiprocessors, 132) // programs))
+    bulk_splits = max(1, min(bulk_splits, most))
+    room = -(-(-(-most // bulk_splits) * (page // group)) // plan.part) * plan.part
+    splits = bulk_splits + -(-(sink + ring + 1) // REST_SHARE)
+    few = splits <= FEW_SPLITS
+    rotated = bool(values.rotation)
+    channels = v_form.DP if few or rotated else 32
+    return plan._replace(
+        keys=k_form, values=v_form, bulk_splits=bulk_splits, splits=splits, room=room,
+        scratch=room + (step.D if plan.bulk and k_form.TURNED == ORDERED else 0),
+        merge_channels=channels, merge_blocks=-(-step.Dv // channels), merge_splits=next_power_of_2(splits),
+        merge_chunk=min(32, next_power_of_2(splits)), merge_warps=1 if few else 8 if rotated else 4,
+        merge_rotated=rotated,
+    ), room  # fmt: skip
 
 
-def _pointers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers; in place of an order or raw channels that are not there, others."""
-    more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
-    return (*cached.tensors[:4], *more)
+def attend_singles(
+    pool: PagePool,
+    layer: int,
+    tables: Tables,
+    query: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of sequences that have one token in the step: two launches for all of them.
+
+    Args:
+        pool: as it is before the step.
+        layer: whose pages.
+        tables: of the step.
+        query: of all tokens of the step, [tokens, Hq, D], float16, bfloat16 or float32.
+        new_keys: likewise, [tokens, Hkv, D].
+        new_values: likewise, [tokens, Hkv, Dv].
+        scale: factor of the scores.
+        softcap: as of `reference.attention.attend`.
+        sink_logits: likewise, [Hq].
+
+    Returns:
+        [N, Hq, Dv] in the query's dtype, of the first N sequences of the tables, those with one token; zeros for
+        a row without a sequence.
+    """
+    layout = pool.layout
+    keys, values = pool.pages(layer)
+    check_grids(keys)
+    check_grids(values)
+    N, (_, Hq, D) = tables.singles, query.shape
+    Hkv, Dv = new_keys.shape[1], new_values.shape[2]
+    rows = Hq // Hkv
+    tails, sinks = pool.tails(layer), pool.sinks(layer)
+    query = query if query.stride(2) == 1 else query.contiguous()
+    new_keys, new_values = (_alike(x, tail) for x, tail in zip((new_keys, new_values), tails, strict=True))
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    raw_half = half and query.dtype == new_keys.dtype == new_values.dtype and not fields.INTERPRET
+    length = tables.longest * layout.tokens
+    step = Step(N * Hkv, rows, D, Dv, length, 1, scale > 0, half, raw_half)
+    plan, room = decode_plan(
+        keys.format, values.format, layout.tokens, layout.sink, layout.ring, step, configs.gpu_of(query)
+    )
+    columns, heads = plan.columns, N * Hkv * plan.column_blocks
+    device = query.device
+    out = query.new_empty(N, Hq, Dv)
+    partial = torch.empty(heads * plan.splits * columns * Dv, dtype=torch.float32, device=device)
+    stats = torch.empty(heads * plan.splits * 2 * columns, dtype=torch.float32, device=device)
+    offsets = torch.empty(
+        heads * plan.bulk_splits * plan.scratch * columns if plan.bulk else 1,
+        dtype=torch.float32,
+        device=device,
+    )
+    unit = math.log2(math.e)
+    unpacked = min(step_tokens(f, layout.tokens) for f in (keys.format, values.format))
+    with device_of(query):
+        decode_kernel[(heads * plan.splits,)](
+            query, new_keys, new_values, buffers(keys), buffers(values), *tails, *sinks,
+            tables.requests, tables.pages,
+            shift_table(plan.keys, plan.values, device) if plan.bulk else query, offsets, partial, stats,
+            *query.stride()[:2], *new_keys.stride()[:2], *new_values.stride()[:2], strides(keys), strides(values),
+            tails[0].stride(0), sinks[0].stride(0),
+            Hkv, rows, keys.format.tile, values.format.tile, layout.sink, layout.ring,
+            plan.bulk_splits, plan.splits, plan.column_blocks, room, plan.scratch, scale * unit, softcap * unit,
+            BULK=plan.bulk, CAPPED=softcap > 0, K_FORM=plan.keys, V_FORM=plan.values, N=columns, PAGE=layout.tokens,
+            TOKENS=plan.tokens if plan.bulk else unpacked, SPREAD=plan.spread, STAGES=plan.stages, PART=plan.part,
+            SINGLE=room <= plan.part, BULK_PRECISION="tf32" if plan.exact_half else "tf32x3",
+            RAW_TOKENS=plan.rest_tokens if raw_half else min(plan.rest_tokens, 32),
+            RAW_STAGES=plan.rest_stages if raw_half else 1,
+            DTYPE=model_dtype(query.dtype if raw_half else torch.float32), PRECISION="tf32" if half else "ieee",
+            PORTABLE=portable(query), num_warps=plan.warps if plan.bulk else 4, maxnreg=plan.registers or None,
+        )  # fmt: skip
+        combine_kernel[(N * Hkv * rows * plan.merge_blocks,)](
+            partial, stats, out, stats, out if sink_logits is None else sink_logits.contiguous(),
+            plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, 1, SINKS=sink_logits is not None,
+            MASK=0, N=columns, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
+            MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=False,
+            SUMS=False, num_warps=plan.merge_warps,
+        )  # fmt: skip
+    return out
 
 
-def _strides(cached: Cached) -> tuple[int, ...]:
-    """Of block and head, of each buffer; scales and offsets have the same."""
-    order = (0, 0) if cached.order is None else cached.order.stride()[:2]
-    exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
-    buffers = (cached.qdata, cached.scale, cached.residual)
-    return (*(n for buffer in buffers for n in buffer.stride()[:2]), *order, *exact)
+def gather(
+    pool: PagePool, layer: int, tables: Tables, new_keys: Tensor, new_values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All tokens of the sequences that have several in the step, stored and own, as numbers: one launch.
+
+    Args:
+        pool: as it is before the step.
+        layer: whose pages.
+        tables: of the step.
+        new_keys: of all tokens of the step, [tokens, Hkv, D].
+        new_values: likewise, [tokens, Hkv, Dv].
+
+    Returns:
+        [T, Hkv, D] and [T, Hkv, Dv] in the dtype of the new keys, sequence by sequence.
+    """
+    layout = pool.layout
+    keys, values = pool.pages(layer)
+    tails, sinks = pool.tails(layer), pool.sinks(layer)
+    Hkv, D = new_keys.shape[1:]
+    Dv = new_values.shape[2]
+    out_k = new_keys.new_empty(tables.keys, Hkv, D)
+    out_v = new_keys.new_empty(tables.keys, Hkv, Dv)
+    tokens = min(GATHER_TOKENS, *(step_tokens(f, layout.tokens) for f in (keys.format, values.format)))
+    longest = max(request.past + request.count for request in tables.runs)
+    blocks = -(-longest // tokens)
+    new_keys, new_values = (_alike(x, tail) for x, tail in zip((new_keys, new_values), tails, strict=True))
+    with device_of(new_keys):
+        gather_kernel[(len(tables.runs) * Hkv * blocks,)](
+            new_keys, new_values, buffers(keys), buffers(values), *tails, *sinks,
+            tables.requests[tables.singles * ROW :], tables.pages, out_k, out_v,
+            *new_keys.stride()[:2], *new_values.stride()[:2], strides(keys), strides(values),
+            tails[0].stride(0), sinks[0].stride(0), Hkv, blocks, keys.format.tile, values.format.tile,
+            layout.sink, layout.ring, K_FORM=form_plan(keys.format, D), V_FORM=form_plan(values.format, Dv),
+            PAGE=layout.tokens, TOKENS=tokens, num_warps=4,
+        )  # fmt: skip
+    return out_k, out_v
+
+
+@cache
+def _valid(sink: int, tokens: int, device: torch.device) -> Tensor:
+    """Which tokens of a first page, then of any other, may widen a group."""
+    valid = torch.ones(2 * tokens, dtype=torch.uint8)
+    valid[:sink] = 0
+    return valid.to(device)
+
+
+def store(pool: PagePool, layer: int, tables: Tables, new_keys: Tensor, new_values: Tensor) -> None:
+    """Keep a step's tokens: pack the pages that are due, then write tails and sinks. Two launches, or three.
+
+    Args:
+        pool: written in place.
+        layer: whose tokens.
+        tables: of the step.
+        new_keys: of all tokens of the step, [tokens, Hkv, D].
+        new_values: likewise, [tokens, Hkv, Dv].
+    """
+    layout = pool.layout
+    both = keys, values = pool.pages(layer)
+    tails, sinks = pool.tails(layer), pool.sinks(layer)
+    new_keys, new_values = (_alike(x, tail) for x, tail in zip((new_keys, new_values), tails, strict=True))
+    Hkv, D = new_keys.shape[1:]
+    Dv = new_values.shape[2]
+    k, v = (cached.format for cached in both)
+    held = APPEND_ELEMENTS * APPEND_WARPS
+    if k.order or v.order or v.rotation:
+        # with channels from everywhere, or exchanged, programs of so many registers would be alone
+        held //= 4 if k.order or v.order else 2
+    cuts = [_cut(f, size, held) for f, size in ((k, D), (v, Dv))]
+    tiles = [1 if f.is_raw else layout.tokens // f.tile for f in (k, v)]
+    raw_parts = -(-layout.tokens // KEEP_ROWS)
+    parts = [raw_parts if f.is_raw else cut.parts * n for f, cut, n in zip((k, v), cuts, tiles, strict=True)]
+    most = tables.due_room * Hkv
+    given = (
+        new_keys, new_values, buffers(keys), buffers(values), *tails, _valid(layout.sink, layout.tokens, tails[0].device),
+        tables.numbers, tables.requests, tables.due, tables.pages,
+        *new_keys.stride()[:2], *new_values.stride()[:2], strides(keys), strides(values), tails[0].stride(0), Hkv,
+    )  # fmt: skip
+    fixed = {
+        "PAGE": layout.tokens, "VALID": int(layout.sink > 0), **_packing(k, D, cuts[0], "K_"), **_packing(v, Dv, cuts[1], "V_"),
+    }  # fmt: skip
+    filled = min(2 * multiprocessors(tails[0]), most * max(parts))
+    with device_of(tails[0]):
+        for role, fmt, size in ((0, k, D), (1, v, Dv)):
+            if fmt.by_tile and most:
+                # of the tile that is ordered, in place of those that share a scale
+                rows = min(max(1, 4096 // next_power_of_2(size)), next_power_of_2(fmt.tile))
+                ordered = fixed | {("K_", "V_")[role] + "TOKENS": fmt.tile}
+                pack_pages_kernel[(min(2 * multiprocessors(tails[0]), most * tiles[role]),)](
+                    *given, k.tile, tiles[0], v.tile, tiles[1], layout.ring,
+                    K_ORDERS=role == 0, V_ORDERS=role == 1, TOKENS=rows, **ordered, num_warps=8,
+                )  # fmt: skip
+        if most:
+            pack_pages_kernel[(filled,)](
+                *given, k.tile, parts[0], v.tile, parts[1], layout.ring,
+                K_ORDERS=False, V_ORDERS=False, TOKENS=KEEP_ROWS, **fixed, num_warps=APPEND_WARPS,
+            )  # fmt: skip
+        rows = 1 if tables.most == 1 else KEEP_ROWS
+        blocks = -(-tables.most // rows)
+        keep_kernel[(tables.rows * Hkv * blocks,)](
+            new_keys, new_values, *tails, *sinks, tables.requests,
+            *new_keys.stride()[:2], *new_values.stride()[:2], tails[0].stride(0), sinks[0].stride(0),
+            Hkv, blocks, layout.sink, layout.ring,
+            K_D=D, K_DP=next_power_of_2(D), V_D=Dv, V_DP=next_power_of_2(Dv), TOKENS=rows,
+            num_warps=1 if rows == 1 else 4,
+        )  # fmt: skip
+
+
+def _alike(new: Tensor, stored: Tensor) -> Tensor:
+    """New tokens [tokens, H, D] in the dtype of stored ones, with channels side by side."""
+    new = new.to(stored.dtype)
+    return new if new.stride(2) == 1 else new.contiguous()

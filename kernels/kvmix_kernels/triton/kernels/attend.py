@@ -21,6 +21,8 @@ from kvmix_kernels.triton.kernels.forms import Mask, Places, Scores, Steps
 from kvmix_kernels.triton.kernels.masks import LOWEST
 from kvmix_kernels.triton.kernels.rest import attend_rest
 
+NO_PAGES = tl.constexpr(0)
+
 
 @triton.jit
 def _nothing(stats_ptr, N: tl.constexpr):
@@ -63,7 +65,7 @@ def attend_kernel(
     K_GROUP: tl.constexpr = K.GROUP
     S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED)
     P: tl.constexpr = Steps(
-        BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE
+        BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE, NO_PAGES
     )
     if EARLY:
         gdc_launch_dependents()
@@ -124,7 +126,7 @@ def attend_kernel(
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
                 attend_bulk(
                     query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + (room - K.D) * N, partial_ptr, stats_ptr,
-                    begin, begin - k_sink, begin - v_sink, groups, scale, cap, K, V, S, N, P,
+                    begin, begin - k_sink, begin - v_sink, groups, scale, cap, k, K, V, S, N, P,
                 )  # fmt: skip
 
     if split >= bulk_splits:

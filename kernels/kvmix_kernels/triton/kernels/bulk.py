@@ -40,6 +40,7 @@ from kvmix_kernels.triton.kernels.fields import (
     next_power_of_2,
     plane_words,
     shifts_first,
+    stored,
     summed_digits,
     top_digit,
     word_at,
@@ -51,6 +52,13 @@ TINY = tl.constexpr(1e-30)
 
 PEAK = tl.constexpr(16384.0)
 """Largest half-precision operand after normalization."""
+
+
+@triton.jit
+def _paged(x, buffers, strides, pages, page, ok):
+    """`x` where it lies in some page of the share, or in each of several."""
+    block = tl.load(pages.table + page, mask=ok, other=0).to(tl.int64)
+    return stored(buffers, strides, block, pages.head, x.tile)
 
 
 @triton.jit
@@ -186,9 +194,19 @@ def _add_values(outs, words, scaled, fade, X: tl.constexpr, DIGIT: tl.constexpr,
 
 
 @triton.jit
+def _unhidden(score, mask, pages, first_position, token, S: tl.constexpr, PAGE: tl.constexpr):
+    """Scores of a share's tokens under the mask; of pages, without those of sinks."""
+    if PAGE > 0:
+        score = tl.where((token >= pages.hidden)[:, None], score, -float("inf"))
+    else:
+        score = under_mask(score, mask, first_position + token, token >= 0, S)
+    return score
+
+
+@triton.jit
 def _sweep(
     k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
-    asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+    asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
     K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -228,28 +246,42 @@ def _sweep(
         first = begin * K.GROUP + i * TOKENS
         k_first = first_k_row + first
         v_first = first_v_row + first
+        k_at = k
+        v_at = v
+        if P.PAGE > 0:
+            # a step lies in one page, of which a share has whole ones
+            page = first // P.PAGE
+            k_at = _paged(k, pages.k_buffers, pages.k_strides, pages, page, True)
+            v_at = _paged(v, pages.v_buffers, pages.v_strides, pages, page, True)
+            k_first = first % P.PAGE
+            v_first = k_first
         v_row = v_first + token
         k_words = ()
         for d in tl.static_range(KD):
-            k_words = k_words + (_load_digit(k.qdata, k_first, token, K, d, K_ALIGN, False),)
+            k_words = k_words + (_load_digit(k_at.qdata, k_first, token, K, d, K_ALIGN, False),)
         v_words = ()
         for d in tl.static_range(VD):
-            v_words = v_words + (_load_digit(v.qdata, v_first, token, V, d, ALIGN, True),)
+            v_words = v_words + (_load_digit(v_at.qdata, v_first, token, V, d, ALIGN, True),)
         # of each column, if the columns have several groups
         if SPREAD > 1:
             own_group = step_group + tl.minimum(slot, SLOTS - 1)
-            step_ptr = k.scale + (first_group + own_group)[None, :] * K.D
+            scale_group = first_group + own_group
+            if P.PAGE > 0:
+                scale_group = own_group % (P.PAGE // K.GROUP)
+            step_ptr = k_at.scale + scale_group[None, :] * K.D
+        elif P.PAGE > 0:
+            step_ptr = k_at.scale + k_first // K.GROUP * K.D
         else:
-            step_ptr = k.scale + (first_group + step_group) * K.D
+            step_ptr = k_at.scale + (first_group + step_group) * K.D
 
         # scores
         score = tl.zeros([TOKENS, N], tl.float32)
         folded = ()
         for d in tl.static_range(KD):
             folded = folded + (_fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE),)
-        order_ptr = k.order
+        order_ptr = k_at.order
         if K.TURNED == TILED:
-            order_ptr += k_first // k.tile * K.D
+            order_ptr += k_first // k_at.tile * K.D
             own_queries = ()
             for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
                 own_queries = own_queries + (_queries(asked[0], order_ptr, mask.column_ok, asked[1], K, d),)
@@ -257,7 +289,15 @@ def _sweep(
             own_queries = queries
         if K.RAW > 0:
             score = _add_exact(
-                score, k.exact, k_first + token, asked[0], order_ptr, mask.column_ok, asked[2], K, P.PRECISION
+                score,
+                k_at.exact,
+                k_first + token,
+                asked[0],
+                order_ptr,
+                mask.column_ok,
+                asked[2],
+                K,
+                P.PRECISION,
             )
         for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
             score = _add_scores(
@@ -272,7 +312,7 @@ def _sweep(
         if S.KIND != 2 and not S.CAPPED:
             if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
-                score = under_mask(score, mask, first_position + first + token, token >= 0, S)
+                score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
@@ -282,7 +322,7 @@ def _sweep(
             if S.CAPPED:
                 score = capped(score, cap)
             if MASKED:
-                score = under_mask(score, mask, first_position + first + token, token >= 0, S)
+                score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)
@@ -297,12 +337,12 @@ def _sweep(
         scaled = ()
         for g in tl.static_range(VG):
             if VG == 1 and v.scale.dtype.element_ty == tl.uint8:
-                four = v.scale + v_first + tl.arange(0, TOKENS // 4) * 4
+                four = v_at.scale + v_first + tl.arange(0, TOKENS // 4) * 4
                 v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
             else:
-                v_step = narrow_step(tl.load(v.scale + v_row * VG + g))
+                v_step = narrow_step(tl.load(v_at.scale + v_row * VG + g))
             if not V.SYMMETRIC:
-                v_zero = as_offset(tl.load(v.zero + v_row * VG + g), v_step.to(tl.float32))
+                v_zero = as_offset(tl.load(v_at.zero + v_row * VG + g), v_step.to(tl.float32))
             step = v_step.to(tl.float32)
             if v_step.dtype != tl.float16:
                 v_step = (step * v_unit).to(tl.float16)
@@ -372,8 +412,9 @@ def _add_exact(
 
 @triton.jit
 def _tile_offsets(
-    offset_ptr, query_ptr, k, first_row, groups, scale, column_ok, N: tl.constexpr, X: tl.constexpr
-):
+    offset_ptr, query_ptr, k, first_row, groups, scale, column_ok, pages,
+    N: tl.constexpr, X: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
     """Products of queries and offsets of each group, where orders are of tiles."""
     COUNT: tl.constexpr = fold_channels(digit_bits(X.BITS, 0), X.D)
     channel = tl.arange(0, fold_width(digit_bits(X.BITS, 0), X.D))
@@ -381,13 +422,17 @@ def _tile_offsets(
     ok = column_ok[None, :] & channel_ok[:, None]
     for group in range(groups):
         row = first_row + group * X.GROUP
+        k_at = k
+        if PAGE > 0:
+            k_at = _paged(k, pages.k_buffers, pages.k_strides, pages, row // PAGE, True)
+            row = row % PAGE
         offset = tl.zeros([N], tl.float32)
         # a few channels at a time: all of them spill
         for f in tl.range(0, X.D, COUNT):
-            q = _in_tile(query_ptr, k.order + row // k.tile * X.D, f, channel, ok, X)
+            q = _in_tile(query_ptr, k_at.order + row // k.tile * X.D, f, channel, ok, X)
             at = row // X.GROUP * X.D + f + channel
-            step = narrow_step(tl.load(k.scale + at, mask=channel_ok, other=0)).to(tl.float32)
-            zero = as_offset(tl.load(k.zero + at, mask=channel_ok, other=0), step)
+            step = narrow_step(tl.load(k_at.scale + at, mask=channel_ok, other=0)).to(tl.float32)
+            zero = as_offset(tl.load(k_at.zero + at, mask=channel_ok, other=0), step)
             offset += tl.sum(q * zero[:, None], 0)
         tl.store(offset_ptr + group * N + tl.arange(0, N), offset * scale)
 
@@ -444,9 +489,12 @@ def _store_digit(
 @triton.jit
 def attend_bulk(
     query_ptr, k, v, mask, shifts_ptr, offset_ptr, gathered_ptr, partial_ptr, stats_ptr, first_position, first_k_row,
-    first_v_row, groups, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    first_v_row, groups, scale, cap, pages,
+    K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One share of the packed tokens: `groups` groups of keys; at `offset_ptr` is room for N numbers of each.
+
+    With P.PAGE they are tokens of the `Pages`, and the first rows are 0.
 
     At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
     """
@@ -484,9 +532,17 @@ def attend_bulk(
             largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
             at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
             at_ok = (group < groups)[:, None] & k_column_ok[None, :]
-            k_steps = narrow_step(tl.load(k.scale + at, mask=at_ok, other=0)).to(tl.float32)
+            scale_ptr = k.scale
+            zero_ptr = k.zero
+            if P.PAGE > 0:
+                own_page = group // (P.PAGE // K.GROUP)
+                own = _paged(k, pages.k_buffers, pages.k_strides, pages, own_page, group < groups)
+                scale_ptr = own.scale[:, None]
+                zero_ptr = own.zero[:, None]
+                at = (group % (P.PAGE // K.GROUP))[:, None] * K.D + f * KC + k_column[None, :]
+            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0)).to(tl.float32)
             if K.TURNED != TILED:
-                zero = as_offset(tl.load(k.zero + at, mask=at_ok, other=0), k_steps)
+                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps)
                 offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
             if K.KEPT < K.D:
                 # what is dropped has an offset alone
@@ -495,7 +551,9 @@ def attend_bulk(
         if K.TURNED != TILED:
             tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     if K.TURNED == TILED:
-        _tile_offsets(offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, N, K)
+        _tile_offsets(
+            offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, pages, N, K, P.PAGE
+        )
     tl.debug_barrier()
     LOOK: tl.constexpr = P.PART * min(MAX_LOOK, K.GROUP * next_power_of_2(VG))
     v_top = TINY
@@ -503,7 +561,12 @@ def attend_bulk(
         0, LOOK if P.SINGLE and K.GROUP * VG <= MAX_LOOK else groups * K.GROUP * VG, LOOK, num_stages=1
     ):
         place = part + tl.arange(0, LOOK)
-        v_steps = tl.load(v.scale + first_v_row * VG + place, mask=place < groups * K.GROUP * VG, other=0)
+        at = v.scale + first_v_row * VG + place
+        place_ok = place < groups * K.GROUP * VG
+        if P.PAGE > 0:
+            own = _paged(v, pages.v_buffers, pages.v_strides, pages, place // (P.PAGE * VG), place_ok)
+            at = own.scale + place % (P.PAGE * VG)
+        v_steps = tl.load(at, mask=place_ok, other=0)
         v_top = tl.maximum(v_top, tl.max(narrow_step(v_steps).to(tl.float32), 0))
     k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY)
 
@@ -559,21 +622,21 @@ def attend_bulk(
         masked = tl.minimum((masked - skipped + SPREAD - 1) // SPREAD, full)
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
             K, V, S, True, N, P.TOKENS, P.STAGES, P,
         )  # fmt: skip
     if S.KIND == 0 or S.SHARED:
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SPREAD, (full - masked) * STEPS,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
-            K, V, S, False, N, P.TOKENS, P.STAGES, P,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
+            K, V, S, P.PAGE > 0, N, P.TOKENS, P.STAGES, P,
         )  # fmt: skip
     if SPREAD > 1:
         # groups that do not fill a step
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SPREAD, groups - skipped - full * SPREAD,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs,
-            K, V, S, S.KIND != 0, N, K.GROUP, 1, P,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
+            K, V, S, S.KIND != 0 or P.PAGE > 0, N, K.GROUP, 1, P,
         )  # fmt: skip
 
     ROWS: tl.constexpr = N // SPREAD

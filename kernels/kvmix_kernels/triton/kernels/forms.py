@@ -96,7 +96,7 @@ class Scores(NamedTuple):
 class Steps(NamedTuple):
     """How the bulk is cut.
 
-    TOKENS: of a step; SPREAD: sets of columns that take groups of their own; PART: groups whose offsets are
+    PAGE: tokens of a page, 0 where tokens lie in a row; TOKENS: of a step; SPREAD: sets of columns that take groups of their own; PART: groups whose offsets are
     multiplied with the queries at a time; SINGLE: no share has more; V_ALIGN: rows of values that a step
     may begin with are multiples of it.
     """
@@ -109,3 +109,20 @@ class Steps(NamedTuple):
     STAGES: Any
     PRECISION: Any
     PORTABLE: Any
+    PAGE: Any
+
+
+class Pages(NamedTuple):
+    """The pages of a share of tokens.
+
+    table: pointer to their blocks; hidden: first tokens that do not count; head: the KV head; then what
+    `fields.stored` makes pointers of.
+    """
+
+    table: Any
+    hidden: Any
+    head: Any
+    k_buffers: Any
+    k_strides: Any
+    v_buffers: Any
+    v_strides: Any

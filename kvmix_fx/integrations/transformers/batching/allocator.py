@@ -208,7 +208,7 @@ class PackedAttentionAllocator(CacheAllocator):
         return []
 
     def fill_block_table(self, *_request: object) -> None:
-        """Nothing: the engine's own kernel cannot read packed pages."""
+        """Nothing: the engine's own kernel cannot read packed pages, and ours has tables of its own."""
 
     def update(self, *_states: object) -> tuple[Tensor, Tensor]:
         """Refuse: there is no copy of the history to be returned.

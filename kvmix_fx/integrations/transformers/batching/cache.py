@@ -30,6 +30,7 @@ from kvmix_kernels.paged.pages import LayerShape, PageLayout, page_layout
 from kvmix_kernels.paged.step import Request, Step
 
 FULL, SLIDING = PackedAttentionAllocator.layer_type, SlidingAttentionCacheAllocator.layer_type
+NO_LIMIT = 1 << 40
 TRASH_SECTORS = 2
 """That the engine keeps for tokens of padding."""
 
@@ -172,7 +173,10 @@ class PackedCache(PagedAttentionCache):
         )
         self.num_blocks = self.packed.num_blocks
         self.read_cache_limit: int | None = None
-        self.max_decode_fast_path_length = 0
+        # the engine tells steps of one token a request apart if its table of blocks has a column, which nobody
+        # reads; they have no limit here
+        self.max_blocks_per_request = 1 if sliding is None else 0
+        self.max_decode_fast_path_length = NO_LIMIT if sliding is None else 0
         # the engine makes a table of token numbers as long as this, for sliding layers alone here
         self.max_tokens_read = 0 if sliding is None else sliding.tokens_per_page * sliding.num_blocks
         self.in_range: set[int] = set()
@@ -323,10 +327,9 @@ class PackedCache(PagedAttentionCache):
         """Note a request of the step that is being prepared; for sliding layers as the original."""
         if self._collecting is not write_index:
             # the engine makes new lists for every step
-            self._collecting, self._tokens, self._step = write_index, 0, None
-            self._collected = []
-        self._collected.append(self.packed.request(request_id, self._tokens, past_length, query_length))
-        self._tokens += query_length
+            self._collecting = write_index
+            self._begin()
+        self._collect(request_id, past_length, query_length)
         for allocator in self.cache_allocators.values():
             if allocator is self.packed:
                 continue
@@ -337,6 +340,23 @@ class PackedCache(PagedAttentionCache):
                 read_index[allocator.index].extend(
                     allocator.get_read_indices(request_id, past_length, query_length)
                 )
+
+    def fill_block_table(
+        self, request_id: str, past_length: int, query_length: int, block_table: Tensor
+    ) -> None:
+        """Note a request of a step in which every request has one token."""
+        if block_table.storage_offset() == 0:
+            # the column of the first request
+            self._begin()
+        self._collect(request_id, past_length, query_length)
+
+    def _begin(self) -> None:
+        self._collected.clear()
+        self._tokens, self._step = 0, None
+
+    def _collect(self, request_id: str, past_length: int, query_length: int) -> None:
+        self._collected.append(self.packed.request(request_id, self._tokens, past_length, query_length))
+        self._tokens += query_length
 
     @property
     def step(self) -> Step:

@@ -25,7 +25,13 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from kvmix_fx.errors import RequestLengthError, ServingError
 from kvmix_fx.integrations.transformers.batching import attention
-from kvmix_fx.integrations.transformers.batching.cache import PackedCache, layer_groups, pages_for
+from kvmix_fx.integrations.transformers.batching.cache import (
+    NO_LIMIT,
+    PackedCache,
+    layer_groups,
+    pages_for,
+)
+from kvmix_fx.integrations.transformers.batching.runner import PackedRunner, can_record
 from kvmix_fx.parallel import check_placement
 from kvmix_fx.plan import KVPlan
 
@@ -69,9 +75,10 @@ class CountingRouter(OutputRouter):
         super().deliver_batch(outputs)
 
 
+GPU_PAGE = 128
+"""Fewest tokens of a page on a GPU, unless `page_size` says otherwise."""
 _open: set[int] = set()
 _lock = threading.Lock()
-_NO_LIMIT = 1 << 40
 
 
 def make_manager(
@@ -101,7 +108,7 @@ def make_manager(
     check_placement(model)
     plan = plan.for_model(model)
     given = config if config is not None else ContinuousBatchingConfig()
-    _check_options(given)
+    _check_options(given, model.device.type == "cuda")
     chosen = generation_config if generation_config is not None else model.generation_config
     if chosen.eos_token_id is None:
         # as init_continuous_batching does for a model that tells no end of sequence, but not in its own
@@ -110,7 +117,7 @@ def make_manager(
     return PackedBatchingManager(model, plan, memory, chosen, given, hints)
 
 
-def _check_options(config: Any) -> None:
+def _check_options(config: Any, on_gpu: bool) -> None:
     if config.cpu_offload_space is None or config.cpu_offload_space > 0:
         raise ServingError(
             "packed pages are not offloaded to the CPU: leave cpu_offload_space at 0; requests that do not "
@@ -122,12 +129,14 @@ def _check_options(config: Any) -> None:
             "steps over packed pages are not compiled: leave varlen_compile_config, decode_compile_config "
             "and default_compile_level alone"
         )
-    if config.use_async_batching:
-        raise ServingError("steps over packed pages are not overlapped: leave use_async_batching alone")
-    graphs = config.use_cuda_graph
-    if graphs is True or (isinstance(graphs, tuple) and any(graphs)):
+    if config.use_async_batching and not on_gpu:
         raise ServingError(
-            "steps over packed pages are not recorded as CUDA graphs: leave use_cuda_graph alone"
+            "steps are overlapped on GPUs alone: leave use_async_batching alone, or move the model to one"
+        )
+    if isinstance(config.use_cuda_graph, tuple) and config.use_cuda_graph[0]:
+        raise ServingError(
+            "steps with prompts in them are not recorded as CUDA graphs, only those that decode: set "
+            "use_cuda_graph to (False, True), or leave it alone"
         )
 
 
@@ -153,8 +162,14 @@ class PackedBatchingManager(ContinuousBatchingManager):
         self.plan, self.memory = plan, memory
         text = model.config.get_text_config()
         size, default = config.page_size, type(config).page_size
+        graphs = config.use_cuda_graph
+        self._graphs_asked = graphs[1] if isinstance(graphs, tuple) else graphs
         # what cannot be served is found before anything of the model is touched
         pages = pages_for(plan, layer_groups(text), 1, model.dtype, None if size == default else size, 0)
+        if size == default and model.device.type == "cuda" and pages.tokens < GPU_PAGE:
+            # kernels read shorter ones no faster than they look them up
+            longer = -(-GPU_PAGE // pages.tokens) * pages.tokens
+            pages = pages_for(plan, layer_groups(text), 1, model.dtype, longer, 0)
         try:
             super().__init__(model, generation_config, config, hints)  # pyrefly: ignore[bad-argument-type]
             self.counts = Counts()
@@ -285,6 +300,11 @@ class PackedBatchingManager(ContinuousBatchingManager):
             self.memory,
         )
         self._use_prefix_sharing = cache.use_prefix_sharing
+        asked = self._graphs_asked
+        if asked is None:
+            # collectives in graphs are the engine's to ask for
+            asked = self.distributed_helper.tp_size == 1
+        config.use_cuda_graph = (False, bool(asked) and can_record(cache))
         update_cb_config_after_cache_creation(config, cache.num_blocks, cache.max_batch_tokens)
         scheduler = SCHEDULER_MAPPING.get(config.scheduler_type, FIFOScheduler)(
             cache=cache,
@@ -309,14 +329,24 @@ class PackedBatchingManager(ContinuousBatchingManager):
         # pages are read by their own tables, so what a step reads has no limit but the pool; the engine has
         # made its tables by now
         if len(cache.cache_allocators) == 1:
-            cache.max_tokens_read = _NO_LIMIT
+            cache.max_tokens_read = NO_LIMIT
         self.capacity = infer_max_single_request_tokens(cache)
+        processor.model_runner = PackedRunner(
+            logit_processor=self.logit_processor,
+            cb_config=config,
+            inputs_and_outputs=processor.inputs_and_outputs,
+            cache=cache,
+            do_sample=processor.do_sample,
+            return_logprobs=processor.return_logprobs,
+        )
         return processor
 
     def _generation_step(self) -> None:
         assert self.batch_processor is not None
         runs: Any = self._runs
         prepared: Any = self.batch_processor.inputs_and_outputs
+        if self.batch_processor.use_async_batching:
+            prepared = prepared.io_pairs[prepared.current_pair].host_io
         batch = list(prepared.requests_in_batch)
         self.batch_processor._generation_step(runs)
         self.counts.steps += 1
