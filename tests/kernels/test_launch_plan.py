@@ -93,3 +93,14 @@ def test_shares_of_the_case_that_is_quoted_most():
     # 64 groups in equal shares, and one program for what is not packed
     assert 64 % plan.bulk_splits == 0
     assert plan.splits == plan.bulk_splits + 2
+
+
+def test_raw_tokens_are_shared_out_where_programs_are_few():
+    k = make_format(2, "channel", 128, 128, 4, 128)
+    v = make_format(2, "token", 0, 128, 4, 128)
+    gpu = Gpu("NVIDIA_H200")
+    plans = [
+        attend_plan(k, v, Step(heads, 4, 128, 128, 8193, 1, True, True, True), gpu) for heads in (8, 128, 512)
+    ]
+    # sink, window, a tile not yet full and the step's own: 261 tokens
+    assert [plan.splits - plan.bulk_splits for plan in plans] == [9, 5, 3]

@@ -163,7 +163,7 @@ def attend_plan(
         outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
     rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
     if bulk:
-        rest_splits = -(-outside // _rest_share(heads, config.programs))
+        rest_splits = -(-outside // rest_share(heads, config.programs))
     else:
         rest_splits = max(1, min(-(-outside // REST_SHARE), config.programs // heads))
     splits = bulk_splits + rest_splits
@@ -207,15 +207,17 @@ def attend_plan(
         warps=config.warps,
         registers=config.registers,
         merge_splits=next_power_of_2(splits),
-        # more at a time than there are is wasted work
-        merge_chunk=min(
-            next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // values.DP)
-        ),
+        merge_chunk=merge_chunk(splits, values.DP),
         merge_rotated=bulk and bool(v.rotation),
     )
 
 
-def _rest_share(heads: int, programs: int) -> int:
+def merge_chunk(splits: int, channels: int) -> int:
+    """Partial outputs of a row that are added up at a time; of few, more at a time is wasted work."""
+    return min(next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // channels))
+
+
+def rest_share(heads: int, programs: int) -> int:
     """Tokens outside the bulk of one program.
 
     They are read after the bulk, or beside it where a GPU has room: a program that reads many of them one step
