@@ -10,7 +10,14 @@ from torch import Tensor
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.reference.scales import rotate_sums
-from kvmix_kernels.triton.common import check_grids, device_of, model_dtype, multiprocessors
+from kvmix_kernels.triton.common import (
+    buffers,
+    check_grids,
+    device_of,
+    model_dtype,
+    multiprocessors,
+    strides,
+)
 from kvmix_kernels.triton.kernels.paged import paged_kernel
 from kvmix_kernels.triton.launch_plan import form_plan
 
@@ -56,21 +63,14 @@ def attend_pages(
     splits = max(1, min(WAVES * multiprocessors(query) // max(1, N * Hkv), len(pages)))
     out = torch.empty(N, Hq, splits, Dv, dtype=torch.float32, device=query.device)
     lse = torch.empty(N, Hq, splits, dtype=torch.float32, device=query.device)
-    # as `forms.Form` has them
-    k_form, v_form = tuple(form_plan(keys.format, D)), tuple(form_plan(values.format, Dv))
-    names = ("BITS", "AXIS", "GROUP", "D", "BLOCK", "DP", "KEPT", "HIGH", "SYMMETRIC", "TURNED", "RAW")
-    forms = {
-        f"{role}_{name}": value
-        for role, form in (("K", k_form), ("V", v_form))
-        for name, value in zip(names, form, strict=True)
-    }
     unit = math.log2(math.e)
     with device_of(query):
         paged_kernel[(N * Hkv * splits,)](
-            query, *_pointers(keys), *_pointers(values), pages, starts, out, lse,
-            *query.stride()[:2], *_strides(keys), *_strides(values)[:6],
+            query, buffers(keys), buffers(values), pages, starts, out, lse,
+            *query.stride()[:2], strides(keys), strides(values),
             Hkv, splits, sink, keys.format.tile, values.format.tile, scale * unit, softcap * unit,
-            **forms, ROWS=rows, N=max(16, 1 << (rows - 1).bit_length()),
+            K_FORM=form_plan(keys.format, D), V_FORM=form_plan(values.format, Dv),
+            ROWS=rows, N=max(16, 1 << (rows - 1).bit_length()),
             TOKENS=step_tokens(keys.format, tokens), PAGE=tokens, CAPPED=softcap > 0,
             DTYPE=model_dtype(query.dtype), PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=4, num_stages=2,
@@ -92,18 +92,4 @@ def step_tokens(fmt: TensorFormat, tokens: int) -> int:
 
 def takes(keys: TensorFormat, values: TensorFormat, tokens: int) -> bool:
     """Whether the kernel reads pages of these formats."""
-    return step_tokens(keys, tokens) >= 16 and not (values.order or values.raw_channels)
-
-
-def _pointers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers; in place of an order or raw channels that are not there, others."""
-    more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
-    return (*cached.tensors[:4], *more)
-
-
-def _strides(cached: Cached) -> tuple[int, ...]:
-    """Of block and head, of each buffer; scales and offsets have the same."""
-    order = (0, 0) if cached.order is None else cached.order.stride()[:2]
-    exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
-    buffers = (cached.qdata, cached.scale, cached.residual)
-    return (*(n for buffer in buffers for n in buffer.stride()[:2]), *order, *exact)
+    return step_tokens(keys, tokens) >= 16 and not (values.order or values.apart)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmix_kernels.triton.kernels.fields import RAW_BITS, TILED, packed_values
-from kvmix_kernels.triton.kernels.forms import Form, Stored
+from kvmix_kernels.triton.kernels.fields import RAW_BITS, TILED, as_form, packed_values, stored
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
@@ -38,20 +37,8 @@ def _queries(query_ptr, query_sh, order_ptr, column, channel, ok, TURNED: tl.con
 
 @triton.jit(do_not_specialize=["heads", "splits", "sink", "k_tile", "v_tile"])
 def paged_kernel(
-    query_ptr, k_qdata_ptr, k_scale_ptr, k_zero_ptr, k_residual_ptr, k_order_ptr, k_exact_ptr,
-    v_qdata_ptr, v_scale_ptr, v_zero_ptr, v_residual_ptr, v_order_ptr, v_exact_ptr,
-    pages_ptr, starts_ptr, out_ptr, lse_ptr,
-    query_sb, query_sh,
-    k_qdata_sb, k_qdata_sh, k_scale_sb, k_scale_sh, k_residual_sb, k_residual_sh,
-    k_order_sb, k_order_sh, k_exact_sb, k_exact_sh,
-    v_qdata_sb, v_qdata_sh, v_scale_sb, v_scale_sh, v_residual_sb, v_residual_sh,
-    heads, splits, sink, k_tile, v_tile, scale, cap,
-    K_BITS: tl.constexpr, K_AXIS: tl.constexpr, K_GROUP: tl.constexpr, K_D: tl.constexpr, K_BLOCK: tl.constexpr,
-    K_DP: tl.constexpr, K_KEPT: tl.constexpr, K_HIGH: tl.constexpr, K_SYMMETRIC: tl.constexpr,
-    K_TURNED: tl.constexpr, K_RAW: tl.constexpr,
-    V_BITS: tl.constexpr, V_AXIS: tl.constexpr, V_GROUP: tl.constexpr, V_D: tl.constexpr, V_BLOCK: tl.constexpr,
-    V_DP: tl.constexpr, V_KEPT: tl.constexpr, V_HIGH: tl.constexpr, V_SYMMETRIC: tl.constexpr,
-    V_TURNED: tl.constexpr, V_RAW: tl.constexpr,
+    query_ptr, k_buffers, v_buffers, pages_ptr, starts_ptr, out_ptr, lse_ptr, query_sb, query_sh, k_strides, v_strides,
+    heads, splits, sink, k_tile, v_tile, scale, cap, K_FORM: tl.constexpr, V_FORM: tl.constexpr,
     ROWS: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, PAGE: tl.constexpr, CAPPED: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,12 +49,8 @@ def paged_kernel(
     tokens divide a PAGE and a tile. out [sequences, heads * ROWS, splits, D] in the packed values' own channels,
     lse [sequences, heads * ROWS, splits]; minus infinity and zeros for a share without pages.
     """
-    K: tl.constexpr = Form(
-        K_BITS, K_AXIS, K_GROUP, K_D, K_BLOCK, K_DP, K_KEPT, K_HIGH, K_SYMMETRIC, K_TURNED, K_RAW
-    )
-    V: tl.constexpr = Form(
-        V_BITS, V_AXIS, V_GROUP, V_D, V_BLOCK, V_DP, V_KEPT, V_HIGH, V_SYMMETRIC, V_TURNED, V_RAW
-    )
+    K: tl.constexpr = as_form(K_FORM)
+    V: tl.constexpr = as_form(V_FORM)
     pid = tl.program_id(0).to(tl.int64)
     split = pid % splits
     head = pid // splits % heads
@@ -86,7 +69,7 @@ def paged_kernel(
     query_ptr += owner * query_sb + head * ROWS * query_sh
     if K.TURNED != TILED:
         # an order of the plan is that of all pages
-        order_ptr = k_order_ptr + head * k_order_sh
+        order_ptr = stored(k_buffers, k_strides, 0, head, k_tile).order
         fixed = _queries(
             query_ptr, query_sh, order_ptr, column, k_channel, column_ok & (k_channel < K.D), K.TURNED, DTYPE
         )
@@ -96,22 +79,12 @@ def paged_kernel(
     out = tl.zeros([N, V.DP], tl.float32)
     for place in range(begin, end):
         page = tl.load(pages_ptr + first + place).to(tl.int64)
-        k_order = k_order_ptr + page * k_order_sb + head * k_order_sh
-        k = Stored(
-            k_qdata_ptr + page * k_qdata_sb + head * k_qdata_sh, k_scale_ptr + page * k_scale_sb + head * k_scale_sh,
-            k_zero_ptr + page * k_scale_sb + head * k_scale_sh,
-            k_residual_ptr + page * k_residual_sb + head * k_residual_sh, k_order,
-            k_exact_ptr + page * k_exact_sb + head * k_exact_sh, k_tile,
-        )  # fmt: skip
-        v = Stored(
-            v_qdata_ptr + page * v_qdata_sb + head * v_qdata_sh, v_scale_ptr + page * v_scale_sb + head * v_scale_sh,
-            v_zero_ptr + page * v_scale_sb + head * v_scale_sh,
-            v_residual_ptr + page * v_residual_sb + head * v_residual_sh, v_order_ptr, v_exact_ptr, v_tile,
-        )  # fmt: skip
+        k = stored(k_buffers, k_strides, page, head, k_tile)
+        v = stored(v_buffers, v_strides, page, head, v_tile)
         for block in range(PAGE // TOKENS):
             row = block * TOKENS + token
             if K.TURNED == TILED:
-                own = k_order + block * TOKENS // k_tile * K.D
+                own = k.order + block * TOKENS // k_tile * K.D
                 query = _queries(
                     query_ptr,
                     query_sh,
