@@ -53,20 +53,15 @@ def check_grids(cached: Cached) -> None:
 
 def strides(cached: Cached) -> tuple[int, ...]:
     """Of batch and head, as `fields.stored` takes them; scales and offsets have the same."""
-    order = (0, 0) if cached.order is None else cached.order.stride()[:2]
-    exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
-    return (
-        *cached.qdata.stride()[:2],
-        *cached.scale.stride()[:2],
-        *cached.residual.stride()[:2],
-        *order,
-        *exact,
-    )
+    found = (*cached.qdata.stride()[:2], *cached.scale.stride()[:2], *cached.residual.stride()[:2])
+    for part in (cached.order, *cached.apart):
+        found += (0, 0) if part is None else part.stride()[:2]
+    return found
 
 
 def buffers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers as `fields.stored` takes them: in place of an order or raw channels that are not there, others."""
-    more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
+    """The buffers as `fields.stored` takes them: in place of an order or of tiers that are not there, others."""
+    more = (cached.residual if part is None else part for part in (cached.order, *cached.apart))
     return (*cached.tensors[: RESIDUAL + 1], *more)
 
 
