@@ -32,8 +32,8 @@ class Room(tuple[int, int, int]):
     __slots__ = ()
 
     def __new__(cls, sequences: int, due: int, pages: int) -> Room:
-        """As they are called."""
-        return super().__new__(cls, (sequences, due, pages))
+        """As they are called; `due` is made even, so that all parts begin at multiples of 16 bytes."""
+        return super().__new__(cls, (sequences, due + due % 2, pages))
 
     @property
     def numbers(self) -> int:
