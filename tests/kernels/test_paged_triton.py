@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch import Tensor
 
 from kvmix_kernels import layout

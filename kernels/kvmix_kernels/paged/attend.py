@@ -244,7 +244,7 @@ def _kernel(x: Tensor, pool: PagePool, layer: int) -> Any:
 
 
 def kernels_take(pool: PagePool, layer: int, dtype: torch.dtype) -> bool:
-    """Whether all that a step does in a layer is done by kernels, for a model of this dtype on the pool's device."""
+    """Whether kernels do all that a step does in a layer, for a model of this dtype."""
     return _kernel(pool.storage.new_empty(0).to(dtype), pool, layer) is not None
 
 
