@@ -17,8 +17,8 @@ from torch import Tensor
 from kvmix_kernels.paged.step import Request, Step
 
 FIRST, COUNT, PAST, BEGIN, TAIL, SINKS, PAGES, KEYS = range(8)
-"""Columns of a row: those of `Request`; where its blocks begin among all; and where its tokens begin, if those
-of all sequences with several tokens in this step, stored ones included, were side by side."""
+"""Columns of a row: those of `Request`; where its blocks begin among all; and where its tokens begin, if
+those of all sequences with several tokens in this step, stored ones included, were side by side."""
 ROW = 8
 HEAD = 4
 """Numbers of the head, of which the first is how many pages are due."""
