@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         prompts = []
         for _ in range(options.requests):
             at = drawn.randrange(len(text) - 1000)
-            prompts.append(text[at : at + drawn.randint(40, 800)])
+            prompts.append(text[at : at + drawn.randint(40, 240)])
         begun, killed = time.perf_counter(), 0.0
         with ThreadPoolExecutor(options.at_once) as pool:
             futures = [pool.submit(load.ask, i, prompt) for i, prompt in enumerate(prompts)]
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=20)
     parser.add_argument("--kill-after", type=int, default=60)
-    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--new", type=int, default=8)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     save(run(options), options.output)
