@@ -55,7 +55,7 @@ class KVMixBackend:
         model: torch.nn.Module | None = None,
         cuda_graphs: bool | None = None,
         note: Note | None = None,
-        pieces: bool = False,
+        pieces: bool | None = None,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -74,8 +74,8 @@ class KVMixBackend:
             note: told of calls of recorded graphs. Whoever is told must let go of them after every step, or
                 they hold every cache that was ever used.
             pieces: whether Inductor compiles what the layers of a decode step have in common once, or the
-                whole step, as unless told: no GPU has run pieces yet, and in plain launches each takes the
-                host 70 microseconds more (two CPU cores).
+                whole step. None does so where one process records steps: in plain launches each piece takes
+                its host 70 microseconds more (two CPU cores), and no group of GPUs has run them yet.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -133,7 +133,9 @@ class KVMixBackend:
         result.report.replay = self._no_replay(result, dynamo.example_inputs(module))
         inner, patches = self._choose(dynamo.example_inputs(module), _is_short(result))
         compiled, deferred = None, None
-        pieces = self.pieces and inner == "inductor" and _is_short(result)
+        alone = not result.report.replay and process_group_size() == 1
+        pieces = alone if self.pieces is None else self.pieces
+        pieces = pieces and inner == "inductor" and _is_short(result)
         if inner == "inductor" and _is_short(result):
             deferred = defer_appends(module, counters=pieces)
         if inner == "inductor" and not self.told:

@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--provider", action="append", help="repeatable; default: all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--inner", help="inner compiler of kvmix; default: its own choice")
+    parser.add_argument("--whole", action="store_true", help="compile kvmix's decode steps whole")
     parser.add_argument(
         "--profile",
         action="append",
@@ -374,7 +375,8 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         suffix += f" of {options.capacity}"
     plan = KVMIX[provider](model) if provider in KVMIX else None
     if plan is not None:
-        kvmix_fx.compile(model, plan, inner=options.inner)
+        kvmix_fx.compile(model, plan, inner=options.inner, options={"pieces": False} if options.whole else {})
+        provider += " whole" if options.whole else ""
 
     def first_call(case: str, ids: torch.Tensor, _new: int) -> list[Row]:
         rows = [warm_up(model, case, provider, ids, settings)]

@@ -5,14 +5,22 @@
 Every provider is timed in one run on one GPU by CUDA-graph replay (median), on random inputs that
 take turns where they would fit into the L2 cache. First the result is compared with the reference
 on the same inputs, with scratch memory poisoned; a provider that fails gets no row.
+
+Words of a provider that change the work: "padded" and "added" mask padding; "capped" caps scores;
+"sliding" takes the case's tokens for a sliding window, in front of which the cache holds as many
+more as it ever does; "sinks" gives every query head a learned sink. 16-bit attention it is compared
+with sees the window alone, and the sinks.
+
+    python -m benchmarks.kernels.decode_attention --sliding
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -67,6 +75,15 @@ BY_TILE = "tile"
 """Another word of theirs: every tile has an order of its own."""
 CAPPED = "capped"
 """Another: its scores are."""
+SLIDING, SINKS = "sliding", "sinks"
+"""Others: the tokens are a sliding window; every query head has a learned sink."""
+SLIDING_CASES = ("b64 h8x8 n4096 d64", "b16 h8x8 n4096 d64", "b1 h8x8 n4096 d64", "b64 h4x2 n1024 d256")
+SLIDING_PROVIDERS = tuple(
+    f"{bits} w32 {words}"
+    for bits in ("k2v2 g64", "k4v2 g32", "k4v4 g64", "k8v8 g64")
+    for words in (SLIDING, f"{SLIDING} {SINKS}", f"{SLIDING} {SINKS} added")
+)
+_WORK = (*MASKS, CAPPED, SLIDING, SINKS)
 
 
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
@@ -74,7 +91,7 @@ def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
 
     "tiers 25/75 tile" has an order in every tile; "mixkvq" and "kitty" are the presets, without a window.
     """
-    words = [word for word in provider.split() if word not in (*MASKS, CAPPED)]
+    words = [word for word in provider.split() if word not in _WORK]
     text = " ".join(words)
     if words[0] == TIERS:
         order = "tile" if BY_TILE in words else "prompt"
@@ -100,21 +117,46 @@ def _tiered(shares: str, more: LayerText, head_dim: int, order: str) -> tuple[Te
 
 
 def inputs(case: Case, provider: str) -> list[object]:
-    """Arguments of `attend`; "capped" in the provider caps scores, "padded" and "added" hide padding.
+    """Arguments of `attend`, with the work that the provider's words add.
 
     Up to an eighth of the tokens is padding on the left, other ones in every sequence, told by a boolean
-    mask or by one to be added.
+    mask or by one to be added. Tokens in front of a sliding window are told in the same two ways.
     """
-    args = decode_inputs(case, *formats(provider, case.head_dim))
-    kind = provider.split()[-1]
-    if kind in MASKS:
+    words = provider.split()
+    k, v = formats(provider, case.head_dim)
+    ahead = most_in_front(k) if SLIDING in words else 0
+    args = decode_inputs(case._replace(tokens=case.tokens + ahead), k, v)
+    first = None
+    if SLIDING in words:
+        first = torch.full((case.batch,), ahead, device="cuda")
+    elif {*words} & {*MASKS}:
         first = torch.arange(case.batch, device="cuda") * (case.tokens // 8) // max(1, case.batch - 1)
-        seen = (torch.arange(case.tokens + 1, device="cuda") >= first[:, None])[:, None, None]
-        args[5] = seen
-        if kind == "added":
-            lowest = torch.finfo(torch.bfloat16).min
-            args[5] = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
-    return [*args, SOFTCAP] if CAPPED in provider.split() else args
+    if first is not None:
+        args[5] = _from(first, case.tokens + ahead + 1, added="added" in words)
+    args.append(SOFTCAP if CAPPED in words else 0.0)
+    if SINKS in words:
+        args.append(sink_logits(case).flatten())
+    return args
+
+
+def sink_logits(case: Case) -> torch.Tensor:
+    """Learned sinks [Hkv, G] that take about half of the weight, so that a forgotten one shows."""
+    random = torch.randn(case.heads, case.group, device="cuda")
+    return (random + math.log(case.tokens)).to(torch.bfloat16)
+
+
+def most_in_front(fmt: TensorFormat) -> int:
+    """The most tokens in front of a sliding window that a growing cache holds: whole tiles leave it."""
+    return fmt.tile - 1
+
+
+def _from(first: torch.Tensor, tokens: int, added: bool) -> torch.Tensor:
+    """A mask [B, 1, 1, tokens] that hides what is before each sequence's first token."""
+    seen = (torch.arange(tokens, device="cuda") >= first[:, None])[:, None, None]
+    if not added:
+        return seen
+    lowest = torch.finfo(torch.bfloat16).min
+    return torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(~seen, lowest)
 
 
 def poisoned_attend(args: list[object]) -> torch.Tensor:
@@ -147,8 +189,12 @@ def error(args: list[object]) -> float:
     return worst if worst == worst else float("inf")
 
 
-def baselines(case: Case) -> dict[str, Timing]:
-    """Times of 16-bit attention over as many tokens; query heads are folded into rows, which is fastest."""
+def baselines(case: Case, sinks: bool = False) -> dict[str, Timing]:
+    """Times of 16-bit attention over as many tokens; query heads are folded into rows, which is fastest.
+
+    With `sinks` each computes those too, by what it knows of the scores' sums, in one compiled kernel
+    more; one that is wrong is left out.
+    """
     shape = (case.batch, case.heads, case.tokens + 1, case.head_dim)
     one = 4 * case.batch * case.heads * case.tokens * case.head_dim
     sets = []
@@ -157,29 +203,81 @@ def baselines(case: Case) -> dict[str, Timing]:
             case.batch, case.heads, case.group, case.head_dim, dtype=torch.bfloat16, device="cuda"
         )
         sets.append((q, *(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))))
+    sink = sink_logits(case)
     times = {}
-    for name, backend in (
-        ("sdpa-flash", SDPBackend.FLASH_ATTENTION),
-        ("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
-    ):
+    for name, call in (_with_sinks(sink) if sinks else WITHOUT_SINKS).items():
         try:
-            with sdpa_kernel(backend):
-                calls = [functools.partial(F.scaled_dot_product_attention, *three) for three in sets]
-                times[name] = graph_time(calls)
+            if sinks and (wrong := _off(call(*sets[0]), eager_with_sinks(*sets[0], sink))) > LIMIT:
+                print(f"{case.name}: {name} is off by {wrong:.3g}", file=sys.stderr)
+                continue
+            times[name] = graph_time([functools.partial(call, *three) for three in sets])
         except RuntimeError as problem:
             print(f"{case.name}: {name} does not run: {str(problem)[:80]}", file=sys.stderr)
-    del sets, calls
+    del sets
     raw = [decode_inputs(case, RAW, RAW) for _ in range(input_sets(one))]
+    more = {"sink_logits": sink.flatten()} if sinks else {}
     split = []
     for config in RAW_CONFIGS:
-        calls = [functools.partial(attention.attend, *args, config=config) for args in raw]
+        calls = [functools.partial(attention.attend, *args, config=config, **more) for args in raw]
         split.append(graph_time(calls))
-    times["triton-16bit"] = min(split)
+    times[_named("triton-16bit", sinks)] = min(split)
     return times
 
 
+def _sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+WITHOUT_SINKS = {
+    "sdpa-flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+    "sdpa-cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+}
+
+
+def _named(baseline: str, sinks: bool) -> str:
+    return f"{baseline} {SINKS}" if sinks else baseline
+
+
+def _with_sinks(sink: torch.Tensor) -> dict[str, Callable[..., torch.Tensor]]:
+    """The same backends with a learned sink, and attention as models with sinks write it out."""
+    rescale = torch.compile(rescaled, dynamic=False)
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        return rescale(out, lse, sink)
+
+    def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+        return rescale(out, lse.reshape(q.shape[:3]), sink)
+
+    eager = torch.compile(functools.partial(eager_with_sinks, sink=sink), dynamic=False)
+    return {
+        _named("sdpa-flash", True): flash,
+        _named("sdpa-cudnn", True): cudnn,
+        "compiled eager sinks": eager,
+    }
+
+
+def rescaled(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """Attention [B, Hkv, G, D] that a sink [Hkv, G] joins afterwards; `lse` [B, Hkv, G] is of its scores."""
+    return (out * torch.sigmoid(lse - sink.float())[..., None]).to(out.dtype)
+
+
+def eager_with_sinks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """Attention with a sink [Hkv, G] as a column of the scores; q is [B, Hkv, G, D]."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    column = sink[None, :, :, None].expand(q.shape[0], -1, -1, 1).to(scores.dtype)
+    weights = torch.cat((scores, column), -1).softmax(-1, dtype=torch.float32)
+    return weights[..., :-1].to(v.dtype) @ v
+
+
+def _off(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
 def measure(case: Case, provider: str) -> tuple[Timing, float, int] | str:
-    """(time, effective bits, bytes read), or why there is none."""
+    """(time, effective bits of a token that is seen, bytes read), or why there is none."""
     k, v = formats(provider, case.head_dim)
     args = inputs(case, provider)
     found = error(args)
@@ -189,9 +287,10 @@ def measure(case: Case, provider: str) -> tuple[Timing, float, int] | str:
     sets = [args] + [inputs(case, provider) for _ in range(input_sets(size) - 1)]
     timing = graph_time([functools.partial(attention.attend, *one) for one in sets])
     elements = case.batch * case.heads * case.head_dim
-    raw = sum(case.tokens - fmt.packed_tiles(case.tokens) * fmt.tile for fmt in (k, v)) * elements * 16
+    stored = case.tokens + (most_in_front(k) if SLIDING in provider.split() else 0)
+    raw = sum(stored - fmt.packed_tiles(stored) * fmt.tile for fmt in (k, v)) * elements * 16
     packed = sum(
-        fmt.packed_tiles(case.tokens) * fmt.tile * layout.bits_per_packed_element(fmt, case.head_dim)
+        fmt.packed_tiles(stored) * fmt.tile * layout.bits_per_packed_element(fmt, case.head_dim)
         for fmt in (k, v)
     )
     bits = packed * elements + raw
@@ -218,27 +317,33 @@ def main() -> int:
     )
     parser.add_argument("--case", action="append")
     parser.add_argument("--provider", action="append", help='such as "k2v2 g128"; repeatable')
+    parser.add_argument("--sliding", action="store_true", help="cases and providers of sliding windows")
     parser.add_argument("--output", type=Path, help="folder of the rows")
     parser.add_argument("--compile-only", action="store_true", help="and check; several processes can share")
     options = parser.parse_args()
     torch.manual_seed(0)
+    cases = options.case or (SLIDING_CASES if options.sliding else CASES)
+    providers = options.provider or (SLIDING_PROVIDERS if options.sliding else PROVIDERS)
     if options.compile_only:
-        return compile_only(options.case or CASES, options.provider or PROVIDERS)
+        return compile_only(cases, providers)
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
     rows = Rows("decode_attention", options.output)
     wrong = 0
-    for name in options.case or CASES:
+    for name in cases:
         case = Case.parse(name)
-        times = baselines(case)
-        best = min(times, key=lambda key: times[key].median)
+        times, best = {}, {}
+        for sinks in sorted({SINKS in provider.split() for provider in providers}):
+            found = baselines(case, sinks)
+            times |= found
+            best[sinks] = min(found, key=lambda key: found[key].median)
         full = 4 * case.batch * case.heads * case.tokens * case.head_dim
         for provider, timing in times.items():
             rows.add(
                 name, provider, timing, effective_bits=16.0, nbytes=full,
                 copy_share=full / timing.median / bandwidth,
             )  # fmt: skip
-        for provider in options.provider or PROVIDERS:
+        for provider in providers:
             if formats(provider, case.head_dim)[0].group_size > case.tokens:
                 continue
             result = measure(case, provider)
@@ -248,8 +353,9 @@ def main() -> int:
                 wrong = 1
                 continue
             timing, bits, size = result
+            rival = best[SINKS in provider.split()]
             rows.add(
-                name, f"kvmix {provider}", timing, (best, times[best].median), effective_bits=bits,
+                name, f"kvmix {provider}", timing, (rival, times[rival].median), effective_bits=bits,
                 nbytes=size, copy_share=size / timing.median / bandwidth,
             )  # fmt: skip
     return wrong

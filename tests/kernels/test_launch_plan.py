@@ -32,7 +32,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
     assert plan.columns * plan.column_blocks >= step.rows > plan.columns * (plan.column_blocks - 1)
     assert plan.splits > plan.bulk_splits or step.length + step.new == 0
     assert plan.merge_splits >= plan.splits
-    assert plan.merge_channels * plan.merge_blocks >= step.Dv
+    assert plan.merge_chunk <= plan.merge_splits
     if plan.bulk:
         groups = launch_plan._bulk_groups(k, v, step.length, plan.keys.GROUP)
         share = -(-groups // plan.bulk_splits)
@@ -45,8 +45,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
         assert plan.tokens % plan.keys.GROUP == 0 or plan.keys.GROUP % plan.tokens == 0
     else:
         assert plan.bulk_splits == plan.room == plan.scratch == 0
-    # rows that are rotated back have to be whole
-    assert plan.merge_blocks == 1 or not plan.merge_rotated
+    assert plan.bulk or not plan.merge_rotated
 
 
 @given(formats(64), formats(64), steps)
@@ -94,3 +93,14 @@ def test_shares_of_the_case_that_is_quoted_most():
     # 64 groups in equal shares, and one program for what is not packed
     assert 64 % plan.bulk_splits == 0
     assert plan.splits == plan.bulk_splits + 2
+
+
+def test_raw_tokens_are_shared_out_where_programs_are_few():
+    k = make_format(2, "channel", 128, 128, 4, 128)
+    v = make_format(2, "token", 0, 128, 4, 128)
+    gpu = Gpu("NVIDIA_H200")
+    plans = [
+        attend_plan(k, v, Step(heads, 4, 128, 128, 8193, 1, True, True, True), gpu) for heads in (8, 128, 512)
+    ]
+    # sink, window, a tile not yet full and the step's own: 261 tokens
+    assert [plan.splits - plan.bulk_splits for plan in plans] == [9, 5, 3]

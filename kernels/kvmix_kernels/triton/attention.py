@@ -151,13 +151,13 @@ def attend(
             PORTABLE=portable(query), EARLY=early,
             num_warps=plan.warps, maxnreg=plan.registers or None,
         )  # fmt: skip
-        combine_kernel[(B * Hkv * rows * plan.merge_blocks,)](
+        combine_kernel[(B * Hkv * rows,)](
             partial, stats, out, stats if sums is None else sums,
             out if sink_logits is None else sink_logits.contiguous(),
             plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, Lq, SINKS=sink_logits is not None,
-            MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
+            MASK=seen.kind, N=N, DV=Dv, CHANNELS=plan.values.DP,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
-            SUMS=sums is not None, num_warps=plan.merge_warps, launch_pdl=early,
+            SUMS=sums is not None, num_warps=1, launch_pdl=early,
         )  # fmt: skip
     return out
 

@@ -25,12 +25,12 @@ MAX_COLUMNS = 64
 """Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
 MIN_PART, MAX_PART = 16, 32
 """Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
-FEW_SPLITS = 8
-"""Up to here one warp merges a row."""
+MERGED_AT_ONCE = 32 * 128
+"""Numbers of partial outputs that the registers of the warp hold which merges a row."""
 SHARED_BESIDE = 2048
 """Bytes of shared memory that a program has beside tokens."""
 REST_SHARE = 128
-"""Tokens outside the bulk that one program should not fall below."""
+"""Tokens outside the bulk that one program should not fall below where there are programs enough."""
 
 
 class Step(NamedTuple):
@@ -84,11 +84,8 @@ class AttendPlan(NamedTuple):
     rest_stages: int
     warps: int
     registers: int
-    merge_channels: int
-    merge_blocks: int
     merge_splits: int
     merge_chunk: int
-    merge_warps: int
     merge_rotated: bool
 
 
@@ -165,9 +162,10 @@ def attend_plan(
         waiting = max(k.window + k.tile, v.window + v.tile)
         outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
     rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
-    rest_splits = -(-outside // REST_SHARE)
-    if not bulk:
-        rest_splits = max(1, min(rest_splits, config.programs // heads))
+    if bulk:
+        rest_splits = -(-outside // rest_share(heads, config.programs))
+    else:
+        rest_splits = max(1, min(-(-outside // REST_SHARE), config.programs // heads))
     splits = bulk_splits + rest_splits
 
     # the tuned parameters are those of half-precision tiles of raw tokens with heads of up to 128 channels
@@ -186,10 +184,6 @@ def attend_plan(
         else:
             break
 
-    # few shares: a program merges whole rows; many: there are few rows, so programs share each
-    few = splits <= FEW_SPLITS
-    rotated = bulk and bool(v.rotation)
-    channels = values.DP if few or rotated else 32
     return AttendPlan(
         keys=keys,
         values=values,
@@ -212,13 +206,26 @@ def attend_plan(
         rest_stages=rest_stages,
         warps=config.warps,
         registers=config.registers,
-        merge_channels=channels,
-        merge_blocks=-(-step.Dv // channels),
         merge_splits=next_power_of_2(splits),
-        merge_chunk=min(32, next_power_of_2(splits)),
-        merge_warps=1 if few else 8 if rotated else 4,
-        merge_rotated=rotated,
+        merge_chunk=merge_chunk(splits, values.DP),
+        merge_rotated=bulk and bool(v.rotation),
     )
+
+
+def merge_chunk(splits: int, channels: int) -> int:
+    """Partial outputs of a row that are added up at a time; of few, more at a time is wasted work."""
+    return min(next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // channels))
+
+
+def rest_share(heads: int, programs: int) -> int:
+    """Tokens outside the bulk of one program.
+
+    They are read after the bulk, or beside it where a GPU has room: a program that reads many of them one step
+    after another is what a launch of few programs waits for.
+    """
+    if 16 * heads <= programs:
+        return REST_SHARE // 4
+    return REST_SHARE // 2 if 8 * heads <= programs else REST_SHARE
 
 
 def _bulk_groups(k: TensorFormat, v: TensorFormat, length: int, group: int) -> int:

@@ -32,13 +32,13 @@ from kvmix_kernels.triton.kernels.merge import combine_kernel
 from kvmix_kernels.triton.kernels.paged import decode_kernel, gather_kernel
 from kvmix_kernels.triton.kernels.paged_storage import keep_kernel, pack_pages_kernel
 from kvmix_kernels.triton.launch_plan import (
-    FEW_SPLITS,
-    REST_SHARE,
     AttendPlan,
     Step,
     attend_plan,
     form_plan,
+    merge_chunk,
     next_power_of_2,
+    rest_share,
 )
 from kvmix_kernels.triton.storage import APPEND_ELEMENTS, APPEND_WARPS, _cut, _packing
 
@@ -91,16 +91,13 @@ def decode_plan(
         bulk_splits = max(1, min(most, 4 * max(gpu.multiprocessors, 132) // programs))
     bulk_splits = max(1, min(bulk_splits, most))
     room = -(-(-(-most // bulk_splits) * (page // group)) // plan.part) * plan.part
-    splits = bulk_splits + -(-(sink + ring + 1) // REST_SHARE)
-    few = splits <= FEW_SPLITS
-    rotated = bool(values.rotation)
-    channels = v_form.DP if few or rotated else 32
+    share = rest_share(plan.column_blocks * step.heads, 8 * max(gpu.multiprocessors, 132))
+    splits = bulk_splits + -(-(sink + ring + 1) // share)
     return plan._replace(
         keys=k_form, values=v_form, bulk_splits=bulk_splits, splits=splits, room=room,
         scratch=room + (step.D if plan.bulk and k_form.TURNED == ORDERED else 0),
-        merge_channels=channels, merge_blocks=-(-step.Dv // channels), merge_splits=next_power_of_2(splits),
-        merge_chunk=min(32, next_power_of_2(splits)), merge_warps=1 if few else 8 if rotated else 4,
-        merge_rotated=rotated,
+        merge_splits=next_power_of_2(splits), merge_chunk=merge_chunk(splits, v_form.DP),
+        merge_rotated=bool(values.rotation),
     ), room  # fmt: skip
 
 
@@ -178,12 +175,12 @@ def attend_singles(
             DTYPE=model_dtype(query.dtype if raw_half else torch.float32), PRECISION="tf32" if half else "ieee",
             PORTABLE=portable(query), num_warps=plan.warps if plan.bulk else 4, maxnreg=plan.registers or None,
         )  # fmt: skip
-        combine_kernel[(N * Hkv * rows * plan.merge_blocks,)](
+        combine_kernel[(N * Hkv * rows,)](
             partial, stats, out, stats, out if sink_logits is None else sink_logits.contiguous(),
             plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, 1, SINKS=sink_logits is not None,
-            MASK=0, N=columns, DV=Dv, CHANNELS=plan.merge_channels, CHANNEL_BLOCKS=plan.merge_blocks,
+            MASK=0, N=columns, DV=Dv, CHANNELS=plan.values.DP,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=False,
-            SUMS=False, num_warps=plan.merge_warps,
+            SUMS=False, num_warps=1,
         )  # fmt: skip
     return out
 

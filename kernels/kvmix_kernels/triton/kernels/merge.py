@@ -50,7 +50,6 @@ def combine_kernel(
     N: tl.constexpr,
     DV: tl.constexpr,
     CHANNELS: tl.constexpr,
-    CHANNEL_BLOCKS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROTATED: tl.constexpr,
@@ -59,22 +58,21 @@ def combine_kernel(
 ):
     """Merge the partial outputs of one query row: sum of exp(m_i - m) o_i over that of l_i.
 
-    Grid: blocks of CHANNELS channels, fastest, x query rows of a KV head x KV heads x batch. Output
-    [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are rotated
-    back once they are one sum; a program then has all channels. SINKS: each query head has a score more, in
+    Grid: query rows of a KV head, fastest, x KV heads x batch; one warp each, as its sums then stay in registers.
+    Output [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are
+    rotated back once they are one sum. SINKS: each query head has a score more, in
     natural units, [kv_heads * query heads of a group]. EARLY: this kernel is started before
     `attend_kernel` ends, and waits for it. SUMS: m and the sum of weights against it, a sink's included, are
     stored as well, as [batch * heads, rows, 2].
     """
-    block = tl.program_id(0) % CHANNEL_BLOCKS
-    pid = (tl.program_id(0) // CHANNEL_BLOCKS).to(tl.int64)
+    pid = tl.program_id(0).to(tl.int64)
     row = pid % rows
     first = (pid // rows * column_blocks + row // N) * splits
     column = row % N
     stats_ptr += first * (2 * N) + column
     partial_ptr += first * (N * DV) + column * DV
     split = tl.arange(0, MAX_SPLITS)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.arange(0, CHANNELS)
     if EARLY:
         gdc_wait()
     tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
@@ -96,7 +94,7 @@ def combine_kernel(
     else:
         out = _summed(partial_ptr, stats_ptr, 0, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
     out = out / tl.where(total == 0.0, 1.0, total)
-    if SUMS and block == 0:
+    if SUMS:
         tl.store(sums_ptr + pid * 2, top)
         tl.store(sums_ptr + pid * 2 + 1, total)
     tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)
