@@ -3,23 +3,29 @@
 SmolLM2, in float32 where logits are compared. Every part stands alone:
 
     python -m benchmarks.serving.run equality prefix capacity speed
+    python -m benchmarks.serving.run long
 
 equality: 32 prompts of 20 to 1500 tokens that arrive at random; of every request the logits side by side
     against those of the same request alone, at 8 bits. The control is the same with 2 bits alone.
 prefix: 16 requests with a prefix in common; blocks that hold it, against those of 16 copies.
 capacity: requests of 8192 tokens that a pool holds, against transformers' own of as many bytes.
 speed: tokens a second of 16 requests, against transformers' own engine in the same run.
+long: minutes of requests that come, share prefixes, end and are cancelled: what the process occupies, and the
+    pool at the end. A tiny model, so that there are many.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +40,7 @@ import kvmix_fx
 from benchmarks.rows import Row, make_row, save
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.batching import Logits, free_share, results
+from kvmix_fx.testing.models import tiny_llama
 from kvmix_fx.testing.smollm2 import load_smollm2
 from kvmix_fx.testing.texts import prose
 
@@ -278,7 +285,69 @@ def speed(count: int = 16, length: int = 1024, new: int = 24) -> list[Row]:
     return rows
 
 
-PARTS = {"equality": equality, "prefix": prefix, "capacity": capacity, "speed": speed}
+def resident() -> int:
+    """Bytes of memory that this process occupies."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def long(minutes: float = 5) -> list[Row]:
+    """Memory of a server that has run for a while."""
+    model = tiny_llama()
+    model.generation_config.eos_token_id = -1
+    drawn = random.Random(11)
+    common = [drawn.randint(1, 127) for _ in range(90)]
+    samples: list[tuple[float, int]] = []
+    with serving(model, plan_of(model, 4)) as manager:
+        begun, asked, answered, cancelled = time.perf_counter(), 0, 0, 0
+        running: set[str] = set()
+        while (passed := time.perf_counter() - begun) < 60 * minutes:
+            while len(running) < 24:
+                own = [drawn.randint(1, 127) for _ in range(drawn.randint(5, 300))]
+                prompt = [*common, *own] if asked % 3 == 0 else own
+                name = manager.add_request(prompt, max_new_tokens=drawn.randint(1, 60))
+                asked += 1
+                if asked % 10 == 9:
+                    manager.cancel_request(name)
+                    cancelled += 1
+                else:
+                    running.add(name)
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished() and result.request_id in running:
+                running.discard(result.request_id)
+                answered += 1
+            if not samples or passed > samples[-1][0] + 10:
+                gc.collect()
+                samples.append((passed, resident()))
+                print(f"{passed:.0f} s: {answered} answered, {samples[-1][1] >> 20} MiB", flush=True)
+        results(manager, sorted(running), 600)
+        # what was cancelled is forgotten by the next step
+        results(manager, [manager.add_request([1], max_new_tokens=1)], 600)
+        free, failed = free_share(manager), manager.counts.failed
+    # what was there when a fifth of the time had passed, and at the end
+    early = next(size for passed, size in samples if passed >= 12 * minutes)
+    case = f"tiny llama, {minutes:g} minutes of requests of 5-390 tokens, 24 at a time"
+    figures = [
+        ("answered", answered, "requests"),
+        ("cancelled", cancelled, "requests"),
+        ("failed", failed, "requests"),
+        ("steps", manager.counts.steps, "steps"),
+        ("memory after a fifth of the time", early, "byte"),
+        ("memory at the end", samples[-1][1], "byte"),
+        (
+            "most memory after a fifth",
+            max(size for passed, size in samples if passed >= 12 * minutes),
+            "byte",
+        ),
+        ("sectors free at the end", free, "share"),
+    ]
+    for name, value, unit in figures:
+        print(f"{name}: {value:g} {unit}")
+    return [
+        make_row(SUITE, case, "kvmix k4v4 g32 w32 s4", name, value, unit) for name, value, unit in figures
+    ]
+
+
+PARTS = {"equality": equality, "prefix": prefix, "capacity": capacity, "speed": speed, "long": long}
 
 
 def main() -> None:
@@ -286,7 +355,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=PARTS)
+    every = [name for name in PARTS if name != "long"]
+    parser.add_argument("parts", nargs="*", default=every, choices=PARTS)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between arrivals")
     parser.add_argument("--threads", type=int, default=2)

@@ -324,3 +324,35 @@ def test_an_older_transformers_is_named():
     kvmix_fx.compile(model, KVPlan.uniform(model, 4))
     with pytest.raises(MissingPackageError, match=r"generate_batch of a compiled model"):
         model.generate_batch([[1, 2]], max_new_tokens=2)
+
+
+@engine
+def test_steps_that_decode_are_padded_and_told_by_tables_as_for_a_graph(monkeypatch, prompts):
+    from transformers.generation.continuous_batching import model_runner
+
+    from kvmix_fx.integrations.transformers.batching import manager as managers
+    from kvmix_fx.integrations.transformers.batching.runner import PackedRunner
+    from kvmix_kernels.paged import attend
+    from kvmix_kernels.triton import paged
+
+    model = tiny_llama(num_hidden_layers=1)
+    plan = KVPlan.uniform(model, 8, window=0)
+    # three requests, of which one fills a page while it decodes, in a step with room for four
+    asked = [prompts[0], prompts[1], prompts[2][:5]]
+    given = {"new": 2, "allow_block_sharing": False}
+    wanted = run(model, plan, asked, **given)
+    shapes = []
+
+    def forward_alone(self, forward, _stream, *args):
+        shapes.append(self.inputs_and_outputs._get_graph_key())
+        forward(*args)
+
+    # kernels in the interpreter, and a graph that is made anew for every step
+    monkeypatch.setattr(attend, "_kernel", lambda *_: paged)
+    monkeypatch.setattr(managers, "can_record", lambda _: True)
+    monkeypatch.setattr(model_runner, "get_memory_pools", lambda: (None, None))
+    monkeypatch.setattr(PackedRunner, "_capture_graph", forward_alone)
+    found = run(model, plan, asked, use_cuda_graph=(False, True), **given)
+    assert set(shapes) == {(4, 32)}
+    assert found[1] == wanted[1]
+    assert worst(found[0], wanted[0]) < 5e-3

@@ -15,7 +15,9 @@ one by one, in blocks of pages, as reading a prompt costs more than calling ops.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -236,15 +238,25 @@ def _kernel(x: Tensor, pool: PagePool, layer: int) -> Any:
     """The module of the kernels, if they take a layer's pages and tokens of this kind."""
     if not x.is_cuda or x.dtype == torch.float64 or not ops._USE_TRITON:
         return None
-    try:
-        kernel = import_module("kvmix_kernels.triton.paged")
-    except ImportError:
-        return None  # the ops say so
+    kernel = _module()
+    if kernel is None:
+        return None
     return kernel if kernel.takes(pool.layout, layer) else None
 
 
+@cache
+def _module() -> Any:
+    """The module of the kernels; None without Triton, of which the ops say so. Asked in every layer, so kept.
+
+    Nothing else that keeps it from being imported is passed over: steps would be slow without a word.
+    """
+    if find_spec("triton") is None:
+        return None
+    return import_module("kvmix_kernels.triton.paged")
+
+
 def kernels_take(pool: PagePool, layer: int, dtype: torch.dtype) -> bool:
-    """Whether all that a step does in a layer is done by kernels, for a model of this dtype on the pool's device."""
+    """Whether kernels do all that a step does in a layer, for a model of this dtype."""
     return _kernel(pool.storage.new_empty(0).to(dtype), pool, layer) is not None
 
 

@@ -1,8 +1,8 @@
 """What a step of many sequences does, as one tensor of numbers on the device, for kernels.
 
-A kernel that reads these needs nothing of the host, so a step of sequences with one token can be recorded once
-and run again with other numbers in the same place. The tensor is int32: a head, a row for each sequence, the
-pages that are due, then the blocks of all pages.
+A kernel that reads these needs nothing of the host, so a step of sequences with one token can be recorded
+once and run again with other numbers in the same place. The tensor is int32: a head, a row for each sequence,
+the pages that are due, then the blocks of all pages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from kvmix_kernels.paged.step import Request, Step
 
 FIRST, COUNT, PAST, BEGIN, TAIL, SINKS, PAGES, KEYS = range(8)
-"""Columns of a row: those of `Request`; where its blocks begin among all; and where its tokens begin, if those of
-all sequences with several tokens in this step, stored ones included, were side by side."""
+"""Columns of a row: those of `Request`; where its blocks begin among all; and where its tokens begin, if
+those of all sequences with several tokens in this step, stored ones included, were side by side."""
 ROW = 8
 HEAD = 4
 """Numbers of the head, of which the first is how many pages are due."""
@@ -32,8 +32,8 @@ class Room(tuple[int, int, int]):
     __slots__ = ()
 
     def __new__(cls, sequences: int, due: int, pages: int) -> Room:
-        """As they are called."""
-        return super().__new__(cls, (sequences, due, pages))
+        """As they are called; `due` is made even, so that all parts begin at multiples of 16 bytes."""
+        return super().__new__(cls, (sequences, due + due % 2, pages))
 
     @property
     def numbers(self) -> int:
@@ -105,7 +105,7 @@ class Tables:
 
     @cached_property
     def run_lengths(self) -> Tensor:
-        """Where the queries, and the keys, of each sequence with several tokens begin and end, int32 [2, runs + 1]."""
+        """Where queries, and keys, of sequences with several tokens begin and end, int32 [2, runs + 1]."""
         counts = [[run.count for run in self.runs], [run.past + run.count for run in self.runs]]
         return self._moved(torch.tensor([[0, *accumulate(row)] for row in counts], dtype=torch.int32))
 

@@ -173,8 +173,8 @@ class PackedCache(PagedAttentionCache):
         )
         self.num_blocks = self.packed.num_blocks
         self.read_cache_limit: int | None = None
-        # the engine tells steps of one token a request apart if its table of blocks has a column, which nobody
-        # reads; they have no limit here
+        # the engine tells steps of one token a request apart if its table of blocks has a column, which
+        # nobody reads; they have no limit here
         self.max_blocks_per_request = 1 if sliding is None else 0
         self.max_decode_fast_path_length = NO_LIMIT if sliding is None else 0
         # the engine makes a table of token numbers as long as this, for sliding layers alone here
