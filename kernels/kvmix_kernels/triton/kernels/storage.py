@@ -1048,22 +1048,6 @@ def order_kernel(
                 new_ptr, keys_sl, ring_ptr, valid_ptr, valid_ss, hidden_below, fresh_from, first, ring, sink,
                 X, TOKENS, VALID,
             ).to(tl.float32)  # fmt: skip
-<<<<<<< HEAD
         _store_order(
-            order_ptr + batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D, score, D, RAW
+            order_ptr + batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D, score, D, APART
         )
-=======
-        score = tl.where(score == score, tl.minimum(score, 3.4028234663852886e38), 0.0)
-        score = tl.where(channel_ok, score, -1.0)
-        order_ptr += batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D
-        # how many come before a channel is its place
-        SOME: tl.constexpr = min(32, next_power_of_2(D))
-        for begin in tl.static_range(0, next_power_of_2(D), SOME):
-            some = begin + tl.arange(0, SOME)
-            own = tl.gather(score, some, 0)
-            before = score[None, :] > own[:, None]
-            before |= (score[None, :] == own[:, None]) & (channel[None, :] < some[:, None])
-            place = tl.sum(before.to(tl.int32), 1) - APART
-            place = tl.where(place < 0, place + D, place)
-            tl.store(order_ptr + place, some.to(order_ptr.dtype.element_ty), mask=some < D)
->>>>>>> tier19
