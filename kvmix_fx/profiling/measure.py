@@ -26,6 +26,11 @@ SCALED = "fisher_scaled"
 """Name of `fisher` scaled by direct measurements, which reads the prompts once for every format."""
 
 
+DIRECT_PROMPTS = 4
+"""Prompts on which formats are put into all layers, and channels dropped. Gradients need more text than a
+divergence does, which is the same in every prompt but for a factor near 1 (docs/benchmarks/planner.md)."""
+
+
 @dataclass
 class Measured:
     """What came out, and what it took.
@@ -98,13 +103,14 @@ def measure(
             measured.unavailable[one.name] = str(why)
             continue
         (measured.prices if isinstance(result, Prices) else measured.scores)[one.name] = result  # type: ignore[index]
+    direct = calibration.spread(DIRECT_PROMPTS)
     if menu.dropping():
-        measured.drops = measure_drops(observer, calibration, menu, step)
+        measured.drops = measure_drops(observer, direct, menu, step)
     if SCALED in names:
         fisher = measured.prices[Fisher.name]
-        measured.prices[SCALED] = scale_prices(observer, calibration, fisher, step, measured.drops)
+        measured.prices[SCALED] = scale_prices(observer, direct, fisher, step, measured.drops)
         formats = len(menu.keys) + len(menu.values) - len(menu.dropping())
-        measured.forwards += len(calibration.lengths) * (1 + formats)
+        measured.forwards += len(direct.lengths) * (1 + formats)
         if Fisher.name not in names:
             del measured.prices[Fisher.name]
     if KL in names:

@@ -94,10 +94,10 @@ def test_the_bar_counts_what_was_said_beforehand(monkeypatch: pytest.MonkeyPatch
         counted.append((total, len(steps)))
 
     monkeypatch.setattr(run, "bar", bar)
-    ids = torch.randint(1, 128, (2, 160))
+    ids = torch.randint(1, 128, (5, 160))  # one more than are read for every format
     for signals in (("fisher",), ("fisher_scaled", "fisher"), ("kl",)):
         run.profile(model, ids, signals=signals)
-        expected = 2 * run.reads(signals, ModelGeometry.of(model))
+        expected = run.reads(signals, ModelGeometry.of(model), len(ids))
         assert counted.pop() == (expected, expected)
 
 
