@@ -35,7 +35,7 @@ PROVIDERS = {
     BASELINE: None,
     "kvmix:smollm2-135m/2.5": "plan=kvmix:smollm2-135m/2.5",
     "preset tiers": "preset=tiers",
-    "uniform K2V2 g128": "key_bits=2,group_size=128",
+    "uniform K2V2 g32": "key_bits=2",
 }
 """Model arguments; the last is a control, whose answers must differ."""
 
@@ -155,7 +155,7 @@ def main() -> None:
     bits: dict[str, float | None] = {
         BASELINE: None,
         "preset tiers": KVPlan.preset("tiers", model).bits_per_element(),
-        "uniform K2V2 g128": KVPlan.uniform(model, 2, group_size=128).bits_per_element(),
+        "uniform K2V2 g32": KVPlan.uniform(model, 2).bits_per_element(),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -33,7 +33,7 @@ def test_auto_profiles_plans_judges_and_keeps_the_profile(kvmix: Kvmix, tiny: Pa
     (told,) = plan.provenance["evaluation"]
     assert told["data"]["source"] == "other.txt" != plan.provenance["data"]["source"]
     assert f"cost {told['kl_mean']['value']:.4f} nats a token" in first.stdout
-    shown = kvmix("plan", "show", out).stdout
+    shown = " ".join(kvmix("plan", "show", out).stdout.split())
     assert f"cost: KL {told['kl_mean']['value']:.4f} ± " in shown
     assert "on 16 predictions of other.txt" in shown
 
