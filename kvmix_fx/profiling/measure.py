@@ -25,10 +25,11 @@ KL = "kl"
 SCALED = "fisher_scaled"
 """Name of `fisher` scaled by direct measurements, which reads the prompts once for every format."""
 
-
 DIRECT_PROMPTS = 4
-"""Prompts on which formats are put into all layers, and channels dropped. Gradients need more text than a
-divergence does, which is the same in every prompt but for a factor near 1 (docs/benchmarks/planner.md)."""
+"""Prompts on which formats are put into all layers, and channels dropped: most of the time goes there.
+
+SmolLM2, 8 prompts of 512 tokens: by the prices of all 8, plans from these 4 lose 0.1 % more than the best at
+2.5 bits, 2 % at 3.0, 0.6 % at 2.2. Plans that drop no channels lose 3, 0.7 and 36 % more."""
 
 
 @dataclass
