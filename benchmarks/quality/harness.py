@@ -5,7 +5,7 @@ of four pieces of 24 tokens goes on after 384 tokens; the wrong ones are from ot
 pieces of 640 tokens take, in perplexity of a word. Each provider is one call of the harness's own command
 line. Documents are few, so read the share of answers that are those of 16 bits before the accuracy.
 
-    python -m benchmarks.quality.harness        # after `make lm-eval`; one core: 15 minutes
+    python -m benchmarks.quality.harness        # after `make lm-eval`; 20 minutes of a busy core
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ DIRECT_PROMPTS = 4
 """Prompts on which formats are put into all layers, and channels dropped: most of the time goes there.
 
 SmolLM2, 8 prompts of 512 tokens: by the prices of all 8, plans from these 4 lose 0.1 % more than the best at
-2.5 bits, 2 % at 3.0, 0.6 % at 2.2. Plans that drop no channels lose 3, 0.7 and 36 % more."""
+2.5 bits, 2 % at 3.0, 0.6 % at 2.2. Plans that drop no channels lose 3, 0.7 and 36 % more. On 6 pieces of
+other text, nats a token, of 8 prompts, of 4, without drops: .0133, .0136, .0155 at 2.5 bits; .0075, .0079,
+.0075 at 3.0."""
 
 
 @dataclass
