@@ -104,3 +104,8 @@ def test_raw_tokens_are_shared_out_where_programs_are_few():
     ]
     # sink, window, a tile not yet full and the step's own: 261 tokens
     assert [plan.splits - plan.bulk_splits for plan in plans] == [9, 5, 3]
+
+
+def test_a_long_window_takes_no_more_programs_than_there_are():
+    assert launch_plan.shares_of_rest(4357, 64, 1056) == 35
+    assert launch_plan.shares_of_rest(4357, 8, 1056) == 88

@@ -29,8 +29,8 @@ MERGED_AT_ONCE = 32 * 128
 """Numbers of partial outputs that the registers of the warp hold which merges a row."""
 SHARED_BESIDE = 2048
 """Bytes of shared memory that a program has beside tokens."""
-REST_SHARE = 128
-"""Tokens outside the bulk that one program should not fall below where there are programs enough."""
+REST_SHARE, LEAST_REST_SHARE = 128, 32
+"""Tokens outside the bulk that one program takes: no more, if it can be, and fewer where there are programs enough."""
 
 
 class Step(NamedTuple):
@@ -163,7 +163,7 @@ def attend_plan(
         outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
     rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
     if bulk:
-        rest_splits = -(-outside // rest_share(heads, config.programs))
+        rest_splits = shares_of_rest(outside, heads, config.programs)
     else:
         rest_splits = max(1, min(-(-outside // REST_SHARE), config.programs // heads))
     splits = bulk_splits + rest_splits
@@ -217,15 +217,14 @@ def merge_chunk(splits: int, channels: int) -> int:
     return min(next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // channels))
 
 
-def rest_share(heads: int, programs: int) -> int:
-    """Tokens outside the bulk of one program.
+def shares_of_rest(outside: int, heads: int, programs: int) -> int:
+    """Programs for a head's tokens outside the bulk, of `programs` that the launch should have.
 
-    They are read after the bulk, or beside it where a GPU has room: a program that reads many of them one step
-    after another is what a launch of few programs waits for.
+    They run after those of the bulk, or beside them where a GPU has room. One that reads many tokens, one step
+    after another, is what a launch of few programs waits for.
     """
-    if 16 * heads <= programs:
-        return REST_SHARE // 4
-    return REST_SHARE // 2 if 8 * heads <= programs else REST_SHARE
+    room = 2 * programs // (3 * heads)
+    return max(-(-outside // REST_SHARE), min(-(-outside // LEAST_REST_SHARE), room))
 
 
 def _bulk_groups(k: TensorFormat, v: TensorFormat, length: int, group: int) -> int:

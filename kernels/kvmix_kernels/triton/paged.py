@@ -38,7 +38,7 @@ from kvmix_kernels.triton.launch_plan import (
     form_plan,
     merge_chunk,
     next_power_of_2,
-    rest_share,
+    shares_of_rest,
 )
 from kvmix_kernels.triton.storage import APPEND_ELEMENTS, APPEND_WARPS, _cut, _packing
 
@@ -91,8 +91,8 @@ def decode_plan(
         bulk_splits = max(1, min(most, 4 * max(gpu.multiprocessors, 132) // programs))
     bulk_splits = max(1, min(bulk_splits, most))
     room = -(-(-(-most // bulk_splits) * (page // group)) // plan.part) * plan.part
-    share = rest_share(plan.column_blocks * step.heads, 8 * max(gpu.multiprocessors, 132))
-    splits = bulk_splits + -(-(sink + ring + 1) // share)
+    programs = 8 * max(gpu.multiprocessors, 132)
+    splits = bulk_splits + shares_of_rest(sink + ring + 1, plan.column_blocks * step.heads, programs)
     return plan._replace(
         keys=k_form, values=v_form, bulk_splits=bulk_splits, splits=splits, room=room,
         scratch=room + (step.D if plan.bulk and k_form.TURNED == ORDERED else 0),
