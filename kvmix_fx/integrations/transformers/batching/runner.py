@@ -29,7 +29,7 @@ def can_record(cache: PackedCache) -> bool:
     if slow:
         warnings.warn(
             f"pages of layers {slow} are read without kernels, many times slower: these take half and "
-            "single precision, pages that are multiples of 16 tokens, and values without an order of channels",
+            "single precision, pages of multiples of 16 tokens, and values without an order of channels",
             stacklevel=2,
         )
     return not slow and bool(cache.max_blocks_per_request)
