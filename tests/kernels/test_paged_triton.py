@@ -146,6 +146,42 @@ def test_what_a_graph_would_run_again_follows_the_numbers_alone():
     assert found[1:].eq(0).all()
 
 
+def side_by_side(q, k, v, begin_q, begin_k, most_q, most_k, _dropout, causal, _debug, scale):
+    """What flash attention makes of sequences of any lengths, and the log-sum-exps [heads, tokens]."""
+    assert causal
+    outs, lses = [], []
+    for a, b, c, d in zip(begin_q, begin_q[1:], begin_k, begin_k[1:], strict=False):
+        assert b - a <= most_q
+        assert d - c <= most_k
+        queries, keys, values = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        keys, values = (x.repeat_interleave(3, 0) for x in (keys, values))
+        scores = scale * queries @ keys.mT
+        later = torch.ones_like(scores[0], dtype=torch.bool).triu(d - c - (b - a) + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+        outs.append((scores.softmax(2) @ values).transpose(0, 1))
+        lses.append(scores.logsumexp(2))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+@pytest.mark.parametrize("counts", [(1, 30), (30, 1)])
+def test_prompts_and_decoding_in_one_step(monkeypatch, counts):
+    torch.manual_seed(2)
+    both = Both("3 and raw")
+    step, tables, (_q, k, v) = both.step((65, 20))
+    both.keep(step, tables, k, v)
+    step, tables, tokens = both.step(counts)
+    step.tables = tables
+    monkeypatch.setattr(attend, "_flash_takes", lambda *_: True)
+    monkeypatch.setattr(attend, "_flash_on_cuda_varlen", side_by_side)
+    sink = torch.randn(3 * HEADS)
+    wanted = reference.attend(both.plain, 0, step, *tokens, 0.3, 0.0, sink)
+    moved = [x.to(DEVICE) for x in (*tokens, sink)]
+    found = attend._attend_on_device(paged, both.pool, 0, step, *moved[:3], 0.3, 0.0, moved[3]).cpu()
+    torch.testing.assert_close(found[:31], wanted[:31], **TOLERANCE)
+    # a token of padding
+    assert found[31:].eq(0).all()
+
+
 READING = ("decode_kernel", "gather_kernel")
 CASES = (
     ("k4v2", 80, (*READING, "pack_pages_kernel", "keep_kernel", "combine_kernel")),
