@@ -384,6 +384,27 @@ def retrieval() -> str:
     return markdown(["cache", "bits", *(case.removeprefix("smollm2 ") for case in cases)], body)
 
 
+def harness() -> str:
+    """lm-evaluation-harness on local tasks: the harness's own cache against packed ones."""
+    metrics = ("accuracy", "same answer", "log-likelihood, mean difference", "word perplexity")
+    by: dict[str, dict[str, Row]] = {}
+    for row in load("quality"):
+        if " lm-eval " in row.case:
+            by.setdefault(row.provider, {})[row.metric] = row
+    body = []
+    for provider, found in by.items():
+        bits = next(iter(found.values())).effective_bits
+        forms = (".0f", ".0f", ".2f", ".2f")
+        figures = (
+            number(found[m].value if m in found else None, form)
+            for m, form in zip(metrics, forms, strict=True)
+        )
+        body.append([provider, number(bits, ".2f"), *figures])
+    return markdown(
+        ["cache", "bits", "right, %", "same answer, %", "nats apart", "perplexity of a word"], body
+    )
+
+
 def summary() -> str:
     """What a reader wants first: quality against bits, and bytes, of the packed cache on real text."""
     quality_case = "smollm2-135m prose 4x1024 prefill 32 float32"
@@ -450,6 +471,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiers": tiers,
     "shipped": shipped,
     "retrieval": retrieval,
+    "harness": harness,
     "memory": memory,
     "cpu": cpu,
     "decode": decode,

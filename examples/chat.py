@@ -43,7 +43,7 @@ def chat(model: Any, tokenizer: Any, said: Iterable[str], new_tokens: int) -> An
             ids = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **kvmix_fx.cache_argument(model, cache),
                 max_new_tokens=new_tokens,
                 streamer=streamer,
             )

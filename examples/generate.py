@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     print(tokenizer.decode(out.sequences[0], skip_special_tokens=True), "\n")
 
-    length, itemsize = out.past_key_values.get_seq_length(), model.dtype.itemsize
+    length, itemsize = kvmix_fx.returned_cache(out).get_seq_length(), model.dtype.itemsize
     for tokens in (length, 8192):
         print(f"{tokens} tokens take {plan.nbytes(1, tokens, itemsize=itemsize):,} bytes")
     print(f"{plan.bits_per_element():.2f} bits per element in long contexts, scales and offsets counted")

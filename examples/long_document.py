@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     document = tokenizer(options.document.read_text(), return_tensors="pt")["input_ids"].to(model.device)
     cache = kvmix_fx.KVMixCache(plan, model.config)
     with torch.inference_mode():
-        model(input_ids=document, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=document, **kvmix_fx.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     length, itemsize = document.shape[1], model.dtype.itemsize
     sizes = kvmix_fx.ModelGeometry.of(model)
     plain = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * length * itemsize
@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=copy.deepcopy(cache),  # the document's stays as it is
+                # a copy: the document's cache stays as it is
+                **kvmix_fx.cache_argument(model, copy.deepcopy(cache)),
                 max_new_tokens=options.new_tokens,
                 do_sample=False,
             )

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         cache = kvmix_fx.KVMixCache(plan, model.config)
         with torch.inference_mode():
-            model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=prompt, **kvmix_fx.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         torch.save(cache, options.cache)
         print(f"{options.cache}: {options.cache.stat().st_size:,} bytes for {prompt.shape[1]} tokens")
 
@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=copy.deepcopy(cache),  # branches do not see each other
+                # copies: branches do not see each other
+                **kvmix_fx.cache_argument(model, copy.deepcopy(cache)),
                 max_new_tokens=options.new_tokens,
                 do_sample=False,
             )

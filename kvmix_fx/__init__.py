@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvmix_fx import errors
     from kvmix_fx.api import compile, compiled, explain, restore
     from kvmix_fx.cache import QuantizedKVTensor
+    from kvmix_fx.contracts import cache_argument, returned_cache
     from kvmix_fx.evaluation import evaluate
     from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
     from kvmix_fx.integrations.transformers.batching import serve
@@ -24,6 +25,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedKVTensor",
     "WindowRule",
+    "cache_argument",
     "compile",
     "compiled",
     "errors",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "profile",
     "restore",
+    "returned_cache",
     "serve",
 ]
 
@@ -38,12 +41,14 @@ _HOMES = {
     "KVMixCache": "kvmix_fx.integrations.transformers",
     "KVMixStaticCache": "kvmix_fx.integrations.transformers",
     "QuantizedKVTensor": "kvmix_fx.cache",
+    "cache_argument": "kvmix_fx.contracts",
     "compile": "kvmix_fx.api",
     "compiled": "kvmix_fx.api",
     "evaluate": "kvmix_fx.evaluation",
     "explain": "kvmix_fx.api",
     "profile": "kvmix_fx.profiling",
     "restore": "kvmix_fx.api",
+    "returned_cache": "kvmix_fx.contracts",
     "serve": "kvmix_fx.integrations.transformers.batching",
 }
 

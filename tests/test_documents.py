@@ -55,7 +55,7 @@ def reader(monkeypatch, tmp_path):
 def test_the_first_lines_of_the_readme_pack_every_layer(reader):
     seen = list(run_blocks(ROOT / "README.md", {}))
     first = seen[0]["out"]
-    assert isinstance(first.past_key_values.layers[0].keys, QuantizedKVTensor)
+    assert isinstance(kvmix_fx.returned_cache(first).layers[0].keys, QuantizedKVTensor)
     assert first.sequences.shape[1] > 200
     report = kvmix_fx.compiled(seen[0]["model"]).report
     assert report.rewritten_layers() == list(range(documents.LAYERS))

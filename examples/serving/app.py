@@ -173,10 +173,11 @@ class Replica:
         end = self.model.generation_config.eos_token_id
         ends = set(end if isinstance(end, list) else [] if end is None else [end])
         device = self.model.device
+        cache = KVMixStaticCache(self.plan, self.model.config, self.settings.capacity)
         self.model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            past_key_values=KVMixStaticCache(self.plan, self.model.config, self.settings.capacity),
+            **kvmix_fx.cache_argument(self.model, cache),
             max_new_tokens=int(limits.max()),
             do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=pad,
             logits_processor=[Temperatures(requests)],

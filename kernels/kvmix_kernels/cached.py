@@ -18,6 +18,9 @@ ZERO_DTYPES = (*SCALE_DTYPES[:3], torch.int8)
 """Of the offsets beside them."""
 RESIDUAL = BUFFER_NAMES.index("residual")
 """Where every format has its raw tokens."""
+APART_DTYPES = {16: torch.bfloat16}
+"""Of the buffers of `layout.APART`."""
+_NONE_APART = (None,) * len(layout.APART)
 
 
 class Cached(NamedTuple):
@@ -89,16 +92,21 @@ class Cached(NamedTuple):
         return self.named("positions")
 
     @property
-    def exact(self) -> Tensor | None:
-        """Packed tokens' raw channels, bfloat16 [B, H, tiles * tile, raw]; None without such a tier."""
-        return self.tensors[5] if self.format.raw_channels else None
+    def apart(self) -> tuple[Tensor | None, ...]:
+        """Per tier of `layout.APART` what is packed of it, [B, H, tiles * tile, channels], or None."""
+        if len(self.tensors) == len(BUFFER_NAMES):
+            return _NONE_APART
+        counts = self.format.apart_counts
+        after = len(BUFFER_NAMES) + 1
+        buffers = iter(self.tensors[after:])
+        return tuple(next(buffers) if count else None for count in counts) if any(counts) else _NONE_APART
 
     @property
     def seen(self) -> Tensor | None:
         """Sums of the sizes of all queries so far, float64 [B, H, D]; None where no order needs them."""
         if self.format.order != layout.ORDER_TILE:
             return None
-        return self.tensors[6 if self.format.raw_channels else 5]
+        return self.named("seen")
 
     @property
     def per_token(self) -> tuple[Tensor, ...]:
@@ -159,8 +167,7 @@ def shapes(
     if fmt.order:
         small = torch.uint8 if layout.tile_order_itemsize(head_dim) == 1 else torch.int16
         found.append(((tiles, head_dim), small) if fmt.by_tile else ((head_dim,), torch.int32))
-        if fmt.raw_channels:
-            found.append(((tiles * fmt.tile, fmt.raw_channels), torch.bfloat16))
+        found += [((tiles * fmt.tile, tier.channels), APART_DTYPES[tier.bits]) for tier in fmt.apart]
         if fmt.order == layout.ORDER_TILE:
             found.append(((head_dim,), torch.float64))
     if fmt.high is not None:
@@ -175,8 +182,8 @@ def shapes(
 
 
 def as_packed(important: Tensor, fmt: TensorFormat) -> Tensor:
-    """Channels [..., D], the most important first, in the order in which tiers are packed: raw ones last."""
-    return important.roll(-fmt.raw_channels, -1) if fmt.raw_channels else important
+    """Channels [..., D], the most important first, in the order in which tiers are packed."""
+    return important.roll(-fmt.apart_channels, -1) if fmt.apart else important
 
 
 def allocate(

@@ -12,7 +12,8 @@ stored in the buffers that `TensorFormat.buffer_names` lists, in that order ever
     residual    model dtype  [B, Hkv, sink + ring, D]         raw tokens: sink, then recent window
     order       int32        [B, Hkv, D]                      channels as packed; with tiers alone
                 uint8        [B, Hkv, tiles, D]               of each tile; int16 for more than 256 channels
-    exact       bfloat16     [B, Hkv, tiles * tile, raw]      channels of 16 bits; with a tier of them alone
+    exact       bfloat16     [B, Hkv, tiles * tile, raw]      channels of 16 bits; buffers of APART are there
+                                                              with a tier of them alone
     seen        float64      [B, Hkv, D]                      sizes of all queries so far; ORDER_TILE alone
 
 and, with a high tier of Q slots (`HighTier`), in these behind them:
@@ -53,7 +54,8 @@ laid out as codes of so many bits. A digit lies in one plane, or, if its bits do
 With *tiers* the channels of keys are packed in an order, the most important first: packed channel j is
 channel order[j]. All but the dropped ones have a digit of 2 bits, the first of them a second one above it,
 so 4 bits. Dropped channels come behind them; they have no codes, and their offset is the mean of their
-group. *Raw* channels, the most important of all, are the last: scale and offset are 0, `exact` has them.
+group. Channels *apart*, the most important of all, are the last: scale and offset are 0, and each of their
+tiers has a buffer of its own (`APART`).
 
 Scales of one *byte* are float16 whose sign and last 7 bits are 0 (5 bits of exponent, 3 of mantissa). Their
 offsets are a signed byte in quarters of the scale: x = s * (code + z / 4). *Symmetric* formats store no
@@ -122,10 +124,13 @@ its keys alone.
 """
 ORDER_NONE, ORDER_PLAN, ORDER_PROMPT, ORDER_TILE, ORDER_TILE_KEYS = range(5)
 
-TIER_BITS = (4, 2, 0, 16)
+APART = {RAW_BITS: "exact"}
+"""Tiers whose channels have no codes, by their bits: the buffer that each has; the most important first."""
+TIER_BITS = (4, 2, 0, *APART)
+"""Tiers in the order in which their channels are packed."""
 TIER_CHANNELS = 8
 """Counts of channels of tiers are multiples of it: a word holds the 2-bit digits of as many."""
-NAMED_TIERS = (RAW_BITS, 4, 2, 0)
+NAMED_TIERS = (*APART, 4, 2, 0)
 """Tiers as people give them, the most important channels first."""
 
 WHOLE_HEAD = 0
@@ -278,8 +283,8 @@ class TensorFormat(NamedTuple):
         """The buffers of a tensor in this format, in the order in which ops take and return them."""
         names = BUFFER_NAMES
         if self.order != ORDER_NONE:
-            exact = ("exact",) if self.raw_channels else ()
-            names = (*names, "order", *exact, *(("seen",) if self.order == ORDER_TILE else ()))
+            apart = (APART[tier.bits] for tier in self.apart)
+            names = (*names, "order", *apart, *(("seen",) if self.order == ORDER_TILE else ()))
         if self.high is None:
             return names
         scores = SCORE_NAMES if self.high.scored else ()
@@ -293,7 +298,7 @@ class TensorFormat(NamedTuple):
     @property
     def sums_packed(self) -> bool:
         """Whether a weighted sum of packed tokens can be turned back at its end: all tiles are alike."""
-        return not (self.by_tile or self.raw_channels)
+        return not (self.by_tile or self.apart)
 
     @property
     def asks_queries(self) -> bool:
@@ -301,16 +306,26 @@ class TensorFormat(NamedTuple):
         return self.order in (ORDER_PROMPT, ORDER_TILE)
 
     @property
-    def raw_channels(self) -> int:
-        """Channels that a format with tiers keeps at 16 bits."""
-        return self.tiers[-1].channels if len(self.tiers) > 1 and self.tiers[-1].bits == RAW_BITS else 0
+    def apart(self) -> tuple[Tier, ...]:
+        """The tiers of APART that it has; their channels are the last ones."""
+        return _apart(self.tiers)[0]
+
+    @property
+    def apart_counts(self) -> tuple[int, ...]:
+        """Channels of each tier of APART, 0 where it has none."""
+        return _apart(self.tiers)[1]
+
+    @property
+    def apart_channels(self) -> int:
+        """Of all of them."""
+        return sum(tier.channels for tier in self.apart)
 
     def channels(self, head_dim: int) -> tuple[int, int]:
-        """Channels of the lowest digit (all but dropped and raw ones) and of those above it."""
+        """Channels of the lowest digit (all but dropped ones and those apart) and of those above it."""
         if len(self.tiers) == 1:
             return head_dim, head_dim
         counts = {tier.bits: tier.channels for tier in self.tiers}
-        return head_dim - counts.get(0, 0) - self.raw_channels, counts[4]
+        return head_dim - counts.get(0, 0) - self.apart_channels, counts[4]
 
     def encode(self) -> list[int]:
         """As ops take it, an `int[]`. `decode` is the inverse; nothing else knows the order.
@@ -361,6 +376,14 @@ class TensorFormat(NamedTuple):
     def packed_end(self, length: int) -> int:
         """Position of the first token after the packed ones (at least `sink`)."""
         return self.sink + self.packed_tiles(length) * self.tile
+
+
+@cache
+def _apart(tiers: tuple[Tier, ...]) -> tuple[tuple[Tier, ...], tuple[int, ...]]:
+    # kept, as every launch asks
+    found = {tier.bits: tier for tier in tiers if tier.bits in APART and len(tiers) > 1}
+    counts = tuple(found[bits].channels if bits in found else 0 for bits in APART)
+    return tuple(found.values()), counts
 
 
 @cache
@@ -796,7 +819,7 @@ def buffer_nbytes(fmt: TensorFormat, head_dim: int, tiles: int, slots: int, item
         return raw
     (rows, columns), (_, offsets) = scale_grid(fmt, head_dim, tiles), zero_grid(fmt, head_dim, tiles)
     codes = tiles * fmt.tile * row_words(fmt, head_dim) * 2
-    codes += tiles * fmt.tile * fmt.raw_channels * 2
+    codes += tiles * fmt.tile * sum(tier.bits * tier.channels for tier in fmt.apart) // 8
     order = head_dim * ORDER_ITEMSIZE if fmt.order else 0
     if fmt.by_tile:
         order = tiles * head_dim * tile_order_itemsize(head_dim)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 PACKED_STEP = 2.5
 """Steps of an unquantized cache that one of a packed cache takes as long as, on a CPU; less on GPUs."""
 
+SIGNALS = ("fisher_scaled",)
+"""What plans are made of; `kvmix profile` measures others besides, to compare with."""
+
 SENSITIVE = 3
 """Layers that are named."""
 
@@ -103,7 +106,7 @@ def auto(
 def _profile(network: Any, tokenizer: Any, kept: Path, data: str | None) -> Profile:
     """The profile in the file, of this very model, or a new one that is left there."""
     import kvmix_fx
-    from kvmix_fx.profiling import DEFAULT_SIGNALS, Profile
+    from kvmix_fx.profiling import Profile
     from kvmix_fx.profiling.calibration import LENGTH, PROMPTS
 
     if kept.exists():
@@ -113,8 +116,8 @@ def _profile(network: Any, tokenizer: Any, kept: Path, data: str | None) -> Prof
             note(f"--data is not read: {kept} has been measured on {found.data.get('source')}")
         note(f"taken from {kept}")
         return found
-    tell_time(network, DEFAULT_SIGNALS, PROMPTS, LENGTH)
-    found = kvmix_fx.profile(network, _text(data), tokenizer=tokenizer)
+    tell_time(network, SIGNALS, PROMPTS, LENGTH)
+    found = kvmix_fx.profile(network, _text(data), tokenizer=tokenizer, signals=SIGNALS)
     found.save(kept)
     note(f"kept in {kept}")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,9 @@ from kvmix_fx.plan.text import parse_bits
 
 LENGTHS = (1024, 4096, 16384, 65536)
 """Contexts that `estimate` shows unless told."""
+
+WIDTH = 80
+"""Characters of a line about where a plan came from."""
 
 _PANEL = "Plan"
 
@@ -283,8 +288,17 @@ def view(plan: KVPlan) -> str:
     if plan.base_model is not None:
         lines.append(f"made for {plan.base_model}")
     for name, value in plan.provenance.items():
-        lines.append((_judged(value) if name == "evaluation" else None) or f"{name}: {value}")
+        told = (_judged(value) if name == "evaluation" else None) or f"{name}: {_told(value)}"
+        for line in told.splitlines():
+            lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)
     return "\n".join(lines)
+
+
+def _told(value: Any) -> str:
+    """A value of a plan's provenance; of a table without the digests, which the file and --json have."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return ", ".join(f"{name} {entry}" for name, entry in value.items() if name != "sha256")
 
 
 def _judged(found: Any) -> str | None:

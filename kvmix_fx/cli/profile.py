@@ -131,9 +131,9 @@ def tell_time(network: Any, signals: Sequence[str], prompts: int, length: int) -
         # moved to the host, so that the device has finished
         network(input_ids=ids, use_cache=True).logits[:, -1].cpu()
     # the traced model is run layer by layer, its first reads with backwards
-    count = reads(signals, ModelGeometry.of(network)) + BACKWARDS
-    seconds = prompts * count * (time.perf_counter() - started)
-    note(f"reading up to {prompts} prompts of {length} tokens, {count} times: about {duration(seconds)}")
+    count = reads(signals, ModelGeometry.of(network), prompts)
+    seconds = (count + prompts * BACKWARDS) * (time.perf_counter() - started)
+    note(f"up to {prompts} prompts of {length} tokens, {count} reads: about {duration(seconds)}")
 
 
 def check_target(path: Path, force: bool) -> None:

@@ -9,6 +9,7 @@ them, by one launch for all layers.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
@@ -32,17 +33,21 @@ def defer_appends(gm: fx.GraphModule, counters: bool) -> Deferred:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     flat: list[Any] = list(output.args[0])
     count = len(flat)
+    added: dict[int, list[int]] = {}
+    for node in _counters(graph, inputs) if counters else ():
+        counter, number = cast("tuple[fx.Node, int]", node.args)
+        added.setdefault(number, []).append(inputs[counter])
+        graph.erase_node(node)
+        # where the step's first token is stored is what the counter says until the end
+        for position in [n for n in graph.nodes if _is_first_position(n, counter)]:
+            position.replace_all_uses_with(counter)
+    graph.eliminate_dead_code(lambda node: node.target not in (torch.arange, operator.add, operator.getitem))
     appends: list[tuple[Any, tuple[Any, ...]]] = []
     for node in [n for n in graph.nodes if n.target in (ops.append_, append_tiers_)]:
         arguments = tuple(_placed(argument, inputs, flat, count) for argument in node.args)
         appends.append((node.target, arguments))
         graph.erase_node(node)
     output.args = (tuple(flat),)
-    added: dict[int, list[int]] = {}
-    for node in _counters(graph, inputs) if counters else ():
-        counter, number = node.args
-        added.setdefault(cast("int", number), []).append(inputs[cast("fx.Node", counter)])
-        graph.erase_node(node)
     graph.lint()
     gm.recompile()
     return Deferred(appends, count, added)
@@ -67,6 +72,25 @@ def _counters(graph: fx.Graph, inputs: dict[fx.Node, int]) -> list[fx.Node]:
         and not node.kwargs
         and readers[storage(node.args[0])] is node
     ]
+
+
+def _is_first_position(node: Any, counter: fx.Node) -> bool:
+    """Whether a node is `(arange(n) + counter)[0]`, as a number of the counter's kind."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return False
+    positions = node.args[0]
+    if not isinstance(positions, fx.Node) or positions.target is not operator.add or positions.kwargs:
+        return False
+    steps = [x for x in positions.args if x is not counter]
+    if len(steps) != 1 or not isinstance(steps[0], fx.Node):
+        return False
+    start, found = example(counter), example(positions)
+    return (
+        steps[0].target is torch.arange
+        and len(steps[0].args) == 1
+        and set(steps[0].kwargs) <= {"device", "dtype"}
+        and (start.dim(), start.dtype, start.device) == (0, found.dtype, found.device)
+    )
 
 
 def _placed(argument: Any, inputs: dict[fx.Node, int], flat: list[Any], count: int) -> Any:

@@ -6,7 +6,7 @@ drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verif
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, fx
 from kvmix_fx import dynamo
 from kvmix_fx.cache.orders import key_order
 from kvmix_fx.dynamo import example
-from kvmix_fx.errors import HeadSizeError, PlanLayerError
+from kvmix_fx.errors import HeadSizeError, PlanGeometryError, PlanLayerError
+from kvmix_fx.parallel import process_group_size
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
@@ -93,6 +94,8 @@ def run(
     matched = match(copied.graph)
     sites = matched.sites
     assign_layers(copied.graph, sites, matched.missed, len(plan.layers))
+    if not own_buffers:
+        _check_heads(sites, plan)
     for site in sites:
         if not own_buffers:
             site.buffers = None
@@ -140,6 +143,23 @@ def _layer_plan(site: Site, plan: KVPlan) -> LayerPlan | None:
         return plan.layers[site.layer] if site.layer < len(plan.layers) else None
     # where all layers are alike it does not matter which one this is
     return plan.layers[0] if all(layer == plan.layers[0] for layer in plan.layers) else None
+
+
+def _check_heads(sites: Sequence[Site], plan: KVPlan) -> None:
+    """Refuse a plan that was made for other heads; `kvmix_fx.compile` gives plans its model's sizes."""
+    for site in sites:
+        if plan.geometry is None or site.action != ADOPT or site.stored or site.layer is None:
+            continue
+        if site.layer >= plan.geometry.num_layers:
+            continue
+        sizes, (_, heads, _, head_dim) = plan.geometry.layer(site.layer), example(site.key_root).shape
+        ranks, rest = divmod(sizes.num_kv_heads, heads)
+        if head_dim != sizes.head_dim or rest or not 1 <= ranks <= process_group_size():
+            raise PlanGeometryError(
+                f"the plan is for {sizes.num_kv_heads} KV heads of {sizes.head_dim}, layer {site.layer} of "
+                f"this model has {heads} of {head_dim}: make it from this model, or hand in "
+                "plan.for_model(model)"
+            )
 
 
 def _formats(site: Site, plan: KVPlan, wide: Collection[Ranged] = ()) -> tuple[TensorFormat, TensorFormat]:

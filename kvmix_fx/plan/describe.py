@@ -10,11 +10,11 @@ _HEADER = ("layers", "bits", "keys", "values", "window", "sink", "tile")
 
 
 def describe(plan: KVPlan) -> str:
-    """One line on the whole plan, then one row for all layers planned alike."""
-    alike: dict[LayerPlan, list[int]] = {}
+    """One line on the whole plan, then one row for layers planned alike, whatever their channels' orders."""
+    alike: dict[tuple[str, ...], list[int]] = {}
     for index, layer in enumerate(plan.layers):
-        alike.setdefault(layer, []).append(index)
-    rows = [_HEADER, *((join_layers(indices), *_cells(layer)) for layer, indices in alike.items())]
+        alike.setdefault(_cells(layer), []).append(index)
+    rows = [_HEADER, *((join_layers(indices), *cells) for cells, indices in alike.items())]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     table = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

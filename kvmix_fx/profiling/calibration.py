@@ -51,6 +51,12 @@ class Calibration:
         """Tokens that count, of all prompts."""
         return sum(self.lengths)
 
+    def spread(self, count: int) -> Calibration:
+        """At most `count` of these prompts, evenly spread."""
+        whole = len(self.lengths)
+        places = [n * whole // count for n in range(count)] if count < whole else list(range(whole))
+        return Calibration(self.ids[places], tuple(self.lengths[n] for n in places), self.source)
+
     def first(self, count: int) -> Calibration:
         """The first prompts of these."""
         return Calibration(self.ids[:count], self.lengths[:count], self.source)

@@ -25,6 +25,14 @@ KL = "kl"
 SCALED = "fisher_scaled"
 """Name of `fisher` scaled by direct measurements, which reads the prompts once for every format."""
 
+DIRECT_PROMPTS = 4
+"""Prompts on which formats are put into all layers, and channels dropped: most of the time goes there.
+
+SmolLM2, 8 prompts of 512 tokens: by the prices of all 8, plans from these 4 lose 0.1 % more than the best at
+2.5 bits, 2 % at 3.0, 0.6 % at 2.2. Plans that drop no channels lose 3, 0.7 and 36 % more. On 6 pieces of
+other text, nats a token, of 8 prompts, of 4, without drops: .0133, .0136, .0155 at 2.5 bits; .0075, .0079,
+.0075 at 3.0."""
+
 
 @dataclass
 class Measured:
@@ -98,13 +106,14 @@ def measure(
             measured.unavailable[one.name] = str(why)
             continue
         (measured.prices if isinstance(result, Prices) else measured.scores)[one.name] = result  # type: ignore[index]
+    direct = calibration.spread(DIRECT_PROMPTS)
     if menu.dropping():
-        measured.drops = measure_drops(observer, calibration, menu, step)
+        measured.drops = measure_drops(observer, direct, menu, step)
     if SCALED in names:
         fisher = measured.prices[Fisher.name]
-        measured.prices[SCALED] = scale_prices(observer, calibration, fisher, step, measured.drops)
+        measured.prices[SCALED] = scale_prices(observer, direct, fisher, step, measured.drops)
         formats = len(menu.keys) + len(menu.values) - len(menu.dropping())
-        measured.forwards += len(calibration.lengths) * (1 + formats)
+        measured.forwards += len(direct.lengths) * (1 + formats)
         if Fisher.name not in names:
             del measured.prices[Fisher.name]
     if KL in names:

@@ -13,7 +13,7 @@ from kvmix_fx.plan import ModelGeometry
 from kvmix_fx.plan.prices import Menu
 from kvmix_fx.plan.schema import DEFAULT_SINK
 from kvmix_fx.profiling.calibration import check_vocabulary, is_text, load_calibration, tokenizer_of
-from kvmix_fx.profiling.measure import KL, SCALED, check_signals, measure
+from kvmix_fx.profiling.measure import DIRECT_PROMPTS, KL, SCALED, check_signals, measure
 from kvmix_fx.profiling.observe import Observer, observing
 from kvmix_fx.profiling.orders import encoded
 from kvmix_fx.profiling.report import ModelIdentity, Profile
@@ -62,7 +62,8 @@ def profile(
             and format.
         menu: formats to price; None for `Menu.default`. Where it has tiers of channels, their order is
             measured first; where it drops some, the divergence that this costs, layer by layer.
-        prompts: pieces of text, at most (8).
+        prompts: pieces of text, at most (8). Gradients are of all of them; what is measured by putting
+            formats into the model, but for "kl", is of 4, evenly spread.
         length: tokens of each (512).
         window: recent tokens that plans will keep raw; errors of nearer tokens do not count.
         sink_length: first tokens that plans will keep raw, likewise.
@@ -102,7 +103,7 @@ def profile(
         menu = Menu.default(geometry) if menu is None else menu
         for spec in (*menu.keys, *menu.values):
             check_head_size(spec.format(spec.tokens_per_group), geometry.head_dim)
-        total = len(calibration.lengths) * _reads(names, menu, len(observer.layers))
+        total = _reads(names, menu, len(observer.layers), len(calibration.lengths))
         with bar("profiling", total, progress and observer.ranks.rank == 0) as step:
             measured = measure(observer, calibration, names, menu, seed=seed, step=step)
     settings: dict[str, Any] = {
@@ -125,16 +126,17 @@ def profile(
     )
 
 
-def reads(signals: Sequence[str], geometry: ModelGeometry) -> int:
-    """How often every prompt is read for these signals with the usual menu; what the bar counts."""
-    return _reads(signals, Menu.default(geometry), geometry.num_layers)
+def reads(signals: Sequence[str], geometry: ModelGeometry, prompts: int) -> int:
+    """How many times a prompt is read for these signals with the usual menu; what the bar counts."""
+    return _reads(signals, Menu.default(geometry), geometry.num_layers, prompts)
 
 
-def _reads(signals: Sequence[str], menu: Menu, layers: int) -> int:
+def _reads(signals: Sequence[str], menu: Menu, layers: int, prompts: int) -> int:
     formats, dropping = len(menu.keys) + len(menu.values), len(menu.dropping())
-    reads = int(set(signals) != {KL}) + any(spec.tiers for spec in menu.keys)
-    reads += (1 + layers * dropping) * (dropping > 0)
-    return reads + (1 + formats - dropping) * (SCALED in signals) + (1 + layers * formats) * (KL in signals)
+    every = int(set(signals) != {KL}) + any(spec.tiers for spec in menu.keys)
+    every += (1 + layers * formats) * (KL in signals)
+    direct = (1 + layers * dropping) * (dropping > 0) + (1 + formats - dropping) * (SCALED in signals)
+    return prompts * every + min(prompts, DIRECT_PROMPTS) * direct
 
 
 def _version() -> str:

@@ -18,6 +18,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.contracts import given_cache, returned_cache
 from kvmix_fx.errors import (
     GraphBreakWarning,
+    KVMixError,
     NarrowScalesError,
     NarrowScalesWarning,
     NoSiteError,
@@ -55,6 +56,10 @@ class Call:
 
     def failed(self) -> None:
         """What to do after something was raised in the middle of it."""
+
+    def explained(self) -> KVMixError | None:
+        """Why it could not succeed, where that can be told once it has failed; None where not."""
+        return None
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """Before the call is done again: give the scales of these empty tensors single precision.
@@ -164,8 +169,12 @@ class CompiledStep:
         call = self._prepare(args, kwargs)
         try:
             result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
-        except BaseException:
+        except BaseException as error:
             call.failed()
+            known = isinstance(error, KVMixError) or not isinstance(error, Exception)
+            reason = None if known else call.explained()
+            if reason is not None:
+                raise reason from error
             raise
         call.finish()
         return result

@@ -44,7 +44,7 @@ def formats(
     """Formats legal for heads of `head_dim` channels, with windows and sinks of odd lengths.
 
     `plain`: without tiers, rotation, symmetric codes, narrowed ranges and scales of a byte. `keys`: whether
-    with what kernels take of keys alone: orders of tiles, and raw channels.
+    with what kernels take of keys alone: orders of tiles, and channels apart.
     """
 
     @st.composite
@@ -83,19 +83,19 @@ def extras(
         return st.fixed_dictionaries({"rotation": st.just(True), "symmetric": st.booleans(), "span": span})
     if not tiers:
         return st.fixed_dictionaries({"span": span})
-    counts = st.sampled_from([t for t in tier_counts(head_dim) if keys or t[0][0] != layout.RAW_BITS])
+    counts = st.sampled_from([t for t in tier_counts(head_dim) if keys or t[0][0] not in layout.APART])
     order = st.sampled_from(("prompt", *(("tile", "tile_keys") if keys else ())))
     return st.fixed_dictionaries({"bits": st.just(4), "tiers": counts, "order": order, "span": span})
 
 
 def tier_counts(head_dim: int) -> list[tuple[tuple[int, int], ...]]:
-    """Tiers for a head: a quarter or half of it at 4 bits, with and without dropped and raw channels."""
+    """Tiers for a head: a quarter or half of it at 4 bits, with or without dropped ones and ones apart."""
     found: list[tuple[tuple[int, int], ...]] = []
     for high in {8, head_dim // 4 // 8 * 8, head_dim // 2 // 8 * 8} - {0}:
         found.append(((4, high), (2, head_dim - high)))
         if head_dim - high > 8:
             found += [((4, high), (2, head_dim - high - 8), (0, 8)), ((4, high), (0, head_dim - high))]
-            found.append(((16, 8), (4, high), (2, head_dim - high - 8)))
+            found += [((bits, 8), (4, high), (2, head_dim - high - 8)) for bits in layout.APART]
     return found
 
 

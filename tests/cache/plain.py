@@ -114,8 +114,7 @@ def rounded(x: Tensor, valid: Tensor | None, fmt: TensorFormat, order: Tensor | 
     one.zero_point.copy_(zero_point)
     if order is not None and one.order is not None:
         one.order.copy_(order)
-        if one.exact is not None:
-            one.exact.copy_(quantize.in_order(x, order)[..., D - fmt.raw_channels :])
+        quantize.keep_apart(one, quantize.in_order(x, order), 0, x.shape[2])
     return storage.read(one, 0, L, L).float()
 
 

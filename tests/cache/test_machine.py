@@ -270,7 +270,7 @@ class Machine(RuleBasedStateMachine):
     def leave_at_the_front(self, which, tiles, room):
         pair = self.pair(which)
         fmt = pair.tokens[0].fmt
-        known = all(t.format.order in (0, 1, 2) and not t.format.raw_channels for t in pair.both)
+        known = all(t.format.order in (0, 1, 2) and not t.format.apart for t in pair.both)
         raw = all(tokens.fmt.is_raw for tokens in pair.tokens)
         have = len(pair) // fmt.tile if raw else fmt.packed_tiles(len(pair))
         if pair.keys.is_fixed or fmt.sink or not known:

@@ -68,7 +68,7 @@ def test_profile_tells_the_time_beforehand_and_fits_80_columns(
     out = tmp_path / "profile.safetensors"
     outcome = kvmix("profile", tiny, "--out", out, "--data", text, "--length", 160, "--device", "cpu")
     assert outcome.code == 0, outcome.stderr
-    assert re.search(r"up to 8 prompts of 160 tokens, \d+ times: about \d+ (seconds|minutes)", outcome.stderr)
+    assert re.search(r"up to 8 prompts of 160 tokens, \d+ reads: about \d+ (seconds|minutes)", outcome.stderr)
     table = [line for line in outcome.stdout.splitlines() if line.startswith(("┃", "│"))]
     assert len(table) == 3
     assert all(len(line) <= 80 and "…" not in line for line in table)
@@ -94,10 +94,10 @@ def test_the_bar_counts_what_was_said_beforehand(monkeypatch: pytest.MonkeyPatch
         counted.append((total, len(steps)))
 
     monkeypatch.setattr(run, "bar", bar)
-    ids = torch.randint(1, 128, (2, 160))
+    ids = torch.randint(1, 128, (5, 160))  # one more than are read for every format
     for signals in (("fisher",), ("fisher_scaled", "fisher"), ("kl",)):
         run.profile(model, ids, signals=signals)
-        expected = 2 * run.reads(signals, ModelGeometry.of(model))
+        expected = run.reads(signals, ModelGeometry.of(model), len(ids))
         assert counted.pop() == (expected, expected)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
+from torch import nn
 
 import kvmix_fx
 from kvmix_fx import errors
@@ -49,6 +52,33 @@ def test_groups_that_do_not_fit_the_head(model):
     with pytest.raises(errors.HeadSizeError, match=r"layer 0.*use one of \[16\] or the whole head"):
         kvmix_fx.compile(model, plan)
     assert torch.equal(model.generate(tokens(), max_new_tokens=1)[:, :70], tokens())
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_cache_of_another_number_of_heads(ready, fixed):
+    """Such as one that was saved by a rank of several."""
+    plan = kvmix_fx.compiled(ready).plan
+    other = kvmix_fx.compile(tiny_llama(num_hidden_layers=1, num_key_value_heads=4), plan, inner="eager")
+    cache = KVMixStaticCache(plan, other.config, 80) if fixed else KVMixCache(plan, other.config)
+    forward(other, tokens(), cache)
+    with pytest.raises(errors.CacheShapeError, match="holds 4 KV heads, the model has 2 in this process"):
+        forward(ready, tokens(length=1), cache)
+
+
+def test_a_backend_refuses_a_plan_for_other_heads(one_layer):
+    plan = kvmix_fx.KVPlan.uniform(kvmix_fx.ModelGeometry(1, 8, 32), 2)
+    one_layer.compile(backend="kvmix", options={"plan": plan, "inner": "eager"})
+    with pytest.raises(Exception, match="for 8 KV heads of 32, layer 0 of this model has 2 of 32: make it"):
+        forward(one_layer, tokens())
+
+
+def test_weights_that_were_offloaded_after_compiling(ready):
+    """The hook is a stand-in for accelerate's, which lets a model say that it is on no device."""
+    cache = kvmix_fx.returned_cache(forward(ready, tokens()))
+    ready._hf_hook = types.SimpleNamespace(offload=True)
+    parameters = {name: nn.Parameter(p.to("meta"), False) for name, p in ready.named_parameters()}
+    with pytest.raises(errors.PlacementError, match="offloaded and fetched in every step"):
+        torch.func.functional_call(ready, parameters, (tokens(length=1),), {"past_key_values": cache})
 
 
 def test_a_plan_is_needed(model):

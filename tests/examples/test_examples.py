@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
 from tests import documents
 
@@ -84,7 +85,7 @@ def test_the_tour_runs_from_its_first_cell_to_its_last(monkeypatch, capsys):
     for number, source in enumerate(code, 1):
         exec(compile(source, f"tour.ipynb, code cell {number}", "exec"), names)
     assert all(result.kl_mean.value > 0 for result in names["found"].values())
-    assert isinstance(names["out"].past_key_values.layers[0].keys, QuantizedKVTensor)
+    assert isinstance(kvmix_fx.returned_cache(names["out"]).layers[0].keys, QuantizedKVTensor)
     # what readers see was made by these very cells, in this order
     counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
     assert counts == list(range(1, len(code) + 1))

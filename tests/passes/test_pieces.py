@@ -53,6 +53,18 @@ def test_layers_that_are_alike_are_one_form(cache: str | None, subtests: pytest.
     assert not torch.allclose(found[True], logits(control, ids, cache), atol=1e-3)
 
 
+def test_where_a_token_is_stored_is_read_off_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch of its own in every layer."""
+    parts: list[Any] = []
+    monkeypatch.setattr(backend, "_compile", lambda gm, *_: parts.append(gm) or gm.forward)
+    model = tiny_llama(num_hidden_layers=4)
+    kvmix_fx.compile(model, KVPlan.uniform(model, 4, 2), inner="inductor", options={"pieces": True})
+    logits(model, torch.ones(2, 100, dtype=torch.int64), "static")
+    repeated = parts[2]
+    assert any(node.target is ops.attend for node in repeated.graph.nodes)
+    assert not any(node.target is torch.arange for node in repeated.graph.nodes)
+
+
 @pytest.mark.usefixtures("not_compiled")
 def test_layers_of_other_formats_are_other_forms(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

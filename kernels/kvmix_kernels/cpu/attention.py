@@ -127,7 +127,7 @@ def attend_lse(
 def _say_reference(too_wide: bool) -> None:
     why = f"heads of more than {native.MAX_HEAD_DIM} channels" if too_wide else "no C kernel that takes them"
     warnings.warn(
-        f"keys with orders of tiles or raw channels take the slow reference here: {why}. An order from the "
+        f"keys with orders of tiles or channels apart take the slow reference here: {why}. An order from the "
         "plan or the prompt is faster",
         stacklevel=3,
     )

@@ -33,7 +33,7 @@ from kvmix_kernels import layout
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import KernelMemoryError
 from kvmix_kernels.folders import cache_folder
-from kvmix_kernels.layout import AXIS_CHANNEL, BYTE_SCALES, TIER_BITS, TIER_CHANNELS, TensorFormat
+from kvmix_kernels.layout import APART, AXIS_CHANNEL, BYTE_SCALES, TIER_BITS, TIER_CHANNELS, TensorFormat
 from kvmix_kernels.reference.storage import runs
 
 SOURCE = Path(__file__).with_name("attend.c")
@@ -58,9 +58,9 @@ _CODES = {torch.int16: 4}
 _BYTES = {torch.uint8: 5}
 _QUARTERS = {torch.int8: 6}
 _ORDERS = {**_CODES, **_BYTES, torch.int32: 7}
-_EXACT = {torch.bfloat16: 1}
+_APART = {torch.bfloat16: 1}
 _CALL = struct.Struct("=13q2d7q")
-_TENSORS = struct.Struct("=35q")
+_TENSORS = struct.Struct(f"={5 * (6 + len(APART))}q")
 _NO_MEMORY = 1
 
 Kernel = Callable[[bytes], int]
@@ -155,7 +155,8 @@ def _describe_cache(
     if placed is None:
         return None
     fmt = cached.format
-    codes = step = zero_point = order = exact = _NONE
+    codes = step = zero_point = order = _NONE
+    apart = [_NONE] * len(APART)
     if placed.rows:
         scales, offsets = (_BYTES, _QUARTERS) if fmt.scale_dtype == BYTE_SCALES else (_FLOATS, _FLOATS)
         codes = _describe(cached.qdata, (B, H, placed.rows, placed.words), _CODES)
@@ -175,16 +176,20 @@ def _describe_cache(
             if found is None:
                 return None
             order = found
-        if cached.exact is not None:
-            found = _describe(cached.exact, (B, H, placed.rows, fmt.raw_channels), _EXACT)
-            if found is None:
-                return None
-            exact = found
+        for i, (count, part) in enumerate(zip(fmt.apart_counts, cached.apart, strict=True)):
+            if part is not None:
+                found = _describe(part, (B, H, placed.rows, count), _APART)
+                if found is None:
+                    return None
+                apart[i] = found
     residual = _describe(cached.residual, (B, H, placed.slots, D), _FLOATS)
     fresh = _NONE if new is None else _describe(new, shape, _FLOATS)
     if residual is None or fresh is None:
         return None
-    return _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order, *exact) + placed.rest
+    return (
+        _TENSORS.pack(*codes, *step, *zero_point, *residual, *fresh, *order, *itertools.chain(*apart))
+        + placed.rest
+    )
 
 
 class _Placed(NamedTuple):
@@ -241,7 +246,7 @@ def _place(fmt: TensorFormat, length: int, new: int, head_dim: int) -> _Placed |
         return None
     orders = tiles if fmt.by_tile else 1
     numbers = [head_dim, int(fmt.axis == AXIS_CHANNEL), group]
-    numbers += [fmt.tile if fmt.by_tile else 0, orders, fmt.raw_channels, rotated, center, block]
+    numbers += [fmt.tile if fmt.by_tile else 0, orders, *fmt.apart_counts, rotated, center, block]
     numbers += [count, *digits, len(parts)]
     for part in parts:
         numbers += part

@@ -37,8 +37,8 @@ def quantize(
         order: for tiers, which channel each packed one is, [B, H, D] or of each tile [B, H, n, D].
 
     Returns:
-        codes int16 [B, H, n * tile, D] (with tiers in their order, without dropped and raw channels); scale
-        [B, H, *layout.scale_grid] and zero_point [B, H, *layout.zero_grid].
+        codes int16 [B, H, n * tile, D] (with tiers in their order, without dropped channels and those apart);
+        scale [B, H, *layout.scale_grid] and zero_point [B, H, *layout.zero_grid].
     """
     B, H, L, D = x.shape
     dtype = compute_dtype(x)
@@ -72,7 +72,7 @@ def quantize(
     step = high / top - low / top
     if len(fmt.tiers) > 1:
         kept = fmt.channels(D)[0]
-        usable[..., D - fmt.raw_channels :] = False  # they have no mean either
+        usable[..., D - fmt.apart_channels :] = False  # they have no mean either
         # summed in float64, whose order does not show
         finite = grouped[..., kept:].masked_fill(~usable[..., kept:], 0).double()
         counted = usable[..., kept:].sum(dim, keepdim=True).clamp(min=1)
@@ -246,6 +246,23 @@ def split_planes(rows: Tensor, words: tuple[int, ...], block: int) -> list[Tenso
     return [p.unflatten(-1, (block, -1)).flatten(-3, -2) for p in parts]
 
 
+def apart(cached: Cached) -> list[tuple[slice, Tensor]]:
+    """Which packed channels have a buffer of their own, and that buffer."""
+    found: list[tuple[slice, Tensor]] = []
+    begin = cached.head_dim - cached.format.apart_channels
+    for count, buffer in zip(cached.format.apart_counts, cached.apart, strict=True):
+        if buffer is not None:
+            found.append((slice(begin, begin + count), buffer))
+        begin += count
+    return found
+
+
+def keep_apart(cached: Cached, tokens: Tensor, first: int, last: int) -> None:
+    """Store what is apart of packed rows first..last-1, tokens [B, H, last - first, D] in their order."""
+    for channels, buffer in apart(cached):
+        buffer[:, :, first:last] = tokens[..., channels]
+
+
 def dequantize(cached: Cached, first: int, last: int) -> Tensor:
     """Packed rows first..last-1 as numbers, [B, H, last - first, D] in the compute dtype.
 
@@ -281,9 +298,8 @@ def dequantize(cached: Cached, first: int, last: int) -> Tensor:
         offset = load_zero(step, zero_point[:, :, first:last], fmt)
         codes = codes.view(B, H, count, head_dim // group, group)
         tokens = torch.addcmul(offset.unsqueeze(4), codes, step.unsqueeze(4)).view(B, H, count, head_dim)
-    if cached.exact is not None:
-        raw = fmt.raw_channels
-        tokens[..., head_dim - raw :] = cached.exact[:, :, first:last].to(dtype)
+    for channels, buffer in apart(cached):
+        tokens[..., channels] = buffer[:, :, first:last].to(dtype)
     if fmt.by_tile:
         assert cached.order is not None
         tiles = torch.arange(first, last, device=tokens.device) // fmt.tile

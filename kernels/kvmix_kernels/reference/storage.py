@@ -138,9 +138,6 @@ def _flush(
         order[:, :, old:new] = q.order_of_tiles(tokens, seen, totals, fmt)
         order = order[:, :, old:new]
     codes, scale, zero_point = q.quantize(tokens, seen, fmt, order)
-    if cached.exact is not None and order is not None:
-        raw = q.in_order(tokens, order)[..., x.shape[3] - fmt.raw_channels :]
-        cached.exact[:, :, old * fmt.tile : new * fmt.tile] = raw
     cached.qdata[:, :, old * fmt.tile : new * fmt.tile] = q.pack(
         codes, fmt.code, layout.plane_block(fmt), fmt.channels(x.shape[3])[1]
     )
@@ -148,6 +145,8 @@ def _flush(
     groups = slice(old * per_tile, new * per_tile)
     cached.scale[:, :, groups] = scale
     cached.zero_point[:, :, groups] = zero_point
+    if fmt.apart and order is not None:
+        q.keep_apart(cached, q.in_order(tokens, order), old * fmt.tile, new * fmt.tile)
 
 
 def _tokens(cached: Cached, x: Tensor, length: int, first: int, last: int) -> Tensor:

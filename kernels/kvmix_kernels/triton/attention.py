@@ -100,7 +100,7 @@ def attend(
                 sums[..., 1] = 1
         return out.zero_()
     if not v.format.sums_packed:
-        warnings.warn("values with orders of tiles or raw channels take the slow reference", stacklevel=2)
+        warnings.warn("values with orders of tiles or channels apart take the slow reference", stacklevel=2)
         live = length if start is None else int(start)
         given = (query, new_keys, new_values, k, v, mask, live, scale, softcap, sink_logits)
         if sums is None:

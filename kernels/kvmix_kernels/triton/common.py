@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvmix_kernels.cached import RESIDUAL, Cached
 from kvmix_kernels.errors import CacheShapeError
+from kvmix_kernels.layout import APART
 from kvmix_kernels.triton.kernels import fields
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -51,23 +52,28 @@ def check_grids(cached: Cached) -> None:
         )
 
 
+_NONE = (0, 0) * (1 + len(APART))
+
+
 def strides(cached: Cached) -> tuple[int, ...]:
     """Of batch and head, as `fields.stored` takes them; scales and offsets have the same."""
-    order = (0, 0) if cached.order is None else cached.order.stride()[:2]
-    exact = (0, 0) if cached.exact is None else cached.exact.stride()[:2]
-    return (
-        *cached.qdata.stride()[:2],
-        *cached.scale.stride()[:2],
-        *cached.residual.stride()[:2],
-        *order,
-        *exact,
-    )
+    qdata, scale, _, residual = cached.tensors[: RESIDUAL + 1]
+    found = (*qdata.stride()[:2], *scale.stride()[:2], *residual.stride()[:2])
+    # what a launch costs its host is felt where steps are not recorded; most formats have no more
+    if len(cached.tensors) == RESIDUAL + 1:
+        return found + _NONE
+    for part in (cached.order, *cached.apart):
+        found += (0, 0) if part is None else part.stride()[:2]
+    return found
 
 
 def buffers(cached: Cached) -> tuple[Tensor, ...]:
-    """The buffers as `fields.stored` takes them: in place of an order or raw channels that are not there, others."""
-    more = (part if part is not None else cached.residual for part in (cached.order, cached.exact))
-    return (*cached.tensors[: RESIDUAL + 1], *more)
+    """The buffers as `fields.stored` takes them: in place of an order or of tiers that are not there, others."""
+    first = cached.tensors[: RESIDUAL + 1]
+    if len(cached.tensors) == RESIDUAL + 1:
+        return first + (cached.residual,) * (len(_NONE) // 2)
+    more = (cached.residual if part is None else part for part in (cached.order, *cached.apart))
+    return (*first, *more)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -113,7 +113,7 @@ def form_plan(fmt: TensorFormat, head_dim: int) -> Form:
     turned = ROTATED if fmt.rotation else TILED if fmt.by_tile else ORDERED if fmt.order else 0
     return Form(
         fmt.code, fmt.axis, group, head_dim, layout.plane_block(fmt), padded, *fmt.channels(head_dim),
-        bool(fmt.symmetric), turned, fmt.raw_channels,
+        bool(fmt.symmetric), turned, fmt.apart_channels, *fmt.apart_counts,
     )  # fmt: skip
 
 

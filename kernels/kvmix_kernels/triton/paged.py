@@ -55,7 +55,7 @@ def takes(layout: PageLayout, layer: int) -> bool:
     one = layout.layers[layer]
     keys, values = one.keys.format, one.values.format
     fits = step_tokens(keys, layout.tokens) >= 16 and step_tokens(values, layout.tokens) >= 16
-    return fits and not (values.order or values.raw_channels)
+    return fits and not (values.order or values.apart_channels)
 
 
 def step_tokens(fmt: TensorFormat, tokens: int) -> int:

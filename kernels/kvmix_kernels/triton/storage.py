@@ -196,7 +196,7 @@ def _order_tiles(
                 *((0, 0) if seen is None else seen.stride()[:2]), 0 if totals is None else totals.stride(1),
                 *valid_arguments, H, group, L, length, fmt.sink, fmt.window, fmt.ring, most,
                 ON_DEVICE=start is not None, VALID=kind, BY_QUERIES=seen is not None, ALONE=alone,
-                TILE=fmt.tile, D=D, RAW=fmt.raw_channels, TOKENS=min(tokens, next_power_of_2(fmt.tile)),
+                TILE=fmt.tile, D=D, APART=fmt.apart_channels, TOKENS=min(tokens, next_power_of_2(fmt.tile)),
                 num_warps=8,
             )  # fmt: skip
 

@@ -95,8 +95,9 @@ def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtyp
             cache.zero_point.random_(-12, -4)
     if cache.order is not None:
         cache.order.copy_(torch.rand(cache.order.shape, device="cuda").argsort(-1))
-    if cache.exact is not None:
-        cache.exact.normal_()
+    for part in cache.apart:
+        if part is not None:
+            part.normal_()
     cache.residual.normal_()
     return cache
 

@@ -43,6 +43,7 @@ from kvmix_fx.errors import (
     CacheMutationError,
     CacheShapeError,
     CapacityError,
+    KVMixError,
     ModelInputError,
     PlanMismatchError,
 )
@@ -58,7 +59,7 @@ from kvmix_fx.integrations.transformers.layers import (
     PromptFirstStaticLayer,
     fixed_layers,
 )
-from kvmix_fx.parallel import kv_heads_here
+from kvmix_fx.parallel import check_placement, kv_heads_here
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import Call, Lane
@@ -123,6 +124,10 @@ class TokensCall(Call):
         """Take back what layers of fixed capacity have counted; growing ones have not changed."""
         for layer in self.fixed:
             layer.take_back(self.n)
+
+    def explained(self) -> KVMixError | None:
+        """A cache of another number of KV heads: of another model, or of another number of ranks."""
+        return None if self.own_cache is None else self._model.other_heads(self.own_cache)
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
@@ -189,6 +194,24 @@ class TransformersCalls:
                 # one name, one graph; the model would rename it as well
                 named[self._cache_name] = named.pop(name)
         return args[len(names) :], named
+
+    def other_heads(self, cache: Cache) -> CacheShapeError | None:
+        """What to say of a packed cache that has another number of KV heads than this model; None if none."""
+        geometry = self.plan.geometry
+        if geometry is None:
+            return None
+        for index, layer in enumerate(_layers(cache)):
+            keys = getattr(layer, "keys", None)
+            if not isinstance(keys, QuantizedKVTensor) or index >= geometry.num_layers:
+                continue
+            here = kv_heads_here(self.model, geometry.layer(index).num_kv_heads)
+            if keys.shape[1] != here:
+                return CacheShapeError(
+                    f"layer {index} of the cache holds {keys.shape[1]} KV heads, the model has {here} in "
+                    "this process: a cache goes on in the model that filled it, on as many ranks. Load it "
+                    "there, or read the tokens again into a new cache"
+                )
+        return None
 
     def _find_tokens(self, call: TokensCall) -> bool:
         """Whether the call has tokens, as ids or embeddings; of an encoder-decoder, those of the decoder."""
@@ -395,6 +418,7 @@ class TransformersCalls:
                 theirs = (tensor.shape[0], tensor.dtype, tensor.device)
                 if mine != theirs and (mine[::2] != theirs[::2] or self._has_one_dtype()):
                     # else tracing sees what dtype the model really computes, and checks it
+                    check_placement(self.model)  # weights that were offloaded after compile() say a device
                     raise CacheShapeError(
                         f"the model gets (batch, dtype, device) {mine}, the cache holds {theirs}: continue "
                         "with the batch the cache was filled with, or start a new cache"

@@ -403,7 +403,7 @@ def _add_exact(
     channel = tl.arange(0, max(16, next_power_of_2(X.RAW)))
     channel_ok = channel < X.RAW
     ok = column_ok[None, :] & channel_ok[:, None]
-    q = _in_tile(query_ptr, order_ptr, X.D - X.RAW, channel, ok, X)
+    q = _in_tile(query_ptr, order_ptr, X.D - X.APART, channel, ok, X)
     exact = tl.load(
         exact_ptr + row[:, None] * X.RAW + channel[None, :], mask=channel_ok[None, :], other=0.0
     ).to(tl.float32)

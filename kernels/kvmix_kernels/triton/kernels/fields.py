@@ -573,7 +573,7 @@ def packed_values(x, position, channel, packed, sink, X: tl.constexpr):
     value = code.to(tl.float32) * step + offset
     if X.RAW > 0:
         # so far they are 0
-        raw = channel - (X.D - X.RAW)
+        raw = channel - (X.D - X.APART)
         value += tl.load(x.exact + row * X.RAW + raw, mask=packed & (raw >= 0), other=0.0).to(tl.float32)
     return value
 

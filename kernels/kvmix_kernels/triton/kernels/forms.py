@@ -21,7 +21,8 @@ class Form(NamedTuple):
     that share a scale; BLOCK: tokens whose planes lie together; DP: D padded to a power of two; KEPT, HIGH:
     channels of the lowest digit and of those above; SYMMETRIC: whether there are no offsets; TURNED: ROTATED if
     packed tokens are rotated, ORDERED if their channels are in an order, TILED if they are in one of every tile;
-    RAW: the last channels, which are kept in 16 bits.
+    APART: the last channels, which are in buffers of their own; then, in the order of `layout.APART`, how many are
+    in each: RAW: in 16 bits.
     """
 
     BITS: Any
@@ -34,7 +35,8 @@ class Form(NamedTuple):
     HIGH: Any
     SYMMETRIC: Any
     TURNED: Any
-    RAW: Any
+    APART: Any = 0
+    RAW: Any = 0
 
 
 class Packing(NamedTuple):

@@ -100,7 +100,7 @@ def _pack_one(
                     own - fresh_from.to(tl.int64) * new_sb, new_sb, tail_ptr, seen_ptr, 1, 0.0, fresh_from, first,
                     ring, 0, T, TOKENS, VALID,
                 ).to(tl.float32)  # fmt: skip
-                _store_order(x.order + part * X.D, score, X.D, X.RAW)
+                _store_order(x.order + part * X.D, score, X.D, X.APART)
             else:
                 in_tile = part % (parts // (PAGE // tile))
                 tile_index += part // (parts // (PAGE // tile))

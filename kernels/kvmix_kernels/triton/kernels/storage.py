@@ -458,7 +458,7 @@ def _copy_exact(
     X: tl.constexpr = P.X
     raw = tl.arange(0, next_power_of_2(X.RAW))
     raw_ok = raw < X.RAW
-    place = tl.load(order_ptr + (X.D - X.RAW) + raw, mask=raw_ok, other=0).to(tl.int32)
+    place = tl.load(order_ptr + (X.D - X.APART) + raw, mask=raw_ok, other=0).to(tl.int32)
     for start in range(0, X.GROUP, P.TOKENS):
         at = tl.minimum(start + tl.arange(0, P.TOKENS), X.GROUP - 1)
         x = _load_tokens(
@@ -605,7 +605,7 @@ def _flush(
                 mean = total / tl.maximum(counted, 1).to(tl.float64)
                 mean = tl.gather(mean.to(tl.float32), place, 0)
                 step = tl.where(channel < X.KEPT, step, 0.0)
-                low = tl.where(channel < X.KEPT, low, tl.where(channel < D - X.RAW, mean, 0.0))
+                low = tl.where(channel < X.KEPT, low, tl.where(channel < D - X.APART, mean, 0.0))
         else:
             low, high = _narrowed(low, high, P.MARGIN)
             step = _steps(low, high, BITS)
@@ -870,7 +870,7 @@ def ranges_kernel(
     VALID: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """`reference.quantize.ranges`. Grid: groups of tokens, fastest, x heads x batch."""
-    X: tl.constexpr = Form(TIERED, 0, GROUP, D, 1, DP, D, D, False, ORDERED, 0)
+    X: tl.constexpr = Form(TIERED, 0, GROUP, D, 1, DP, D, D, False, ORDERED)
     pid = tl.program_id(0).to(tl.int64)
     first = (pid % groups) * GROUP
     batch = pid // groups // heads
@@ -993,7 +993,7 @@ def order_kernel(
     keys_sb, keys_sh, keys_sl, query_sb, query_sh, query_sl, residual_sb, residual_sh, order_sb, order_sh,
     seen_sb, seen_sh, totals_sh, valid_sb, valid_ss, hidden_below, heads, group, count, length, sink, window, ring, most,
     ON_DEVICE: tl.constexpr, VALID: tl.constexpr, BY_QUERIES: tl.constexpr, ALONE: tl.constexpr, TILE: tl.constexpr,
-    D: tl.constexpr, RAW: tl.constexpr, TOKENS: tl.constexpr,
+    D: tl.constexpr, APART: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """`reference.quantize.order_of_tiles` of the tiles that are due.
 
@@ -1005,7 +1005,7 @@ def order_kernel(
     owner = pid // most
     batch = (owner // heads).to(tl.int64)
     head = (owner % heads).to(tl.int64)
-    X: tl.constexpr = Form(TIERED, 0, TILE, D, 1, next_power_of_2(D), D, D, False, 0, 0)
+    X: tl.constexpr = Form(TIERED, 0, TILE, D, 1, next_power_of_2(D), D, D, False, 0)
     live = length
     fits = True
     if ON_DEVICE:
@@ -1049,5 +1049,5 @@ def order_kernel(
                 X, TOKENS, VALID,
             ).to(tl.float32)  # fmt: skip
         _store_order(
-            order_ptr + batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D, score, D, RAW
+            order_ptr + batch * order_sb + head * order_sh + tile_index.to(tl.int64) * D, score, D, APART
         )
