@@ -242,7 +242,11 @@ def check(memory: int, new: int = 100) -> bool:
         say(f"check: {bits} bits, {'alone' if alone else 'side by side'}, {given}: {manager.counts}")
         return found
 
-    graphs = {"use_cuda_graph": (False, True)} if device == "cuda" else {}
+    graphs: dict[str, Any] = {}
+    if device == "cuda":
+        from kvmix_kernels.triton import paged  # noqa: F401  # whatever keeps it from being imported is said
+
+        graphs = {"use_cuda_graph": (False, True)}
     side = answers(8, False, **graphs)
     eager = answers(8, True, use_cuda_graph=False)
     reports = {"side by side against alone": apart(side, eager)}
@@ -413,7 +417,11 @@ def measure(
             time.sleep(0.01)
         cache = manager.batch_processor.cache
         size = cache.cache_tensor.numel()
-        say(f"{provider}: cache {size / GIB:.2f} GiB, {cache.num_blocks} blocks of {cache.bytes_per_sector}")
+        graphs = manager.batch_processor.cb_config.use_cuda_graph
+        if provider not in ENGINE and not provider.endswith(PLAIN) and torch.cuda.is_available():
+            # without kernels a measurement would be of something else
+            assert graphs == (False, True), graphs
+        say(f"{provider}: cache {size / GIB:.2f} GiB, {cache.num_blocks} blocks, graphs {graphs}")
         begun = time.perf_counter()
         drawn = random.Random(9)
         warm = [

@@ -43,6 +43,10 @@ LAYERS = {
         D,
     ),
 }
+# likewise, with channels kept in 16 bits
+APART = LAYERS[3]._replace(
+    key=layout.make_format(4, "channel", 32, 32, 0, 0, tiers=((16, 8), (4, 8), (2, 16)), order="plan")
+)
 ORDER = torch.stack([torch.arange(D), torch.arange(D).flip(0)]).int()
 
 
@@ -129,6 +133,19 @@ def test_steps_of_any_lengths_attend_as_the_reference_and_store_what_a_packed_te
                 found = reference.stored(both.pool, layer, request, role)
                 wanted = expected(tokens[role], layer, role, both.laid, request.raw_from)
                 torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_channels_of_a_plans_order_are_those_kept_in_16_bits():
+    laid = page_layout({3: APART}, torch.float32)
+    pool = PagePool(laid, torch.zeros(4 * laid.tail_nbytes, dtype=torch.uint8), {3: ORDER})
+    keys, values = torch.randn(32, HEADS, D), torch.randn(32, HEADS, D)
+    page = laid.blocks_per_tail
+    attend.store(pool, 3, Step(laid, [Request(0, 32, 0, 0, [page], 0, -1)], "cpu"), keys, values)
+    found = reference.stored(pool, 3, Request(0, 1, 32, 32, [page], 0, -1), 0)
+    error = (found - keys.transpose(0, 1)).abs().amax(1).gather(1, ORDER.long())
+    assert error[:, :8].max() < 0.02
+    assert error[:, 16:].min() > 0.1
+    assert error.max() < 2
 
 
 def test_caps_and_learned_sinks_count_in_both_ways_of_attending():

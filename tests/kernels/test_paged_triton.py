@@ -37,18 +37,22 @@ FORMATS = {
         layout.make_format(8, "token", 16, 32, SINK, 0, "bfloat16"),
     ),
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORDER = torch.stack([torch.arange(D).flip(0), torch.arange(D).roll(5)]).int()
 
 
 class Both:
-    """Two sequences in two pools: one written by the kernels, one by what they have to equal."""
+    """Two sequences in two pools: `pool` is written by the kernels, `plain` by what they have to equal."""
 
     def __init__(self, name: str) -> None:
         self.laid = page_layout({0: LayerShape(*FORMATS[name], HEADS, D, D)}, torch.float32, 64)
         size = 8 * self.laid.tail_nbytes
-        self.pools = [
-            PagePool(self.laid, torch.full((size,), 255, dtype=torch.uint8), {0: ORDER}) for _ in range(2)
-        ]
+        self.plain, self.pool = (
+            PagePool(
+                self.laid, torch.full((size,), 255, dtype=torch.uint8, device=place), {0: ORDER.to(place)}
+            )
+            for place in ("cpu", DEVICE)
+        )
         # tails first, then sinks, then pages that are not side by side
         first = 2 * self.laid.blocks_per_tail
         self.sinks = [first, first + 1]
@@ -66,15 +70,16 @@ class Both:
         step = Step(self.laid, requests, "cpu")
         room, longest = room_for(step)
         spare = Room(room[0] + (max(counts) == 1), room[1] + 3, room[2] + 5)
-        tables = Tables(step, spare, longest + 1, torch.full((spare.numbers,), -1, dtype=torch.int32))
+        numbers = torch.full((spare.numbers,), -1, dtype=torch.int32, device=DEVICE)
+        tables = Tables(step, spare, longest + 1, numbers)
         tokens = [torch.randn(first + 1, n, D) for n in (3 * HEADS, HEADS, HEADS)]
         return step, tables, tokens
 
     def keep(self, step: Step, tables: Tables, keys: Tensor, values: Tensor) -> None:
         """Store a step in both; every byte has to be the same."""
-        attend.store(self.pools[0], 0, step, keys, values)
-        paged.store(self.pools[1], 0, tables, keys, values)
-        assert torch.equal(self.pools[0].storage, self.pools[1].storage)
+        attend.store(self.plain, 0, step, keys, values)
+        paged.store(self.pool, 0, tables, keys.to(DEVICE), values.to(DEVICE))
+        assert torch.equal(self.plain.storage, self.pool.storage.cpu())
         for request in step.requests:
             self.past[request.tail] += request.count
 
@@ -88,30 +93,30 @@ def test_steps_by_kernels_are_those_of_the_reference(name):
     torch.manual_seed(0)
     both = Both(name)
     # one fills a page and more, the other ends a token before its page does
-    for number, counts in enumerate(((130, 3), (1, 60), (1, 1))):
+    for number, counts in enumerate(((66, 3), (1, 60), (1, 1))):
         step, tables, (q, k, v) = both.step(counts)
         cap, sink = ((0.0, None), (2.0, torch.randn(3 * HEADS)))[number % 2]
         if tables.singles:
-            given = (both.pools[0], 0)
-            wanted = reference.attend(*given, step, q, k, v, 0.3, cap, sink)
-            found = paged.attend_singles(*given, tables, q, k, v, 0.3, cap, sink)
+            wanted = reference.attend(both.plain, 0, step, q, k, v, 0.3, cap, sink)
+            moved = [None if x is None else x.to(DEVICE) for x in (q, k, v, sink)]
+            found = paged.attend_singles(both.pool, 0, tables, *moved[:3], 0.3, cap, moved[3]).cpu()
             rows = len([request for request in step.requests if request.count == 1])
-            places = tables.single_tokens[:rows]
+            places = tables.single_tokens[:rows].cpu()
             torch.testing.assert_close(found[:rows], wanted[places], **TOLERANCE)
             # a row without a sequence
             assert found[rows:].eq(0).all()
         if tables.runs:
-            keys = paged.gather(both.pools[0], 0, tables, k, v)
+            keys = paged.gather(both.pool, 0, tables, k.to(DEVICE), v.to(DEVICE))
             for role, (found, new) in enumerate(zip(keys, (k, v), strict=True)):
                 wanted = [
                     part
                     for run in tables.runs
                     for part in (
-                        reference.stored(both.pools[0], 0, run, role).transpose(0, 1),
+                        reference.stored(both.plain, 0, run, role).transpose(0, 1),
                         new[run.first : run.first + run.count],
                     )
                 ]
-                torch.testing.assert_close(found, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(found.cpu(), torch.cat(wanted), atol=1e-5, rtol=1e-5)
         both.keep(step, tables, k, v)
 
 
@@ -125,11 +130,56 @@ def test_what_a_graph_would_run_again_follows_the_numbers_alone():
     other = Step(both.laid, [step.requests[0]._replace(first=1, pages=step.requests[0].pages)], "cpu")
     room = Room(tables.rows, tables.due_room, len(tables.pages))
     again = Tables(other, room, tables.longest, torch.zeros_like(tables.numbers))
-    tables.numbers.copy_(again.numbers)
-    found = paged.attend_singles(both.pools[0], 0, tables, q, k, v, 0.3)
-    wanted = reference.attend(both.pools[0], 0, other, q, k, v, 0.3)
-    torch.testing.assert_close(found[0], wanted[1], **TOLERANCE)
+    moved = [x.to(DEVICE) for x in (q, k, v)]
+    if DEVICE == "cuda":
+        paged.attend_singles(both.pool, 0, tables, *moved, 0.3)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = paged.attend_singles(both.pool, 0, tables, *moved, 0.3)
+        tables.numbers.copy_(again.numbers)
+        graph.replay()
+    else:
+        tables.numbers.copy_(again.numbers)
+        found = paged.attend_singles(both.pool, 0, tables, *moved, 0.3)
+    wanted = reference.attend(both.plain, 0, other, q, k, v, 0.3)
+    torch.testing.assert_close(found[0].cpu(), wanted[1], **TOLERANCE)
     assert found[1:].eq(0).all()
+
+
+def side_by_side(q, k, v, begin_q, begin_k, most_q, most_k, _dropout, causal, _debug, scale):
+    """What flash attention makes of sequences of any lengths, and the log-sum-exps [heads, tokens]."""
+    assert causal
+    outs, lses = [], []
+    for a, b, c, d in zip(begin_q, begin_q[1:], begin_k, begin_k[1:], strict=False):
+        assert b - a <= most_q
+        assert d - c <= most_k
+        queries, keys, values = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        keys, values = (x.repeat_interleave(3, 0) for x in (keys, values))
+        scores = scale * queries @ keys.mT
+        later = torch.ones_like(scores[0], dtype=torch.bool).triu(d - c - (b - a) + 1)
+        scores = scores.masked_fill(later, -torch.inf)
+        outs.append((scores.softmax(2) @ values).transpose(0, 1))
+        lses.append(scores.logsumexp(2))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+@pytest.mark.parametrize("counts", [(1, 30), (30, 1)])
+def test_prompts_and_decoding_in_one_step(monkeypatch, counts):
+    torch.manual_seed(2)
+    both = Both("3 and raw")
+    step, tables, (_q, k, v) = both.step((65, 20))
+    both.keep(step, tables, k, v)
+    step, tables, tokens = both.step(counts)
+    step.tables = tables
+    monkeypatch.setattr(attend, "_flash_takes", lambda *_: True)
+    monkeypatch.setattr(attend, "_flash_on_cuda_varlen", side_by_side)
+    sink = torch.randn(3 * HEADS)
+    wanted = reference.attend(both.plain, 0, step, *tokens, 0.3, 0.0, sink)
+    moved = [x.to(DEVICE) for x in (*tokens, sink)]
+    found = attend._attend_on_device(paged, both.pool, 0, step, *moved[:3], 0.3, 0.0, moved[3]).cpu()
+    torch.testing.assert_close(found[:31], wanted[:31], **TOLERANCE)
+    # a token of padding
+    assert found[31:].eq(0).all()
 
 
 READING = ("decode_kernel", "gather_kernel")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels import layout
-from kvmix_kernels.cached import Cached, shapes
+from kvmix_kernels.cached import Cached, as_packed, shapes
 from kvmix_kernels.errors import FormatError
 from kvmix_kernels.layout import ORDER_PLAN, TensorFormat
 
@@ -237,6 +237,12 @@ class PagePool:
         """Look at `storage` as blocks of `layout`."""
         self.layout, self.storage = layout, storage
         self.orders = dict(orders or {})
+        # as tiers lie: those that are apart come last
+        self._placed = {
+            number: as_packed(order, layout.layers[number].keys.format)
+            for number, order in self.orders.items()
+            if number in layout.layers
+        }
         count = storage.numel() // layout.nbytes
         self.blocks = storage[: count * layout.nbytes].view(count, layout.nbytes)
         tails = count // layout.blocks_per_tail
@@ -288,7 +294,7 @@ class PagePool:
             tensors = []
             for part in side.parts:
                 if part is None:
-                    order = self.orders[number]
+                    order = self._placed[number]
                     tensors.append(order.expand(count, *order.shape))
                 else:
                     moved = part._replace(offset=part.offset - before)

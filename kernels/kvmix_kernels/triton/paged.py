@@ -293,6 +293,7 @@ def store(pool: PagePool, layer: int, tables: Tables, new_keys: Tensor, new_valu
 
 
 def _alike(new: Tensor, stored: Tensor) -> Tensor:
-    """New tokens [tokens, H, D] in the dtype of stored ones, with channels side by side."""
+    """New tokens [tokens, H, D] in the dtype of stored ones; each begins at a multiple of 16 bytes, if D is one."""
     new = new.to(stored.dtype)
-    return new if new.stride(2) == 1 else new.contiguous()
+    loose = any(n % 8 for n in (new.storage_offset(), *new.stride()[:2])) and new.shape[2] % 8 == 0
+    return new.contiguous() if loose or new.stride(2) != 1 else new

@@ -141,7 +141,11 @@ def _raw_at(index, firsts, begin, past, ring, tail_ptr, sinks_ptr, new_ptr, D: t
     """Pointers of raw tokens by their number: sinks, then those in the tail, then the step's own."""
     position = begin + index - firsts
     at = tl.where(position < past, tail_ptr + position % ring * D, new_ptr)
-    return tl.where(index < firsts, sinks_ptr + index * D, at)
+    at = tl.where(index < firsts, sinks_ptr + index * D, at)
+    if D % 8 == 0:
+        # not seen through the choice: all three begin at multiples of 16 bytes
+        at = tl.multiple_of(at, 16)
+    return at
 
 
 @triton.jit

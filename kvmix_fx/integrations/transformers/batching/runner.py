@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,10 +19,20 @@ LEAST_PAGES = 32
 
 
 def can_record(cache: PackedCache) -> bool:
-    """Whether steps that decode can be CUDA graphs: all they do is told by tables on the device."""
-    if cache.device.type != "cuda" or not cache.max_blocks_per_request:
+    """Whether steps that decode can be CUDA graphs: all they do is told by tables on the device.
+
+    Warns of layers on a GPU that no kernel takes, as their steps are slow.
+    """
+    if cache.device.type != "cuda":
         return False
-    return all(kernels_take(cache.packed.pages, layer, cache.dtype) for layer in cache.packed.layer_indices)
+    slow = [n for n in cache.packed.layer_indices if not kernels_take(cache.packed.pages, n, cache.dtype)]
+    if slow:
+        warnings.warn(
+            f"pages of layers {slow} are read without kernels, many times slower: these take half and "
+            "single precision, pages of multiples of 16 tokens, and values without an order of channels",
+            stacklevel=2,
+        )
+    return not slow and bool(cache.max_blocks_per_request)
 
 
 class PackedRunner(ModelRunner):
