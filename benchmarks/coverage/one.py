@@ -33,7 +33,7 @@ def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any
         plain = _generate(model, settings)
     except Exception as error:
         return {"outcome": NOT_RUN, "why": _told(error)}
-    if len(plain.logits) < 2 or not all(bool(x.isfinite().all()) for x in plain.logits):
+    if len(plain.logits or ()) < 2 or not all(bool(x.isfinite().all()) for x in plain.logits):
         return {"outcome": NOT_RUN, "why": "the plain model computes no finite logits of several steps"}
     growing = [layer for layer in _layers(plain) if _grows(layer)]
     if not growing:
