@@ -69,11 +69,12 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
 def graph_break_errors() -> tuple[type[Exception], ...]:
     """What tracing raises where a function cannot be one graph and has to be.
 
-    The second is said to be a fault of Dynamo itself; numbers that depend on data raise it, too.
+    The second is said to be a fault of Dynamo itself, the third one of the user: both are raised for numbers
+    that depend on data.
     """
-    from torch._dynamo.exc import InternalTorchDynamoError, Unsupported
+    from torch._dynamo.exc import InternalTorchDynamoError, Unsupported, UserError
 
-    return Unsupported, InternalTorchDynamoError
+    return Unsupported, InternalTorchDynamoError, UserError
 
 
 def break_place(error: Exception) -> str:
