@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -69,11 +69,12 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
 def graph_break_errors() -> tuple[type[Exception], ...]:
     """What tracing raises where a function cannot be one graph and has to be.
 
-    The second is said to be a fault of Dynamo itself; numbers that depend on data raise it, too.
+    The second is said to be a fault of Dynamo itself, the third one of the user: both are raised for numbers
+    that depend on data.
     """
-    from torch._dynamo.exc import InternalTorchDynamoError, Unsupported
+    from torch._dynamo.exc import InternalTorchDynamoError, Unsupported, UserError
 
-    return Unsupported, InternalTorchDynamoError
+    return Unsupported, InternalTorchDynamoError, UserError
 
 
 def break_place(error: Exception) -> str:
@@ -249,17 +250,18 @@ def example_inputs(gm: fx.GraphModule) -> list[Any]:
     return [example(node) for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-def fill_examples(gm: fx.GraphModule) -> None:
-    """Give nodes that were added to a graph of Dynamo's an example, as the others have."""
+def fill_examples(gm: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) -> None:
+    """Give nodes that were added to a graph of Dynamo's, or these, an example, as the others have."""
     # not the mode that is current: backends are called under another one
     with _fake_mode(gm) or contextlib.nullcontext():
-        for node in gm.graph.nodes:
+        for node in gm.graph.nodes if nodes is None else nodes:
             if "example_value" not in node.meta and node.op in ("call_function", "call_method"):
                 args, kwargs = fx.map_arg((node.args, node.kwargs), example)
+                target: Any = node.target
                 if node.op == "call_function":
-                    node.meta["example_value"] = node.target(*args, **kwargs)
+                    node.meta["example_value"] = target(*args, **kwargs)
                 else:
-                    node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+                    node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
 
 
 def learnt(gm: fx.GraphModule) -> tuple[int, ...]:
@@ -269,7 +271,8 @@ def learnt(gm: fx.GraphModule) -> tuple[int, ...]:
 
 
 def _fake_mode(gm: fx.GraphModule) -> Any:
-    fakes: list[Any] = [x for x in example_inputs(gm) if is_fake(x)]
+    # packed inputs are fake by what they hold
+    fakes: list[Any] = [x for x in example_inputs(gm) if is_fake(x) and hasattr(x, "fake_mode")]
     return fakes[0].fake_mode if fakes else None
 
 

@@ -13,6 +13,9 @@ OUTSIDE = (one.NOT_OFFERED, one.NOT_BUILT, one.NOT_RUN, one.NO_CACHE, one.UNFINI
 SHOWN = (one.PACKED, one.PARTLY, one.LEFT, one.REFUSED, one.WRONG, one.CRASHED, one.BLIND)
 WAYS = (("sdpa", "growing"), ("eager", "growing"), ("sdpa", "static"), ("eager", "static"))
 
+USUAL_GRAPHS = 2
+"""Of a prompt and of all steps after it."""
+
 Table = tuple[list[str], list[list[str]]]
 """Head and rows."""
 
@@ -58,7 +61,9 @@ def _cell(row: dict[str, Any] | None) -> str:
         return "-" if outcome == one.NOT_OFFERED else outcome
     of = f"{row.get('packed', 0)} of {row.get('layers', '?')}"
     if outcome == one.PACKED:
-        return of + (", unpacked by steps" if _unpacks(row) else "")
+        graphs = row.get("graphs", USUAL_GRAPHS)
+        more = f", {graphs} graphs" if graphs > USUAL_GRAPHS else ""
+        return of + (", unpacked by steps" if _unpacks(row) else "") + more
     why = row.get("why") or "; ".join(row.get("reasons", ()))
     return f"{outcome}, {of}: {_plain(why)}" if outcome == one.PARTLY else f"{outcome}: {_plain(why)}"
 

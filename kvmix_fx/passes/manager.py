@@ -1,6 +1,7 @@
 """The pass, as an explicit list of steps over one of Dynamo's graphs.
 
-drop causal masks -> find -> assign layers -> apply the plan -> rewrite -> verify -> report.
+drop causal masks -> normalize products -> find -> assign layers -> apply the plan -> rewrite -> verify ->
+report.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.match import SLIDING, Missed, match
+from kvmix_fx.passes.products import normalize_products
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
 from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, STORE, Site
@@ -91,6 +93,7 @@ def run(
     """
     copied, _ = dynamo.copy_module(gm)
     drop_causal_masks(copied.graph)
+    normalize_products(copied)
     matched = match(copied.graph)
     sites = matched.sites
     assign_layers(copied.graph, sites, matched.missed, len(plan.layers))

@@ -279,7 +279,7 @@ def _why_not_adopt(key: fx.Node, value: fx.Node, outputs: set[fx.Node]) -> str:
             return f"packed {name} are used in a way that has no known spelling"
         if not x.is_floating_point():
             return f"{name} are {x.dtype}, not floating point"
-    if _is_buffer(key) or _is_buffer(value):
+    if any(node in outputs and _is_buffer(node) for node in (key, value)):
         return NEW_BUFFER
     if key not in outputs or value not in outputs:
         if kept_slices(key, outputs):

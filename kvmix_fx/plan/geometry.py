@@ -31,7 +31,7 @@ class LayerGeometry:
     Attributes:
         num_kv_heads: 0 if it has no KV cache of its own (it is no attention, or reads another layer's).
         head_dim: channels of a key.
-        value_dim: channels of a value.
+        value_dim: channels of a value; 0 for latents whose keys have no part with positions.
         window: tokens of a sliding or chunked window, 0 if all are kept.
         cross_heads: KV heads of cross-attention, which keeps the encoder's tokens besides; 0 for none.
     """
@@ -44,7 +44,7 @@ class LayerGeometry:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_integer(field.name, getattr(self, field.name), 1 if field.name.endswith("dim") else 0)
+            check_integer(field.name, getattr(self, field.name), 1 if field.name == "head_dim" else 0)
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,12 @@ def _layer(config: object, kind: str, encoder: bool) -> LayerGeometry:
     latent = _first(config, ("kv_lora_rank",))
     if latent is not None and _has_cache(kind):
         # latent attention caches what keys and values are computed from, and the part of keys with positions
-        rotary = _size(config, ("qk_rope_head_dim",))
+        rotary = _first(config, ("qk_rope_head_dim",))
+        rotary = 0 if rotary == 0 else _integer("qk_rope_head_dim", rotary)
         return LayerGeometry(1, _integer("kv_lora_rank", latent), rotary)
     head_dim = _first(config, _HEAD_DIM)
+    if head_dim == 0 and not _has_cache(kind):
+        return LayerGeometry(0, 1, 1)  # all layers that have a cache have latents
     if head_dim is None:
         head_dim = _size(config, _WIDTH) // _size(config, _QUERY_HEADS)
     value_dim = _first(config, ("v_head_dim",))

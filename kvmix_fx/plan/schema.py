@@ -337,12 +337,14 @@ class LayerPlan:
     def formats(self, head_dim: int, value_dim: int | None = None) -> tuple[TensorFormat, TensorFormat]:
         """Storage formats of the keys and the values for heads of `head_dim` channels.
 
-        `value_dim`: channels of a value, if they are others.
+        `value_dim`: channels of a value, if they are others. Values without any are not packed.
 
         Raises:
             HeadSizeError: a tensor with such heads cannot be packed as planned.
         """
         formats = self._formats()
+        if value_dim == 0 and not self.is_raw:
+            formats = formats[0], self._format("value", QuantSpec(layout.RAW_BITS))
         sizes = head_dim, head_dim if value_dim is None else value_dim
         for role, fmt, size in zip(("key", "value"), formats, sizes, strict=True):
             try:

@@ -95,7 +95,7 @@ LEFT_ALONE: dict[str, tuple[str, dict[str, Any], str]] = {
 
 # caches that no known attention reads, packed as storage; with the attention
 STORED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "eager"),
+    "diffllama": ("DiffLlamaConfig", {}, "sdpa"),
     "deepseek-v3, latents": (
         "DeepseekV3Config",
         {

@@ -25,6 +25,16 @@ def test_a_row_is_judged_with_its_control(packed, exact, rough, outcome):
     assert one._judged(found) == {"outcome": outcome}
 
 
+@pytest.mark.parametrize(
+    ("rounded", "outcome"), [(0.45, one.PACKED), (0.2, one.WRONG), (2.0, one.PACKED), (0.0, one.WRONG)]
+)
+def test_a_model_that_magnifies_is_compared_with_itself(rounded, outcome):
+    """What the plain model says of a cache rounded to 8 bits; half of what 2 bits do is always wrong."""
+    found = {"packed": 2, "layers": 2, "difference8": 0.5, "difference2": 3.4, "rounded8": rounded}
+    assert one._judged(found) == {"outcome": outcome}
+    assert one._judged(found | {"difference8": 1.8}) == {"outcome": one.WRONG}
+
+
 def test_one_row():
     """A model whose layers are windows, in a static cache."""
     row = one.run("mistral", "MistralForCausalLM", "sdpa", "static")

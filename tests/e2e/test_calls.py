@@ -247,20 +247,30 @@ def test_rope_that_depends_on_positions_breaks_the_graph_and_stays_right(kind):
         assert (logits[1] - tiny_llama(num_hidden_layers=1)(IDS).logits[:, -1:]).abs().max() > 0.02
 
 
-def untraceable(model):
+def untraceable(model, loops=False):
     forward = model.model.layers[0].mlp.forward
 
     def printing(x):
-        torch._dynamo.graph_break()
+        if not loops:
+            torch._dynamo.graph_break()
+        # as experts that somebody chose are gone through
+        for i in (x[0, :, 0] > 0).nonzero() if loops else ():
+            x = x + 0 * x[0, i]
         return forward(x)
 
     model.model.layers[0].mlp.forward = printing
     return model
 
 
-def test_a_break_in_a_layer_is_told_once_and_only_if_nobody_said_so():
-    model = packed(untraceable(plain()))
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_break_in_a_layer_is_told_once_and_only_if_nobody_said_so(loops):
+    model = packed(untraceable(plain(), loops))
     with torch.no_grad():
+        if loops:
+            with pytest.warns(errors.GraphBreakWarning, match="data-dependent"):
+                past = model(PROMPT, use_cache=True).past_key_values
+            assert isinstance(past.layers[0].keys, QuantizedKVTensor)
+            return
         with pytest.warns(errors.GraphBreakWarning, match=r"test_calls\.py:\d+"):
             past = model(PROMPT, use_cache=True).past_key_values
         with warnings.catch_warnings():
@@ -274,19 +284,36 @@ def test_a_break_in_a_layer_is_told_once_and_only_if_nobody_said_so():
 # limits
 
 
-def test_plans_and_models_do_not_share_a_limit():
+def two_steps(model):
+    past = model(PROMPT, use_cache=True).past_key_values
+    model(STEP, past_key_values=past)
+    return past.layers[0].keys
+
+
+@torch.no_grad()
+def test_plans_do_not_share_a_limit():
+    """Nor with a plan that the model had before, and has again."""
     torch._dynamo.reset()
     model = plain()
-    with torch.no_grad():
-        for bits in (2, 3, 4):
-            packed(model, bits, recompile_limit=2)
-            past = model(PROMPT, use_cache=True).past_key_values
-            model(STEP, past_key_values=past)
-            assert past.layers[0].keys.format.bits == bits
-        packed(other := plain(), recompile_limit=2)(PROMPT)
-        foreign = torch.compile(plain().forward, backend="eager", recompile_limit=2, fullgraph=True)
-        foreign(input_ids=PROMPT)
-        other(STEP, past_key_values=other(PROMPT).past_key_values)
+    for bits in (2, 3, 2):
+        assert two_steps(packed(model, bits, recompile_limit=2)).format.bits == bits
+
+
+@torch.no_grad()
+def test_models_of_a_class_do_not_share_a_limit():
+    torch._dynamo.reset()
+    models = [packed(plain(), bits, recompile_limit=2) for bits in (2, 4)]
+    assert [two_steps(model).format.bits for model in (*models, *models)] == [2, 4, 2, 4]
+
+
+@torch.no_grad()
+def test_what_others_compile_and_a_packed_model_do_not_share_a_limit():
+    torch._dynamo.reset()
+    model = packed(plain(), recompile_limit=2)
+    two_steps(model)
+    foreign = torch.compile(plain().forward, backend="eager", recompile_limit=2, fullgraph=True)
+    foreign(input_ids=PROMPT)
+    assert isinstance(two_steps(model), QuantizedKVTensor)
 
 
 # by position

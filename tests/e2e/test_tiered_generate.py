@@ -85,7 +85,7 @@ def test_learned_sinks_count_once_and_windows_stay():
 
 
 def test_a_cache_that_no_known_attention_reads_stays_plain_and_the_report_says_why():
-    model = tiny_architecture(*STORED["bloom"])
+    model = tiny_architecture(*STORED["diffllama"])
     plain = asked(model, max_new=3)[0]
     plan = KVPlan.uniform(model, 2, 2, window=8).with_layers("all", token_tier=TokenTier())
     kvmix_fx.compile(model, plan, inner="eager", on_nothing="ignore")

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import FalconH1Config, MistralConfig, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticIndexedLayer, StaticSlidingWindowLayer
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
 from kvmix_fx.integrations.transformers.caches import let_grow, pack_static_layers
-from kvmix_fx.integrations.transformers.layers import KVMixHybridLayer, KVMixStaticLayer
+from kvmix_fx.integrations.transformers.layers import (
+    INDEXED_LATENTS,
+    KVMixHybridLayer,
+    KVMixIndexedLayer,
+    KVMixStaticLayer,
+)
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.testing.models import TINY
 
@@ -101,6 +106,32 @@ def test_layers_with_states_keep_them_beside_packed_tokens():
     assert not layer.has_tokens
     assert not layer.conv_states[0].any()
     assert "is_conv_states_initialized" in vars(layer)
+
+
+@pytest.mark.skipif(not INDEXED_LATENTS, reason="this transformers caches no latents there")
+def test_layers_of_sparse_attention_keep_the_keys_of_their_indexer():
+    cache = Cache(layers=[StaticIndexedLayer(max_cache_len=80)])
+    pack_static_layers(cache, KVPlan.uniform(1, 8, window=8))
+    layer = cache.layers[0]
+    assert isinstance(layer, KVMixIndexedLayer)
+    first, more = tokens(70)[:, 0], tokens(3, 1)[:, 0]
+    layer.update(tokens(70), tokens(70, 1))
+    layer.host_length = 70
+    # as with keys and values, a first step has its own tokens alone
+    assert layer.update_indexer(first).equal(first)
+    stored = layer.update_indexer(more)
+    assert stored[:, :73].equal(torch.cat([first, more], 1))
+    assert stored.shape[1] == 80
+    layer.take_back(3)
+    layer.enlarge(96)
+    again = layer.update_indexer(2 * more)
+    assert again[:, :73].equal(torch.cat([first, 2 * more], 1))
+    assert again.shape[1] == 96
+    layer.reorder_cache(torch.tensor([1, 1]))
+    assert layer.indexer_keys[0].equal(again[1])
+    layer.reset()
+    assert not layer.indexer_keys.any()
+    assert layer.update_indexer(more).equal(more)
 
 
 def test_layers_that_are_filled_once_grow():

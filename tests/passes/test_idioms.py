@@ -363,6 +363,83 @@ def in_place(q, k, v, mask, cap=None):
     return scores.softmax(dim=-1) @ v
 
 
+def folded(*tensors):
+    return [t.reshape(t.shape[0] * t.shape[1], -1, t.shape[3]) for t in tensors]
+
+
+def batched_matrices(q, k, v, mask):
+    """As decoders of 2020 have it: the mask is added between two views, what is too low is cut off."""
+    B, H, n, D = q.shape
+    q3, k3, v3 = folded(q * 32**-0.5, k, v)
+    scores = torch.bmm(q3, k3.transpose(1, 2)).view(B, H, n, -1) + mask
+    scores = torch.max(scores, torch.full((), torch.finfo(q.dtype).min)).view(B * H, n, -1)
+    weights = F.softmax(scores, dim=-1).view(B, H, n, -1).view(B * H, n, -1)
+    return torch.bmm(F.dropout(weights, p=0.1, training=False), v3).view(B, H, n, D)
+
+
+def batched_matrices_onto_a_bias(q, k, v, mask):
+    """As Bloom has it."""
+    B, H, n, D = q.shape
+    q3, k3, v3 = folded(q, k, v)
+    bias = torch.linspace(-1, 1, mask.shape[3]).expand(B * H, 1, -1)
+    scores = bias.baddbmm(batch1=q3, batch2=k3.transpose(-1, -2), beta=0.5, alpha=32**-0.5)
+    weights = F.softmax(scores.view(B, H, n, -1) + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.bmm(weights.view(B * H, n, -1), v3).view(B, H, n, D)
+
+
+def batched_matrices_of_other_queries(q, k, v, mask):
+    """As FSMT has it: queries come with their tokens first, and so does the output."""
+    B, H, n, D = q.shape
+    q3 = q.flatten(0, 1).transpose(0, 1).contiguous().transpose(0, 1) * 32**-0.5
+    k3, v3 = folded(k, v)
+    scores = (torch.bmm(q3, k3.transpose(1, 2)).view(B, H, n, -1) + mask).view(B * H, n, -1)
+    out = torch.bmm(F.softmax(scores, dim=-1), v3).transpose(0, 1)
+    return out.contiguous().view(n, B, H, D).permute(1, 2, 0, 3)
+
+
+def with_einsum(q, k, v, mask):
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * 32**-0.5 + mask
+    return torch.einsum("bsij,bsjk->bsik", (torch.softmax(scores, -1), v))
+
+
+def scaled_by_a_tensor(q, k, v, mask):
+    """As CodeGen has it."""
+    return torch.softmax(q @ k.mT / torch.tensor(32.0).sqrt() + mask, -1) @ v
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        batched_matrices,
+        batched_matrices_onto_a_bias,
+        batched_matrices_of_other_queries,
+        with_einsum,
+        scaled_by_a_tensor,
+    ],
+)
+def test_other_spellings_of_products_become_one_op(written):
+    def decode(q, k, v, past_k, past_v, mask):
+        full_k, full_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        repeated = [t.repeat_interleave(2, dim=1) for t in (full_k, full_v)]
+        return written(q, *repeated, mask), full_k, full_v
+
+    past_k, past_v = caches()
+    q, k, v = step(3)
+    seen = torch.rand(2, 1, 3, 103, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = torch.zeros(2, 1, 3, 103).masked_fill(~seen, -1e9)
+    whole = [
+        torch.cat([past.dequantize(), new], 2).repeat_interleave(2, dim=1)
+        for past, new in ((past_k, k), (past_v, v))
+    ]
+    want = written(q, *whole, mask)
+    (out, _, _), graphs, report = run(decode, q, k, v, past_k, past_v, mask)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert (out - written(q, *whole, mask * 0)).abs().max() > 5e-2
+    assert [s.action for s in report.sites] == [ATTEND]
+    for gone in (ops.dequantize, torch.matmul, torch.bmm, torch.softmax, F.softmax, torch.einsum):
+        assert count_ops(graphs[0], gone) == 0
+
+
 @pytest.mark.parametrize(
     "written", [as_transformers_writes_it, with_operators, with_a_scaled_query, with_casts, in_place]
 )
@@ -552,8 +629,9 @@ def softmax_over_queries(q, k, v):
     return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5, 2) @ v
 
 
-def scaled_by_a_tensor(q, k, v):
-    return torch.softmax(q @ k.transpose(2, 3) * q.amax(), -1) @ v
+def scaled_by_tensors(q, k, v):
+    """One number for each query."""
+    return torch.softmax(q @ k.transpose(2, 3) * q.amax(3, keepdim=True), -1) @ v
 
 
 def added_to_the_mask(q, k, v):
@@ -566,13 +644,22 @@ def two_are_added(q, k, v):
     return torch.softmax(q @ k.transpose(2, 3) * 32**-0.5 + q.amax() + q[..., :1], -1) @ v
 
 
-def with_einsum(q, k, v):
-    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v)
+def einsum_of_another_order(q, k, v):
+    weights = torch.softmax(q @ k.mT, -1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v.transpose(1, 2)).transpose(1, 2)
 
 
-def with_batched_matrices(q, k, v):
+def weights_of_batched_matrices_are_read(q, k, v):
     product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return torch.bmm(torch.softmax(product, -1), v.flatten(0, 1)).view(q.shape)
+    weights = torch.softmax(product, -1)
+    return torch.bmm(weights, v.flatten(0, 1)).view(q.shape) + weights.amax()
+
+
+def batched_matrices_of_whole_rows(q, k, v):
+    """No head of its own: nothing to unfold."""
+    rows = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
+    weights = torch.softmax(torch.bmm(rows[0], rows[1].mT), -1)
+    return torch.bmm(weights, rows[2]).unflatten(2, (4, -1)).transpose(1, 2)
 
 
 def filled_with_a_number_that_counts(q, k, v):
@@ -610,11 +697,12 @@ ANOTHER_FORM = {
     some_weights_are_dropped: "weights are dropped at random",
     weights_go_to_a_sink: "something else reads the scores",
     softmax_over_queries: "softmax runs along dimension 2",
-    scaled_by_a_tensor: "mul lies between the product of queries and keys and softmax",
+    scaled_by_tensors: "mul lies between the product of queries and keys and softmax",
     added_to_the_mask: "added to something else in place",
     two_are_added: "no mask of 1 to 4 dimensions",
-    with_einsum: "multiplied by einsum, not by matmul",
-    with_batched_matrices: "multiplied by bmm, not by matmul",
+    einsum_of_another_order: "multiplied by einsum, not by matmul",
+    weights_of_batched_matrices_are_read: "something else reads the weights",
+    batched_matrices_of_whole_rows: "multiplied by bmm, not by matmul",
     filled_with_a_number_that_counts: "masked_fill lies between",
     masked_for_all_keys_at_once: "one column for all keys",
     keys_are_turned_and_flipped: "keys are turned by permute",

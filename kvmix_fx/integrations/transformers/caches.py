@@ -10,15 +10,17 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndStaticFullAttentionLayer,
-    LinearAttentionLayer,
     StaticCache,
+    StaticIndexedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from kvmix_fx.integrations.transformers.layers import (
+    INDEXED_LATENTS,
     KVMixDynamicLayer,
     KVMixHybridLayer,
+    KVMixIndexedLayer,
     KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
@@ -93,8 +95,6 @@ class KVMixStaticCache(StaticCache):
         for layer in self.layers:
             if not isinstance(layer, KVMixStaticLayer):
                 layer.reset()
-            elif isinstance(layer, LinearAttentionLayer):
-                LinearAttentionLayer.reset(layer)
 
 
 def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
@@ -115,10 +115,13 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
     fixed = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     room = max(fixed, default=0) if capacity is None else capacity
     windows = _exchanges_windows(cache, plan, room, capacity is not None)
-    # all or none of them: they share a mask
-    hybrids = not any(
-        layer_plan.is_raw and isinstance(layer, LinearAttentionAndStaticFullAttentionLayer)
-        for layer, layer_plan in zip(cache.layers, plan.layers, strict=False)
+    # all or none of a kind: they share a mask
+    hybrids, indexed = (
+        not any(
+            layer_plan.is_raw and isinstance(layer, kind)
+            for layer, layer_plan in zip(cache.layers, plan.layers, strict=False)
+        )
+        for kind in (LinearAttentionAndStaticFullAttentionLayer, StaticIndexedLayer)
     )
     for i, (layer, layer_plan) in enumerate(zip(cache.layers, plan.layers, strict=False)):
         new: PromptFirstStaticLayer
@@ -127,6 +130,8 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
             new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
         elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
             new = KVMixHybridLayer(layer, layer_plan)
+        elif INDEXED_LATENTS and indexed and type(layer) is StaticIndexedLayer:
+            new = KVMixIndexedLayer(layer, layer_plan)
         else:
             continue
         new.is_sliding = layer.is_sliding

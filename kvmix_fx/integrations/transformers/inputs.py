@@ -54,6 +54,7 @@ from kvmix_fx.integrations.transformers.caches import (
     pack_static_layers,
 )
 from kvmix_fx.integrations.transformers.layers import (
+    KVMixIndexedLayer,
     KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
@@ -305,7 +306,8 @@ class TransformersCalls:
             # generate() built the mask for a plain StaticCache, which attends to all of its slots;
             # the first step of a packed one attends to its own tokens
             windows = any(layer.is_sliding for layer in call.fixed)
-            call.mask = _first_columns(call.mask, call.n, windows)
+            indexed = any(isinstance(layer, KVMixIndexedLayer) for layer in call.fixed)
+            call.mask = _first_columns(call.mask, call.n, windows, indexed)
         elif call.kwargs.get("position_ids") is not None:
             # without positions some models count the mask
             call.mask = _to_capacity(call.mask, call.fixed[0].max_cache_len)
@@ -338,6 +340,10 @@ class TransformersCalls:
             if layer_plan.is_raw and isinstance(layer, DynamicLayer):
                 _mark_length(layer.keys, 2)
                 _mark_length(layer.values, 2)
+        for layer in _layers(call.own_cache):
+            # of sparse attention, which chooses tokens by them
+            _mark_length(getattr(layer, "indexer_keys", None), 1)
+            _mark_length(getattr(layer, "indexer_position_ids", None), -1)
 
     def _allocate(self, call: TokensCall) -> None:
         live: Tensor | None = None
@@ -524,11 +530,12 @@ def _to_capacity(mask: Any, capacity: int) -> Any:
     return mask
 
 
-def _first_columns(mask: Any, n: int, windows: bool) -> Any:
-    """`windows`: whether those of windows are for layers of ours, too."""
+def _first_columns(mask: Any, n: int, windows: bool, indexed: bool) -> Any:
+    """`windows`, `indexed`: whether those of windows and of sparse attention are for layers of ours, too."""
     if isinstance(mask, dict):
+        ours = {"full_attention": True, "indexed_attention": indexed}
         return {
-            name: _first_columns(m, n, windows) if windows or name == "full_attention" else m
+            name: _first_columns(m, n, windows, indexed) if ours.get(name, windows) else m
             for name, m in mask.items()
         }
     return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() in (2, 4) else mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionLayer,
+    StaticIndexedLayer,
     StaticLayer,
 )
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.orders import key_order
@@ -310,6 +313,9 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
         """Forget all tokens, keep the buffers."""
         forget([self])
 
+    def forget_rest(self) -> None:
+        """Forget what a layer keeps besides keys and values."""
+
     def take_back(self, n: int) -> None:
         """As above. Raw slots that were free are free again; a longer step has written over tokens."""
         if not self.is_initialized:
@@ -366,8 +372,11 @@ class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
 
     def reset(self) -> None:
         """Forget all tokens and states, keep the buffers."""
-        LinearAttentionLayer.reset(self)
         KVMixStaticLayer.reset(self)
+
+    def forget_rest(self) -> None:
+        """Forget the states."""
+        LinearAttentionLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Take rows by their index."""
@@ -379,6 +388,87 @@ class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
         held = bool(self.host_length)
         super().take_back(n)
         self.interrupted = self.interrupted or held
+
+
+INDEXED_LATENTS = "indexed_attention" in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+"""Whether sparse attention caches latents, as configurations say; older versions cache all heads."""
+
+
+class KVMixIndexedLayer(KVMixStaticLayer):
+    """A packed layer of fixed capacity, and the keys by which sparse attention chooses tokens as they are."""
+
+    is_indexer_initialized: bool
+    indexer_keys: Any
+    indexer_position_ids: Any
+    indexer_cumulative_length: Any
+
+    def __init__(self, layer: StaticIndexedLayer, layer_plan: LayerPlan) -> None:
+        """`layer`: transformers' own, whose other keys are taken over."""
+        super().__init__(layer.max_cache_len, layer_plan)
+        self.indexer_position_ids = None  # older versions of transformers have none
+        vars(self).update({name: value for name, value in vars(layer).items() if "indexer" in name})
+        self.has_indexed = layer.is_indexer_initialized
+
+    lazy_initialization_indexer = StaticIndexedLayer.lazy_initialization_indexer
+
+    def update_indexer(self, states: Tensor) -> Tensor:
+        """Store [B, n, D]. The first are returned themselves, as keys and values are."""
+        stored = StaticIndexedLayer.update_indexer(self, states)  # type: ignore[arg-type]
+        first, self.has_indexed = not self.has_indexed, True
+        return states if first else stored
+
+    def forget_rest(self) -> None:
+        """Forget the keys of the indexer."""
+        self.has_indexed = False
+        self.indexer_position_ids = None
+        if self.is_indexer_initialized:
+            self.indexer_keys.zero_()
+            self.indexer_cumulative_length.zero_()
+
+    def enlarge(self, capacity: int) -> None:
+        """Make room for `capacity` tokens, keeping those stored."""
+        super().enlarge(capacity)
+        if self.is_indexer_initialized:
+            more = capacity - self.indexer_keys.shape[1]
+            self.indexer_keys = torch.nn.functional.pad(self.indexer_keys, (0, 0, 0, more))
+
+    def take_back(self, n: int) -> None:
+        """As above; what lies beyond their length is written over."""
+        super().take_back(n)
+        self._index_only(self.host_length)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
+        super().crop(tokens_to_remove)
+        self._index_only(self.host_length)
+
+    def _index_only(self, length: int) -> None:
+        self.has_indexed = length > 0
+        if self.is_indexer_initialized:
+            self.indexer_cumulative_length.fill_(length)
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., :length]
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Take rows by their index."""
+        super().reorder_cache(beam_idx)
+        self._take_rows(lambda x, dim: x.index_select(dim, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        super().batch_repeat_interleave(repeats)
+        self._take_rows(lambda x, dim: x.repeat_interleave(repeats, dim))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given batch rows."""
+        super().batch_select_indices(indices)
+        self._take_rows(lambda x, dim: x.index_select(dim, indices.to(x.device)))
+
+    def _take_rows(self, take: Callable[[Tensor, int], Tensor]) -> None:
+        if self.is_indexer_initialized:
+            self.indexer_keys = take(self.indexer_keys, 0)
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = take(self.indexer_position_ids, 1)
 
 
 def _untouched(tensor: QuantizedKVTensor, length: int, n: int) -> bool:
@@ -413,6 +503,8 @@ def forget(layers: list[KVMixStaticLayer]) -> None:
     for tensors in (list(counters.values()), raw):
         if tensors:
             torch._foreach_zero_(tensors)
+    for layer in layers:
+        layer.forget_rest()
 
 
 def fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:

@@ -175,6 +175,10 @@ def _unmasked(scores: Any, found: _Scores) -> tuple[fx.Node | str, _Scores]:
 
     In place of the product, what is in the way of one.
     """
+    floored = _floored(scores)
+    if floored is not None and _alone(scores, found):
+        found.inside.append(scores)
+        return _unmasked(floored, found)
     filled = _filled(scores)
     operands = _operands(scores, _ADD)
     if operands is None and filled is None:
@@ -212,6 +216,12 @@ def _filled(scores: Any) -> tuple[Any, Mask] | None:
     value = example(node)
     boolean = isinstance(value, torch.Tensor) and value.dtype == torch.bool and 1 <= value.dim() <= 4
     return (inner, Mask(kind, node)) if boolean and _constant(third) <= _VERY_LOW else None
+
+
+def _floored(scores: Any) -> Any:
+    """Scores of which a very low number takes the place of lower ones; None for anything else."""
+    low = scores.args[1] if called(scores) in ("max", "maximum", "clamp_min") and len(scores.args) == 2 else 0
+    return scores.args[0] if _constant(low) <= _VERY_LOW else None
 
 
 def _constant(x: Any) -> float:
