@@ -36,13 +36,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.cache.exists():
         # a pickle: load none that you have not made yourself
-        cache = torch.load(options.cache, weights_only=False, map_location=model.device)
+        saved = torch.load(options.cache, weights_only=False, map_location=model.device)
+        if saved["model"] != options.model or not torch.equal(saved["prompt"], prompt):
+            parser.error(f"{options.cache} is of another prompt or model: name another --cache, or delete it")
+        cache = saved["cache"]
         print(f"{options.cache}: {cache.get_seq_length()} tokens, not read again")
     else:
         cache = kvmix_fx.KVMixCache(plan, model.config)
         with torch.inference_mode():
             model(input_ids=prompt, **kvmix_fx.cache_argument(model, cache), use_cache=True, logits_to_keep=1)
-        torch.save(cache, options.cache)
+        torch.save({"model": options.model, "prompt": prompt, "cache": cache}, options.cache)
         print(f"{options.cache}: {options.cache.stat().st_size:,} bytes for {prompt.shape[1]} tokens")
 
     for branch in branches:

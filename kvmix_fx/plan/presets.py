@@ -191,8 +191,8 @@ def kvmix(
     return plan
 
 
-TIER_STEPS = ((2.5, 4, 2), (3.0, 2, 2), (float("inf"), 2, 3))
-"""Of `tiers`: below so many bits, one of how many channels of keys is at 4 bits, and bits of values."""
+TIER_STEPS = ((4, 2), (2, 2), (2, 3))
+"""Of `tiers`, by rising bits: one of how many channels of keys is at 4 bits, and bits of values."""
 DROPS_BELOW = 2.25
 """Bits below which `tiers` drops channels of keys, where it is told the layers that can do without them."""
 
@@ -210,9 +210,9 @@ def tiers(
     """Channel tiers of keys, rotated values, scales of a byte and four sinks: the plan for who names none.
 
     Keys keep a part of their channels at 4 bits and the others at 2, values are rounded in a rotated basis.
-    By `bits`: up to 2.5 a quarter of the channels at 4 bits and symmetric values of 2 (about 2.35 bits in
-    all at head size 128), up to 3.0 half of them (2.6), above that half of them and values of 3 bits (3.1).
-    Below 2.25 bits the layers of `drop_layers` keep of a quarter of their channels the mean of each group of
+    There are three such plans: a quarter of the channels at 4 bits and symmetric values of 2 (2.34 bits in
+    all at head size 128, 2.375 at 64), half of them (2.59, 2.625), half of them and values of 3 bits (3.13,
+    3.19). Below 2.25 bits the layers of `drop_layers` keep of a quarter of their channels the mean of each group of
     tokens alone (2.1 if all do). One layer that cannot do without spoils everything, and it is another one in
     each model: take them from a profile, whose `droppable()` has measured every layer.
     Counts are rounded to multiples of 8 channels. The idea of tiers is MixKVQ's (arXiv 2512.19206) and
@@ -220,7 +220,8 @@ def tiers(
 
     Args:
         target: model, configuration or ModelGeometry.
-        bits: effective bits that are wished for; the largest of the three that is no larger, or the smallest.
+        bits: effective bits that are wished for: of the three the nearest is taken, which may have more
+            (`plan.bits_per_element()` says how many it has).
         channel_orders: the order of channels of each layer, from `kvmix_fx.profiling.channel_orders`; None
             lets every prompt choose its own, which needs no calibration.
         drop_layers: layers that may drop channels; without any, less than 2.25 bits is not to be had.
@@ -234,18 +235,15 @@ def tiers(
     """
     check_positive("bits", bits)
     geometry = ModelGeometry.of(target)
-    share, value_bits = next((share, width) for below, share, width in TIER_STEPS if bits < below)
     if channel_orders is not None and len(channel_orders) != geometry.num_layers:
         raise PlanLayerError(
             f"{len(channel_orders)} orders of channels for {geometry.num_layers} layers: take them from a "
             "profile of this model"
         )
-    value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
-
     dropping = bits < DROPS_BELOW and not _is_empty(drop_layers)
     short = set(select_layers(drop_layers, geometry.num_layers)) if dropping else set()
 
-    def layer(index: int) -> LayerPlan:
+    def layer(index: int, share: int, value_bits: int) -> LayerPlan:
         head_dim = geometry.layer(index).head_dim
         high = max(8, head_dim // share // 8 * 8)
         rest = head_dim - high
@@ -258,10 +256,16 @@ def tiers(
             order="prompt" if channel_orders is None else "plan",
             channel_order="" if channel_orders is None else channel_orders[index],
         )
+        value = QuantSpec(value_bits, "token", "head", "byte", rotation="hadamard", symmetric=value_bits == 2)
         return LayerPlan(key, value, as_window(window), sink_length)
 
-    layers = tuple(layer(index) for index in range(geometry.num_layers))
-    return KVPlan(layers, geometry, {"preset": "tiers"}, f"tiers {layers[0].label}")
+    def plan(step: tuple[int, int]) -> KVPlan:
+        layers = tuple(layer(index, *step) for index in range(geometry.num_layers))
+        return KVPlan(layers, geometry, {"preset": "tiers"}, f"tiers {layers[0].label}")
+
+    # channels are only dropped in the smallest
+    plans = [plan(step) for step in (TIER_STEPS[:1] if dropping else TIER_STEPS)]
+    return min(plans, key=lambda found: abs(found.bits_per_element() - bits))
 
 
 def mikv(
