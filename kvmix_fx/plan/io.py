@@ -161,6 +161,10 @@ def load(path: str | Path) -> KVPlan:
         data = Path(path).read_bytes()
     except OSError as error:
         raise PlanFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if data[8:9] == b"{" and data[:1] != b"{":  # of safetensors: the header's length, then JSON
+        raise PlanFileError(
+            f"{path}: is a safetensors file, no plan; if it is a profile, `kvmix plan solve {path}` makes one"
+        )
     return from_json(data, str(path))
 
 
