@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hin
 import typer
 from rich.console import Console, RenderableType
 
+from kvmix_fx import hub
 from kvmix_fx.errors import CommandError, KVMixError, MissingPackageError, ModelInputError
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2"
 """What the commands call the small model of `kvmix_fx.testing.smollm2`."""
-
-HUB_SECONDS = 10
-"""How long the Hub may take to say that a model is there."""
 
 _AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 ModelName = Annotated[
@@ -218,10 +216,7 @@ def load_config(name: str) -> Any:
 
 
 def _check_place(name: str) -> None:
-    """Raise CommandError unless `name` is a folder with a model, or may be an id of the Hub that can be had.
-
-    The Hub is asked once: what transformers does by itself is tried again for most of a minute.
-    """
+    """Raise CommandError unless `name` is a folder with a model, or is an id that the Hub may have."""
     if name.lower() == SMOLLM2:
         return
     path = Path(name).expanduser()
@@ -236,25 +231,9 @@ def _check_place(name: str) -> None:
         raise CommandError(f"{cannot}: it is a file; name the folder that it lies in")
     if not name or name.startswith((".", "~", "/", "\\")) or path.is_absolute() or name.count("/") > 1:
         raise CommandError(f"{cannot}: there is no such folder")
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            return
-        huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS)
-    except HFValidationError as error:
-        raise CommandError(f"{cannot}: there is no such folder, and no Hugging Face id looks so") from error
-    except RepositoryNotFoundError as error:
-        raise CommandError(
-            f"{cannot}: there is no such folder, and no such model on the Hub that you may read (a private "
-            "one needs `hf auth login`)"
-        ) from error
-    except Exception as error:  # of whichever library makes the connection
-        raise CommandError(
-            f"{cannot}: there is no such folder, nothing of that id has been downloaded, and the Hub cannot "
-            f"be reached ({type(error).__name__})"
-        ) from error
+    refusal = hub.refusal(name, "config.json")
+    if refusal is not None:
+        raise CommandError(f"{cannot}: there is no such folder, and {refusal}")
 
 
 def _transformers() -> Any:

@@ -37,6 +37,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
+from kvmix_fx import hub
 from kvmix_fx.errors import (
     FormatError,
     HeadSizeError,
@@ -209,6 +210,9 @@ def _download(hub_id: str, revision: str | None) -> str:
         raise MissingPackageError.for_extra(
             "huggingface_hub", "hf", f"{hub_id!r} is no local folder, and loading a plan from the Hub"
         ) from error
+    refusal = hub.refusal(hub_id, FILE_NAME, revision)
+    if refusal is not None:
+        raise PlanFileError(f"{hub_id}: there is no such folder or plan file, and {refusal}")
     try:
         return hf_hub_download(hub_id, FILE_NAME, revision=revision)
     except (OSError, ValueError) as error:

@@ -119,7 +119,7 @@ def test_a_plan_of_another_model_is_named_wherever_one_is_sized(
         ("some/sub/model", "no such folder"),
         ("bare", "holds no config.json"),
         ("file", "it is a file"),
-        ("what is this", "no Hugging Face id looks so"),
+        ("what is this", "no Hub id looks so"),
     ],
 )
 def test_a_model_that_is_no_folder_says_so(
@@ -147,7 +147,7 @@ def test_an_id_that_cannot_be_had_is_asked_for_once_and_told_in_a_line(
         raise errors[len(asked) - 1]
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    for number, message in enumerate(("the Hub cannot be reached", "no such model on the Hub"), 1):
+    for number, message in enumerate(("the Hub cannot be reached", "the Hub has none of that id"), 1):
         outcome = kvmix("explain", "nobody-at-all/no-such-model")
         assert outcome.code == 1
         assert message in outcome.stderr
