@@ -39,7 +39,7 @@ def _fitted(plan: KVPlan | None, model: nn.Module) -> KVPlan:
     if not isinstance(plan, KVPlan):
         raise BackendOptionError(
             f"kvmix_fx.compile needs a plan, got {type(plan).__name__}: make one with "
-            "KVPlan.uniform(model, 4, 2), KVPlan.preset(...) or KVPlan.load(file)"
+            "KVPlan.uniform(model, 4, 2), KVPlan.preset(...) or KVPlan.from_pretrained(file)"
         )
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return plan

@@ -11,7 +11,18 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, duration, load_model, note, size
+from kvmix_fx.cli.common import (
+    Answer,
+    ModelName,
+    Placement,
+    answers,
+    as_options,
+    duration,
+    load_model,
+    note,
+    size,
+    text_source,
+)
 from kvmix_fx.cli.evaluate import figures
 from kvmix_fx.cli.plan import described, view
 from kvmix_fx.cli.profile import check_target, tell_time
@@ -74,6 +85,7 @@ def auto(
     """
     import kvmix_fx
     from kvmix_fx.plan.budget import Budget
+    from kvmix_fx.profiling import Profile
 
     check_target(out, force)
     Budget(bits=bits)  # what means nothing is found before the work
@@ -82,15 +94,26 @@ def auto(
         raise CommandError("a plan is not judged on the text it was made from: give --eval-data another one")
     if not kept.exists():
         check_target(kept, force)
+    measured = Profile.load(kept) if kept.exists() else None
+    calibration = text_source("--data", data) if measured is None else None
+    judged = text_source("--eval-data", eval_data)
     network, tokenizer = load_model(model, placement)
     note("1 of 3, profile")
-    found = _profile(network, tokenizer, kept, data)
+    if measured is None:
+        found = _profile(network, tokenizer, kept, calibration)
+    else:
+        found = measured
+        found.check_model(network)
+        if data is not None:
+            note(f"--data is not read: {kept} has been measured on {found.data.get('source')}")
+        note(f"taken from {kept}")
     note("2 of 3, plan")
     plan = found.plan(bits=bits)
     note(f"3 of 3, evaluation: {_told(network, chunks, prompt, steps)}")
-    result = kvmix_fx.evaluate(
-        network, plan, _text(eval_data), tokenizer=tokenizer, chunks=chunks, prompt=prompt, steps=steps
-    )
+    with as_options("chunks", "prompt", "steps"):
+        result = kvmix_fx.evaluate(
+            network, plan, judged, tokenizer=tokenizer, chunks=chunks, prompt=prompt, steps=steps
+        )
     plan = replace(plan, provenance={**plan.provenance, "evaluation": [result.summary()]})
     plan.save(out)
     content = {
@@ -103,21 +126,13 @@ def auto(
     return Answer(content, Group(*parts))
 
 
-def _profile(network: Any, tokenizer: Any, kept: Path, data: str | None) -> Profile:
-    """The profile in the file, of this very model, or a new one that is left there."""
+def _profile(network: Any, tokenizer: Any, kept: Path, text: Any) -> Profile:
+    """A new profile, left in the file."""
     import kvmix_fx
-    from kvmix_fx.profiling import Profile
     from kvmix_fx.profiling.calibration import LENGTH, PROMPTS
 
-    if kept.exists():
-        found = Profile.load(kept)
-        found.check_model(network)
-        if data is not None:
-            note(f"--data is not read: {kept} has been measured on {found.data.get('source')}")
-        note(f"taken from {kept}")
-        return found
     tell_time(network, SIGNALS, PROMPTS, LENGTH)
-    found = kvmix_fx.profile(network, _text(data), tokenizer=tokenizer, signals=SIGNALS)
+    found = kvmix_fx.profile(network, text, tokenizer=tokenizer, signals=SIGNALS)
     found.save(kept)
     note(f"kept in {kept}")
     return found
@@ -144,10 +159,6 @@ def _told(network: Any, chunks: int, prompt: int, steps: int) -> str:
     read, _, step = times
     seconds = -(-chunks // rows) * (2 * read + (1 + PACKED_STEP) * steps * step)
     return f"{chunks} pieces of text, {steps} steps each, with both caches: about {duration(seconds)}"
-
-
-def _text(data: str | None) -> Any:
-    return Path(data) if data is not None and not data.startswith("datasets:") else data
 
 
 def _summary(plan: KVPlan, profile: Profile, result: Evaluation, out: Path, kept: Path) -> str:

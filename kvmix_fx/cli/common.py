@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from inspect import Parameter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_type_hints
 
 import typer
 from rich.console import Console, RenderableType
 
+from kvmix_fx import hub
 from kvmix_fx.errors import CommandError, KVMixError, MissingPackageError, ModelInputError
 
 if TYPE_CHECKING:
@@ -79,7 +83,7 @@ def answers(function: Callable[..., Answer]) -> Callable[..., None]:
             Console(file=stdout, highlight=False).print(answer.view, markup=False)
 
     # what typer reads
-    command.__doc__ = function.__doc__
+    command.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
@@ -183,6 +187,7 @@ def load_model(name: str, placement: Placement) -> tuple[PreTrainedModel, PreTra
     """
     transformers = _transformers()
     transformers.utils.logging.disable_progress_bar()
+    _check_place(name)
     device, dtype = placement.torch_device(), placement.torch_dtype()
     note(f"loading {name} in {dtype_name(dtype)} on {device}")
     if name.lower() == SMOLLM2:
@@ -205,8 +210,30 @@ def load_config(name: str) -> Any:
         from kvmix_fx.testing.smollm2 import smollm2_config
 
         return smollm2_config()
+    _check_place(name)
     with load_errors(name):
         return transformers.AutoConfig.from_pretrained(name)
+
+
+def _check_place(name: str) -> None:
+    """Raise CommandError unless `name` is a folder with a model, or is an id that the Hub may have."""
+    if name.lower() == SMOLLM2:
+        return
+    path = Path(name).expanduser()
+    cannot = f"model {name!r} cannot be loaded"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"{cannot}: the folder holds no config.json")
+        if name.startswith("~"):
+            raise CommandError(f"{cannot}: write {str(path)!r}, the ~ is the shell's")
+        return
+    if path.is_file():
+        raise CommandError(f"{cannot}: it is a file; name the folder that it lies in")
+    if not name or name.startswith((".", "~", "/", "\\")) or path.is_absolute() or name.count("/") > 1:
+        raise CommandError(f"{cannot}: there is no such folder")
+    refusal = hub.refusal(name, "config.json")
+    if refusal is not None:
+        raise CommandError(f"{cannot}: there is no such folder, and {refusal}")
 
 
 def _transformers() -> Any:
@@ -243,6 +270,51 @@ def load_errors(name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError) as error:  # transformers has no error class of its own
         raise CommandError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def as_options(*names: str) -> Iterator[None]:
+    """In errors from here, arguments of Python as this command's options: steps=1 as --steps 1."""
+    try:
+        yield
+    except KVMixError as error:
+        told = str(error)
+        for name in names:
+            told = re.sub(rf"\b{name}=", f"--{name.replace('_', '-')} ", told)
+        error.args = (told,)
+        raise
+
+
+def text_source(option: str, name: str | None) -> Any:
+    """A text that was named on the command line, as the API takes it, once it is known that it can be read.
+
+    Raises:
+        CommandError: the file is missing, no text or empty.
+        MissingPackageError: a data set is named and `datasets` is not installed.
+    """
+    if name is None:
+        return None
+    if name.startswith("datasets:"):
+        if importlib.util.find_spec("datasets") is None:
+            raise MissingPackageError(
+                f"{option} {name} needs datasets, which is not installed: pip install datasets"
+            )
+        return name
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{option}: {name} is no text in UTF-8") from error
+    except OSError as error:
+        raise CommandError(f"{option}: {name} cannot be read ({error.strerror or error})") from error
+    if not text.strip():
+        raise CommandError(f"{option}: {name} is empty")
+    return Path(name)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ModelInputError for a prompt of nothing, before a model is loaded for it."""
+    if not prompt:
+        raise ModelInputError("the prompt holds no tokens: write something after --prompt")
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None = None) -> torch.Tensor:

@@ -10,9 +10,9 @@ from rich.console import Group
 from rich.table import Table
 
 from kvmix_fx.cli.common import Answer, answers, load_config, size
-from kvmix_fx.cli.plan import read_plan
+from kvmix_fx.cli.plan import read_plan, read_plan_for
 from kvmix_fx.errors import CommandError
-from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, join_layers
+from kvmix_fx.plan import KVPlan, LayerPlan, QuantSpec, join_layers
 
 
 @answers
@@ -24,7 +24,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="Model whose sizes count, if not the plans'.")] = None,
 ) -> Answer:
     """Show what plans cost, and the layers in which they differ."""
-    plans = _sized([read_plan(file) for file in files], files, model)
+    plans = _sized(files, model)
     rows = [
         {"file": file} | _costs(plan, batch, length, itemsize)
         for file, plan in zip(files, plans, strict=True)
@@ -37,22 +37,24 @@ def compare(
     return Answer(content, Group(_cost_table(rows, batch, length), _layer_table(files, differences)))
 
 
-def _sized(plans: list[KVPlan], files: list[str], model: str | None) -> list[KVPlan]:
+def _sized(files: list[str], model: str | None) -> list[KVPlan]:
     """The plans, all with the sizes of one model.
 
     Raises:
         CommandError: fewer than two plans, of models of different sizes, or of no known size.
+        PlanError, HeadSizeError: a plan cannot be read, or does not fit the model that is named.
     """
-    if len(plans) < 2:
+    if len(files) < 2:
         raise CommandError("compare needs two plans or more")
+    if model is not None:
+        config = load_config(model)
+        return [read_plan_for(file, config, model) for file in files]
+    plans = [read_plan(file) for file in files]
     counts = {len(plan.layers) for plan in plans}
     if len(counts) > 1:
         told = ", ".join(f"{file} {len(plan.layers)}" for file, plan in zip(files, plans, strict=True))
         raise CommandError(f"these plans are for models of different numbers of layers: {told}")
-    if model is not None:
-        known = {ModelGeometry.of(load_config(model))}
-    else:
-        known = {plan.geometry for plan in plans if plan.geometry is not None}
+    known = {plan.geometry for plan in plans if plan.geometry is not None}
     if not known:
         raise CommandError("none of these plans says which sizes it is for: pass --model")
     if len(known) > 1:

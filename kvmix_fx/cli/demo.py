@@ -20,9 +20,9 @@ from kvmix_fx.cli.common import (
     Answer,
     Placement,
     answers,
+    check_prompt,
     dtype_name,
     encode,
-    load_model,
     size,
 )
 from kvmix_fx.cli.env import versions
@@ -63,13 +63,14 @@ def demo(
     import kvmix_fx
     from kvmix_fx.cache.sizes import cache_size
 
+    if prompt is not None:
+        check_prompt(prompt)
     try:
-        network, tokenizer = load_model(model, placement)
+        network, tokenizer, chosen = choice.load(model, placement)
     except MissingPackageError as error:
         if model != SMOLLM2:
             raise
         raise MissingPackageError(f"{error} Or pass --model with a Hugging Face id or folder.") from error
-    chosen = choice.build(network).for_model(network)
     ids = encode(tokenizer, default_prompt(tokenizer) if prompt is None else prompt).to(network.device)
 
     plain, plain_compiler = _run_plain(network, ids, new_tokens)

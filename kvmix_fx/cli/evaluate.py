@@ -11,7 +11,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, dtype_name, load_model, size
+from kvmix_fx.cli.common import (
+    Answer,
+    ModelName,
+    Placement,
+    answers,
+    as_options,
+    dtype_name,
+    size,
+    text_source,
+)
 from kvmix_fx.cli.plan import PlanChoice, summary
 from kvmix_fx.cli.profile import check_target
 from kvmix_fx.errors import CommandError
@@ -67,8 +76,8 @@ def evaluate(
     if plot is not None:
         check_target(plot, force)
     asked = None if tasks is None else _asked(tasks, lengths, depths, samples)
-    network, tokenizer = load_model(model, placement)
-    chosen = choice.build(network).for_model(network)
+    text = text_source("--data", data)
+    network, tokenizer, chosen = choice.load(model, placement)
     told = {
         "model": model,
         "plan": summary(chosen),
@@ -91,18 +100,18 @@ def evaluate(
         plain, packed = both.values()
         content = {"retrieval": packed.to_dict(), "retrieval_16bit": plain.to_dict()}
         return Answer({**told, **content}, Group(head, _scores(plain, packed)))
-    text: Any = Path(data) if data is not None and not data.startswith("datasets:") else data
-    found = kvmix_fx.evaluate(
-        network,
-        chosen,
-        text,
-        tokenizer=tokenizer,
-        chunks=chunks,
-        prompt=prompt,
-        steps=steps,
-        step=step,
-        batch=batch,
-    )
+    with as_options("chunks", "prompt", "steps"):
+        found = kvmix_fx.evaluate(
+            network,
+            chosen,
+            text,
+            tokenizer=tokenizer,
+            chunks=chunks,
+            prompt=prompt,
+            steps=steps,
+            step=step,
+            batch=batch,
+        )
     if plot is not None:
         with _picture(plot):
             found.plot(plot)
@@ -183,7 +192,8 @@ def _curve(found: Evaluation) -> Table:
     table = Table("generated steps", "KL mean", "standard error", "")
     for part in parts:
         bar = "█" * round(20 * part.kl.value / highest) if highest > 0 else ""
-        table.add_row(f"{part.first} to {part.last}", *_told(part.kl), bar)
+        span = str(part.first) if part.first == part.last else f"{part.first} to {part.last}"
+        table.add_row(span, *_told(part.kl), bar)
     return table
 
 

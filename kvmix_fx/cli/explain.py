@@ -16,7 +16,6 @@ from kvmix_fx.cli.common import (
     Placement,
     answers,
     encode,
-    load_model,
     note,
 )
 from kvmix_fx.cli.plan import PlanChoice, summary
@@ -33,8 +32,7 @@ def explain(model: ModelName, choice: PlanChoice, placement: Placement) -> Answe
     """Show what a plan would do to each attention site of a model, or why not."""
     import kvmix_fx
 
-    network, tokenizer = load_model(model, placement)
-    chosen = choice.build(network)
+    network, tokenizer, chosen = choice.load(model, placement)
     note("tracing a short prompt and one decode step")
     ids = encode(tokenizer, PROMPT, chat=False).to(network.device)
     report = kvmix_fx.explain(network, {"input_ids": ids, "use_cache": True}, chosen)

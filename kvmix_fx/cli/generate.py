@@ -14,9 +14,9 @@ from kvmix_fx.cli.common import (
     ModelName,
     Placement,
     answers,
+    check_prompt,
     dtype_name,
     encode,
-    load_model,
     note,
     size,
 )
@@ -71,8 +71,8 @@ def generate(
     import kvmix_fx
     from kvmix_fx.cache.sizes import cache_size
 
-    network, tokenizer = load_model(model, placement)
-    chosen = choice.build(network).for_model(network)
+    check_prompt(prompt)
+    network, tokenizer, chosen = choice.load(model, placement)
     kvmix_fx.compile(network, chosen)
     ids = encode(tokenizer, prompt, chat).to(network.device)
     capacity = ids.shape[1] + new_tokens

@@ -6,16 +6,26 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kvmix_fx.cli.common import Answer, answers, load_config, size
-from kvmix_fx.errors import CommandError, PlanError, PlanFieldError, PresetError
-from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, QuantSpec, default_plan, join_layers
+from kvmix_fx.cli.common import Answer, Placement, answers, as_options, load_config, load_model, size
+from kvmix_fx.errors import (
+    CommandError,
+    HeadSizeError,
+    PlanError,
+    PlanFieldError,
+    PlanLayerError,
+    PresetError,
+)
+from kvmix_fx.plan import PRESETS, KVPlan, ModelGeometry, QuantSpec, join_layers
 from kvmix_fx.plan.selection import select_layers
 from kvmix_fx.plan.text import parse_bits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LENGTHS = (1024, 4096, 16384, 65536)
 """Contexts that `estimate` shows unless told."""
@@ -36,7 +46,7 @@ class PresetChoice:
 
     preset: Annotated[
         str | None,
-        _option(f"{', '.join(PRESETS)}; tiers unless told, uniform if only bits are given.", metavar="NAME"),
+        _option(f"{', '.join(PRESETS)}; tiers unless told, uniform if --key-bits is given.", metavar="NAME"),
     ] = None
     key_bits: Annotated[int | None, _option("Bits of the keys.")] = None
     value_bits: Annotated[int | None, _option("Bits of the values.")] = None
@@ -60,9 +70,11 @@ class PresetChoice:
             FormatError, HeadSizeError: the parts do not fit together, or not the model.
         """
         arguments = self.arguments()
-        if self.preset is not None or arguments:
-            return self.changed(_preset(self.preset or "uniform", target, arguments))
-        return self.changed(default_plan(target))
+        if self.preset is None and "value_bits" in arguments and "key_bits" not in arguments:
+            raise CommandError("--value-bits needs --key-bits beside it")
+        usual = "uniform" if "key_bits" in arguments else "tiers"
+        with as_options("key_bits", "value_bits", "group_size"):
+            return self.changed(_preset(self.preset or usual, target, arguments))
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the preset, by their names in Python."""
@@ -106,13 +118,24 @@ class PlanChoice(PresetChoice):
         str | None, _option("A plan file, a folder or Hub id with one, or kvmix:NAME.", metavar="FILE")
     ] = None
 
-    def build(self, target: object) -> KVPlan:
-        """The chosen plan, a file's checked against `target`. Raises as `make` and `read_plan`."""
+    def build(self, target: object, model: str | None = None) -> KVPlan:
+        """The chosen plan, a file's checked against `target`, which errors call `model`.
+
+        Raises as `make` and `read_plan_for`.
+        """
         if self.plan is None:
             return self.make(target)
         if self.preset is not None or self.arguments():
             raise CommandError("--plan names a finished plan: leave out --preset and its options")
-        return self.changed(read_plan(self.plan).for_model(target))
+        return self.changed(read_plan_for(self.plan, target, model))
+
+    def load(
+        self, model: str, placement: Placement
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, KVPlan]:
+        """The model, its tokenizer and the plan. A plan that does not fit is refused before loading."""
+        plan = self.build(load_config(model), model)
+        network, tokenizer = load_model(model, placement)
+        return network, tokenizer, plan.for_model(network)
 
 
 def _number(text: str) -> int | float | str:
@@ -129,6 +152,28 @@ def read_plan(name: str) -> KVPlan:
     """The plan in a file, a folder or a Hub repository. Raises as `KVPlan.from_pretrained`."""
     # a missing file is a missing file, not the name of a Hub repository
     return KVPlan.load(name) if name.endswith(".json") else KVPlan.from_pretrained(name)
+
+
+def read_plan_for(name: str, target: object, model: str | None = None) -> KVPlan:
+    """The plan in a file, with the sizes of `target`, which errors call `model`.
+
+    Raises:
+        PlanError, HeadSizeError: as `read_plan`, or it does not fit.
+    """
+    plan = read_plan(name)
+    try:
+        return plan.for_model(target)
+    except PlanLayerError as error:
+        found, wanted = len(plan.layers), ModelGeometry.of(target).num_layers
+        if found == wanted:
+            raise PlanLayerError(f"{name}: {error}") from error
+        called = "the model" if model is None else model
+        raise PlanLayerError(
+            f"{name} has a plan of {found} layers, {called} has {wanted}: make one for it with "
+            f"`kvmix plan new OUT.json --model {model or 'MODEL'}`"
+        ) from error
+    except HeadSizeError as error:
+        raise HeadSizeError(f"{name}: {error}") from error
 
 
 def summary(plan: KVPlan) -> dict[str, Any]:
@@ -218,9 +263,7 @@ def estimate(
     model: Annotated[str | None, typer.Option(help="Model whose sizes count, if not the plan's.")] = None,
 ) -> Answer:
     """Show the bytes that a cache under this plan allocates, at several lengths."""
-    plan = read_plan(file)
-    if model is not None:
-        plan = plan.for_model(load_config(model))
+    plan = read_plan(file) if model is None else read_plan_for(file, load_config(model), model)
     if plan.geometry is None:
         raise CommandError(f"{file} does not say which sizes it is for: pass --model")
     rows = [_estimate(plan, plan.geometry, batch, tokens, itemsize, tp) for tokens in length or LENGTHS]
@@ -288,7 +331,8 @@ def view(plan: KVPlan) -> str:
     if plan.base_model is not None:
         lines.append(f"made for {plan.base_model}")
     for name, value in plan.provenance.items():
-        told = (_judged(value) if name == "evaluation" else None) or f"{name}: {_told(value)}"
+        called = {"version": "version of kvmix_fx"}.get(name, name.replace("_", " "))
+        told = (_judged(value) if name == "evaluation" else None) or f"{called}: {_told(value)}"
         for line in told.splitlines():
             lines += textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False)
     return "\n".join(lines)
@@ -296,9 +340,11 @@ def view(plan: KVPlan) -> str:
 
 def _told(value: Any) -> str:
     """A value of a plan's provenance; of a table without the digests, which the file and --json have."""
-    if not isinstance(value, Mapping):
-        return str(value)
-    return ", ".join(f"{name} {entry}" for name, entry in value.items() if name != "sha256")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_told(entry)}" for name, entry in value.items() if name != "sha256")
+    if isinstance(value, list):
+        return "; ".join(map(_told, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _judged(found: Any) -> str | None:

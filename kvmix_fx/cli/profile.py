@@ -12,7 +12,17 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from kvmix_fx.cli.common import Answer, ModelName, Placement, answers, duration, load_model, note
+from kvmix_fx.cli.common import (
+    Answer,
+    ModelName,
+    Placement,
+    answers,
+    as_options,
+    duration,
+    load_model,
+    note,
+    text_source,
+)
 from kvmix_fx.errors import CommandError
 
 if TYPE_CHECKING:
@@ -51,16 +61,18 @@ def profile(
     """Measure how much each layer's keys and values suffer from quantization."""
     import kvmix_fx
     from kvmix_fx.profiling import DEFAULT_SIGNALS
-    from kvmix_fx.profiling.calibration import LENGTH, PROMPTS
+    from kvmix_fx.profiling.calibration import LENGTH, PROMPTS, check_sizes
     from kvmix_fx.profiling.measure import check_signals
 
     for path in (out, plot):
         if path is not None:
             check_target(path, force)
-    network, tokenizer = load_model(model, placement)
-    text: Any = Path(data) if data is not None and not data.startswith("datasets:") else data
     signals = signal or DEFAULT_SIGNALS
     check_signals(signals)
+    with as_options("prompts", "length"):
+        check_sizes(prompts or PROMPTS, length or LENGTH)
+    text = text_source("--data", data)
+    network, tokenizer = load_model(model, placement)
     tell_time(network, signals, prompts or PROMPTS, length or LENGTH)
     found = kvmix_fx.profile(
         network,

@@ -22,6 +22,7 @@ from kvmix_fx.cli.common import (
     ModelName,
     Placement,
     answers,
+    load_config,
     load_errors,
     load_model,
     note,
@@ -166,13 +167,15 @@ def serve(
     except ImportError as error:
         raise MissingPackageError.for_extra(str(error.name), "server", "kvmix serve") from error
     shared = _in_ranks(tp)
-    network, tokenizer = _load_share(model, placement, tp) if shared else load_model(model, placement)
-    named = choice.plan is not None or choice.preset is not None or choice.arguments()
-    if named:
-        plan = choice.build(network).for_model(network)
+    # what does not fit is found before the model is loaded
+    config = load_config(model)
+    if choice.plan is not None or choice.preset is not None or choice.arguments():
+        plan = choice.build(config, model)
     else:
         # not the preset tiers: its prompts choose orders of channels, and pages are shared
-        plan = choice.changed(KVPlan.uniform(network, 4, 2)).for_model(network)
+        plan = choice.changed(KVPlan.uniform(config, 4, 2))
+    network, tokenizer = _load_share(model, placement, tp) if shared else load_model(model, placement)
+    plan = plan.for_model(network)
     manager = start_manager(network, plan, pool, max_batch_tokens=max_batch_tokens)
     if not manager.is_tp_driver:
         _follow(manager)

@@ -19,12 +19,15 @@ def solve(
     file: Annotated[Path, typer.Argument(metavar="PROFILE", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where the plan goes.", show_default=False)],
     bits: Annotated[
-        float | None, typer.Option(help="Effective bits per element, scales and offsets included.")
+        float | None,
+        typer.Option(help="The budget: effective bits per element, scales and offsets included."),
     ] = None,
     bytes_per_token: Annotated[
-        float | None, typer.Option(help="Instead: of one row, all layers and ranks.")
+        float | None, typer.Option(help="Instead of --bits: of one row, all layers and ranks.")
     ] = None,
-    total_bytes: Annotated[int | None, typer.Option(help="Instead: with --batch and --length.")] = None,
+    total_bytes: Annotated[
+        int | None, typer.Option(help="Instead of --bits: with --batch and --length.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows, for --total-bytes.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens, for --total-bytes.")] = None,
     tp: Annotated[
@@ -54,6 +57,10 @@ def solve(
     check_target(out, force)
     if order not in ("plan", "prompt"):
         raise CommandError(f"--order is plan or prompt, got {order!r}")
+    _check_budget(
+        {"--bits": bits, "--bytes-per-token": bytes_per_token, "--total-bytes": total_bytes},
+        {"--batch": batch, "--length": length, "--tp": None if tp == 1 else tp},
+    )
     found = Profile.load(file)
     plan = found.plan(
         bits=bits,
@@ -71,3 +78,17 @@ def solve(
     )
     plan.save(out)
     return Answer({"path": str(out), **described(plan)}, f"{view(plan)}\nwritten to {out}")
+
+
+def _check_budget(budgets: dict[str, float | None], of_total: dict[str, int | None]) -> None:
+    """Raise CommandError unless one budget is given, with what goes with it."""
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        raise CommandError(
+            f"a plan has one budget: pass one of {', '.join(budgets)}; got {' and '.join(given) or 'none'}"
+        )
+    beside = [name for name, value in of_total.items() if value is not None]
+    if given != ["--total-bytes"] and beside:
+        raise CommandError(f"{beside[0]} is for --total-bytes; {given[0]} does not depend on it")
+    if given == ["--total-bytes"] and not {"--batch", "--length"} <= set(beside):
+        raise CommandError("--total-bytes needs --batch and --length of the cache that must fit")

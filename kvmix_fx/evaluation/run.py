@@ -21,7 +21,7 @@ from kvmix_fx.contracts import cache_argument
 from kvmix_fx.errors import CalibrationError, EvaluationError
 from kvmix_fx.evaluation.figures import Evaluation
 from kvmix_fx.plan import KVPlan
-from kvmix_fx.profiling.calibration import Calibration, load_calibration
+from kvmix_fx.profiling.calibration import Calibration, is_text, load_calibration
 from kvmix_fx.progress import progress as bar
 
 if TYPE_CHECKING:
@@ -217,15 +217,26 @@ def _text(
 
         data, source = texts.prose(), "Python's language reference"
     length = prompt + steps + 1
-    needed = f"chunks of {prompt} + {steps} + 1 tokens (prompt, steps, one to predict)"
+    needed = (
+        f"each of chunks={chunks} takes {length} (prompt={prompt}, steps={steps} and one to predict); pass a "
+        "longer text, a shorter prompt or fewer steps"
+    )
     try:
-        # one less, for a tokenizer that puts a token before every piece
-        text = load_calibration(data, tokenizer, prompts=chunks, length=length, shortest=length - 1)
+        text = load_calibration(
+            data,
+            tokenizer,
+            prompts=chunks,
+            length=length,
+            # one less, for a tokenizer that puts a token before every piece
+            shortest=length - 1 if is_text(data) else length,
+            purpose="evaluation",
+            needed=needed,
+        )
     except CalibrationError as error:
-        raise EvaluationError(f"cannot evaluate on {needed}: {error}") from error
+        raise EvaluationError(str(error)) from error
     whole = [row[:length] for row, n in zip(text.ids, text.lengths, strict=True) if n >= length][:chunks]
     if not whole:
-        raise EvaluationError(f"the text ({text.source}) is too short for {needed}")
+        raise EvaluationError(f"the evaluation text ({text.source}) is one token too short: {needed}")
     return Calibration(torch.stack(whole), (length,) * len(whole), source or text.source)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
+from kvmix_fx.plan.selection import join_layers
 from kvmix_kernels import layout
 
 RAW_BITS = layout.RAW_BITS
@@ -111,12 +112,21 @@ class CompileReport:
 
 
 def _lines(sites: Iterable[SiteReport]) -> Iterator[str]:
+    """A line for all layers to which the same is done; for each site whose layer is not known."""
+    alike: dict[str, list[int]] = {}
+    lines: list[tuple[int | None, str]] = []
     for site in sites:
-        layer = "?" if site.layer is None else site.layer
         size = "" if site.bytes_per_token is None else f", {site.bytes_per_token:.0f} bytes/token"
         reason = f" ({site.reason})" if site.reason else ""
         step = f"{site.idiom}, query length {site.query_length}"
-        yield f"  layer {layer}: {step}, {site.action}, {site.label}{size}{reason}"
+        told = f"{step}, {site.action}, {site.label}{size}{reason}"
+        if site.layer is None or told not in alike:
+            lines.append((site.layer, told))
+        if site.layer is not None:
+            alike.setdefault(told, []).append(site.layer)
+    for layer, told in lines:
+        layers = [] if layer is None else sorted(set(alike[told]))
+        yield f"  layer{'s' * (len(layers) > 1)} {join_layers(layers) if layers else '?'}: {told}"
 
 
 __all__ = ["LEAVE", "NOT_RECOGNIZED", "STORAGE", "CompileReport", "GraphReport", "SiteReport"]

@@ -129,8 +129,8 @@ class Budget:
         """
         if not self.allows(cheapest):
             raise BudgetError(
-                f"a budget of {self} is below the {cheapest:,.6g} of the cheapest plan: raise it, or offer "
-                "fewer bits or larger groups in the menu"
+                f"a budget of {self} is below the {cheapest:,.6g} of the cheapest plan: raise it (of "
+                "the formats that were measured, none takes less)"
             )
         raw = self._raw_cost(geometry)
         if self.amount > raw * (1 + _SLACK):

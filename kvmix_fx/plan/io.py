@@ -37,6 +37,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar, cast
 
+from kvmix_fx import hub
 from kvmix_fx.errors import (
     FormatError,
     HeadSizeError,
@@ -161,6 +162,10 @@ def load(path: str | Path) -> KVPlan:
         data = Path(path).read_bytes()
     except OSError as error:
         raise PlanFileError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if data[8:9] == b"{" and data[:1] != b"{":  # of safetensors: the header's length, then JSON
+        raise PlanFileError(
+            f"{path}: is a safetensors file, no plan; if it is a profile, `kvmix plan solve {path}` makes one"
+        )
     return from_json(data, str(path))
 
 
@@ -205,6 +210,9 @@ def _download(hub_id: str, revision: str | None) -> str:
         raise MissingPackageError.for_extra(
             "huggingface_hub", "hf", f"{hub_id!r} is no local folder, and loading a plan from the Hub"
         ) from error
+    refusal = hub.refusal(hub_id, FILE_NAME, revision)
+    if refusal is not None:
+        raise PlanFileError(f"{hub_id}: there is no such folder or plan file, and {refusal}")
     try:
         return hf_hub_download(hub_id, FILE_NAME, revision=revision)
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import Any
 
-from kvmix_fx.errors import PlanLayerError, PresetError
+from kvmix_fx.errors import HeadSizeError, PlanLayerError, PresetError
 from kvmix_fx.plan.checks import check_positive
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.schema import (
@@ -30,6 +30,7 @@ from kvmix_fx.plan.schema import (
 )
 from kvmix_fx.plan.selection import LayerSelection, select_layers
 from kvmix_fx.plan.token_tier import Policy, TokenTier
+from kvmix_kernels import layout
 
 
 def uniform(
@@ -245,6 +246,8 @@ def tiers(
 
     def layer(index: int, share: int, value_bits: int) -> LayerPlan:
         head_dim = geometry.layer(index).head_dim
+        if geometry.layer(index).num_kv_heads:
+            _check_head_dim(head_dim)
         high = max(8, head_dim // share // 8 * 8)
         rest = head_dim - high
         key = QuantSpec(
@@ -396,6 +399,7 @@ def mixkvq(
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
     head_dim = ModelGeometry.of(target).head_dim
+    _check_head_dim(head_dim)
     raw = _eights(head_dim / 16) if raw_channels is None else raw_channels
     high = _eights(head_dim / 8) if high_channels is None else high_channels
     counts = ((16, raw), (4, high), (2, head_dim - raw - high))
@@ -432,6 +436,7 @@ def kitty(
             channels at 2 bits or none at 4.
     """
     head_dim = ModelGeometry.of(target).head_dim
+    _check_head_dim(head_dim)
     high = _eights(head_dim * share)
     counts = ((4, high), (2, head_dim - high))
     key = QuantSpec(4, "channel", TIER_TILE, tiers=counts, order="tile_keys", range_factor=1.0)
@@ -441,6 +446,15 @@ def kitty(
 
 TIER_TILE = 128
 """Tokens that MixKVQ and Kitty pack together."""
+
+
+def _check_head_dim(head_dim: int) -> None:
+    """Raise HeadSizeError for heads that no tiers fit, before their counts are the ones that are wrong."""
+    if head_dim % layout.WORD_BITS:
+        raise HeadSizeError(
+            f"heads of {head_dim} channels cannot be packed, only those of a multiple of {layout.WORD_BITS}: "
+            "keep their layers at 16 bits, as the preset uniform does with key_bits=16"
+        )
 
 
 def _eights(channels: float) -> int:

@@ -609,7 +609,7 @@ class KVPlan:
             PlanFieldError: an argument that is no count, or an unknown kind of cache.
             HeadSplitError: the KV heads cannot be shared out among so many ranks.
         """
-        check_integer("batch", batch, 0)
+        check_integer("batch", batch, 1)
         check_integer("length", length, 0)
         check_integer("itemsize", itemsize, 1)
         check_choice("cache", cache, CACHE_KINDS)
@@ -756,7 +756,10 @@ def _layer_bytes(layer: LayerPlan, sizes: LayerGeometry, tokens: int, itemsize: 
 
 def as_window(window: WindowRule | int) -> WindowRule:
     """A fixed window of that length, unless it is a rule already."""
-    return window if isinstance(window, WindowRule) else WindowRule(length=window)
+    if isinstance(window, WindowRule):
+        return window
+    check_integer("window", window, 0)  # by the name that it was given under
+    return WindowRule(length=window)
 
 
 def _changed_spec(spec: QuantSpec, change: QuantSpec | int | None) -> QuantSpec:

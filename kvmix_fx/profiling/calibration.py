@@ -81,6 +81,8 @@ def load_calibration(
     prompts: int | None = None,
     length: int | None = None,
     shortest: int = 128,
+    purpose: str = "calibration",
+    needed: str | None = None,
 ) -> Calibration:
     """Prompts from whatever the user gave.
 
@@ -93,27 +95,42 @@ def load_calibration(
         prompts: of a text, at most; cut evenly spread over it.
         length: tokens of each.
         shortest: prompts below this many tokens say nothing about a packed cache.
+        purpose: what errors say the text is for.
+        needed: what errors say that it takes.
 
     Raises:
         CalibrationError: nothing, too little, or of a form that is not known.
         MissingPackageError: a data set is named and `datasets` is not installed.
     """
     if isinstance(data, Mapping):
-        return _from_ids(data.get("input_ids"), data.get("attention_mask"), shortest)
+        return _from_ids(data.get("input_ids"), data.get("attention_mask"), shortest, purpose, needed)
     if isinstance(data, Tensor):
-        return _from_ids(data, None, shortest)
-    text, source = _text(data)
+        return _from_ids(data, None, shortest, purpose, needed)
+    prompts, length = prompts or PROMPTS, length or LENGTH
+    check_sizes(prompts, length, shortest)
+    text, source = _text(data, purpose)
     if not text.strip():
-        raise CalibrationError(
-            f"the calibration text ({source}) is empty; pass a text of a few thousand words"
-        )
+        raise CalibrationError(f"the {purpose} text ({source}) is empty; pass a text of a few thousand words")
     if tokenizer is None:
-        raise CalibrationError("calibration text needs tokenizer=..., or pass token ids [N, L] instead")
+        raise CalibrationError(f"{purpose} text needs tokenizer=..., or pass token ids [N, L] instead")
     ids = torch.tensor(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
     )
     start = _prefix(tokenizer)
-    return _cut(ids, start, prompts or PROMPTS, length or LENGTH, source, shortest)
+    if len(ids) < shortest:
+        wanted = f"a prompt needs {shortest}, and {prompts} of {length} are better: pass a longer text"
+        raise CalibrationError(
+            f"the {purpose} text ({source}) has {len(ids)} tokens, too short: {needed or wanted}"
+        )
+    return _cut(ids, start, prompts, length, source, shortest)
+
+
+def check_sizes(prompts: int, length: int, shortest: int = 128) -> None:
+    """Raise CalibrationError if prompts of that size say nothing about a packed cache."""
+    if length < shortest or prompts < 1:
+        raise CalibrationError(
+            f"needs at least 1 prompt of {shortest} tokens or more, got prompts={prompts} and length={length}"
+        )
 
 
 def is_text(data: object) -> bool:
@@ -148,30 +165,22 @@ def check_vocabulary(model: nn.Module, calibration: Calibration) -> None:
         )
 
 
-def _from_ids(given: Any, mask: Any, shortest: int) -> Calibration:
+def _from_ids(given: Any, mask: Any, shortest: int, purpose: str, needed: str | None) -> Calibration:
     if not isinstance(given, Tensor) or given.dim() not in (1, 2) or given.dtype.is_floating_point:
         what = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-        raise CalibrationError(f"calibration ids must be an integer tensor [N, L], got {what}")
+        raise CalibrationError(f"{purpose} ids must be an integer tensor [N, L], got {what}")
     ids = given.detach().clone().cpu().long().reshape(-1, given.shape[-1])
     rows = list(ids) if mask is None else [r[m.bool()] for r, m in zip(ids, mask.cpu(), strict=True)]
     lengths = tuple(len(row) for row in rows)
     if not lengths or min(lengths) < shortest:
         found = f"one of {min(lengths)} tokens" if lengths else "none"
-        raise CalibrationError(f"calibration prompts need at least {shortest} tokens each, got {found}")
+        told = f"{found} is too short: {needed}" if needed and lengths else f"got {found}"
+        raise CalibrationError(f"{purpose} prompts need at least {shortest} tokens each, {told}")
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return Calibration(padded, lengths, "token ids")
 
 
 def _cut(ids: Tensor, start: list[int], prompts: int, length: int, source: str, shortest: int) -> Calibration:
-    if length < shortest or prompts < 1:
-        raise CalibrationError(
-            f"needs at least 1 prompt of {shortest} tokens or more, got prompts={prompts} and length={length}"
-        )
-    if len(ids) < shortest:
-        raise CalibrationError(
-            f"the calibration text ({source}) has {len(ids)} tokens, too short: a prompt needs {shortest}, "
-            f"and {prompts} of {length} are better"
-        )
     room = length - len(start)
     whole = len(ids) // room
     if whole >= prompts:
@@ -191,7 +200,7 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [beginning] if beginning is not None and added[:1] == [beginning] else []
 
 
-def _text(data: object) -> tuple[str, str]:
+def _text(data: object, purpose: str) -> tuple[str, str]:
     """A text and where it came from."""
     if data is None:
         file = resources.files("kvmix_fx.profiling") / "calibration.txt"
@@ -203,14 +212,20 @@ def _text(data: object) -> tuple[str, str]:
         try:
             return path.read_text(encoding="utf-8"), path.name
         except (OSError, UnicodeDecodeError) as error:
-            raise CalibrationError(f"calibration file {str(path)!r} cannot be read: {error}") from error
+            raise CalibrationError(f"{purpose} file {str(path)!r} cannot be read: {_cause(error)}") from error
     if isinstance(data, str):
         return data, "text"
     if isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
         return "\n\n".join(data), "text"
     raise CalibrationError(
-        f"calibration data must be token ids, text, a path or 'datasets:ID', got {type(data).__name__}"
+        f"{purpose} data must be token ids, text, a path or 'datasets:ID', got {type(data).__name__}"
     )
+
+
+def _cause(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return error.strerror or str(error)
 
 
 def _names_a_file(data: object) -> bool:

@@ -261,8 +261,16 @@ class Profile:
             with safe_open(path, framework="numpy") as file:
                 header = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise ProfileFileError(f"{path} cannot be read as a profile: {error}") from error
+        except SafetensorError as error:
+            with Path(path).open("rb") as file:
+                is_json = file.read(64).lstrip().startswith(b"{")
+            kind = "looks like a plan" if is_json else "is no safetensors file, or a damaged one"
+            raise ProfileFileError(
+                f"{path} cannot be read as a profile: it {kind}; "
+                "`kvmix profile MODEL --out FILE` writes profiles"
+            ) from error
         if FORMAT not in header:
             raise ProfileFileError(
                 f"{path} is a safetensors file, but no profile; `kvmix profile` writes them"

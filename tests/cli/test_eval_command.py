@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from running import PROMPT, Kvmix
+
+from kvmix_fx.cli.evaluate import _curve
+from kvmix_fx.evaluation.figures import Figure, StepRange
 
 SIZES = ("--prompt", 96, "--steps", 24, "--chunks", 2)
 
@@ -45,6 +49,14 @@ def test_eval_of_too_short_a_text_says_so(kvmix: Kvmix, tiny: Path, text: Path) 
     assert outcome.code == 1
     assert outcome.answer["error"]["type"] == "EvaluationError"
     assert "too short" in outcome.stderr
+    assert "each of --chunks 8 takes 5129 (--prompt 5000, --steps 128 and one to predict)" in outcome.stderr
+    assert "calibration" not in outcome.stderr
+
+
+def test_eval_names_a_single_step_by_its_number() -> None:
+    kl = Figure(0.5, None)
+    found = SimpleNamespace(kl_by_step=lambda: [StepRange(1, 1, kl), StepRange(2, 3, kl)])
+    assert list(_curve(found).columns[0].cells) == ["1", "2 to 3"]
 
 
 def test_eval_refuses_tasks_it_does_not_know_before_the_model_is_loaded(kvmix: Kvmix, tiny: Path) -> None:

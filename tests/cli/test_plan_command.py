@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,32 @@ def test_new_refuses(
     assert message in error["message"]
     assert outcome.stderr == f"error: {error['message']}\n"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_new_names_heads_that_no_preset_packs(kvmix: Kvmix, tmp_path: Path, name: str) -> None:
+    sizes = ("--layers", 6, "--kv-heads", 2, "--head-dim", 100)
+    outcome = kvmix("plan", "new", tmp_path / "plan.json", *sizes, "--preset", name, *REQUIRED.get(name, ()))
+    assert outcome.code == 1
+    assert "100" in outcome.stderr
+    assert "multiple of 16" in outcome.stderr
+
+
+def test_new_takes_a_window_without_bits_and_names_a_wrong_one(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert kvmix("plan", "new", out, *SIZES, "--window", 64).code == 0
+    assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY, window=64)
+    refused = kvmix("plan", "new", out, *SIZES, "--window", -5, "--force")
+    assert "window must be at least 0, got -5" in refused.stderr
+
+
+def test_show_is_for_people(kvmix: Kvmix, tmp_path: Path) -> None:
+    plan = KVPlan.uniform(GEOMETRY, 4)
+    facts = {"changes": ["0:k4", "1:v2"], "predicted_loss": 0.012414672142, "version": "0.1.0"}
+    file = replace(plan, provenance=facts, name="a name that is long " * 3).save(tmp_path / "plan.json")
+    lines = kvmix("plan", "show", file).stdout.splitlines()
+    assert lines[-3:] == ["changes: 0:k4; 1:v2", "predicted loss: 0.01241", "version of kvmix_fx: 0.1.0"]
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_new_wants_a_model_or_all_sizes(kvmix: Kvmix, tmp_path: Path) -> None:

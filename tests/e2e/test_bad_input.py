@@ -84,6 +84,15 @@ def test_weights_that_were_offloaded_after_compiling(ready):
 def test_a_plan_is_needed(model):
     with pytest.raises(errors.BackendOptionError, match="needs a plan"):
         kvmix_fx.compile(model, {"bits": 2})
+    with pytest.raises(errors.BackendOptionError, match=r"KVPlan\.from_pretrained\(file\)"):
+        kvmix_fx.compile(model, "plan.json")
+
+
+def test_a_cache_without_room_for_a_token(model):
+    plan = kvmix_fx.KVPlan.uniform(model, 2)
+    for capacity in (0, -1, None):
+        with pytest.raises(errors.PlanFieldError, match="max_cache_len must be"):
+            KVMixStaticCache(plan, model.config, capacity)
 
 
 @pytest.mark.parametrize(

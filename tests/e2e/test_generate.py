@@ -289,7 +289,7 @@ def test_explain_lists_every_site_and_changes_nothing():
     report = kvmix_fx.explain(model, prompt(), plan_for(model))
     assert [(s.layer, s.key_bits, s.value_bits) for s in report.graphs[1].sites] == [(0, 2, 2), (1, 4, 3)]
     assert all(s.bytes_per_token for s in report.sites)
-    assert "layer 1" in str(report)
+    assert "layer 1: " in str(report)
     assert vars(model) == before
 
 

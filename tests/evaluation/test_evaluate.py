@@ -134,8 +134,14 @@ def test_summaries_of_known_numbers() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": tokens(length=100)}, "cannot evaluate on"),
-        ({"data": tokens(length=168)}, "too short for chunks of 128"),
+        (
+            {"data": tokens(length=100)},
+            r"evaluation prompts need .* 100 tokens is too short: each of chunks=",
+        ),
+        (
+            {"data": tokens(length=168)},
+            r"takes 169 \(prompt=128, steps=40 and one to predict\); pass a longer",
+        ),
         ({"data": "the cat"}, "tokenizer"),
         ({"steps": 0}, "steps must be"),
         ({"prompt": 0}, "prompt must be"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmix_fx import hub
 from kvmix_fx.errors import MissingPackageError, PlanFileError, PlanVersionError
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, WindowRule, io
 from kvmix_fx.testing.strategies import plans
@@ -369,6 +370,7 @@ def test_hub_plans_are_downloaded(tmp_path, monkeypatch):
         return str(PLAN.save(tmp_path / "cached.json"))
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    monkeypatch.setattr(hub, "refusal", lambda *_: None)
     assert KVPlan.from_pretrained("organisation/name", revision="v1") == PLAN
     assert asked == [("organisation/name", "kvmix_plan.json", "v1")]
 
@@ -379,10 +381,23 @@ def test_hub_failures_are_file_errors(error, monkeypatch):
         raise error
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
+    monkeypatch.setattr(hub, "refusal", lambda *_: None)
     with pytest.raises(
         PlanFileError, match=r"name: no local folder has this name and the Hub gave no kvmix_plan"
     ):
         KVPlan.from_pretrained("name")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_without_a_download(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(PlanFileError, match=r"no such folder or plan file, and .* the Hub cannot be reached"):
+        KVPlan.from_pretrained("nobody-at-all/no-such-plan")
 
 
 def test_a_missing_hub_package_is_named(monkeypatch):

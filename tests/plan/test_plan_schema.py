@@ -122,6 +122,9 @@ def test_other_windows_are_refused_with_the_kinds_there_are():
         WindowRule("ratio", 20)
     with pytest.raises(PlanFieldError, match="length must be at least 0, got -1"):
         WindowRule(length=-1)
+    for window, message in ((-1, "at least 0, got -1"), (1.5, r"an integer, got 1\.5")):
+        with pytest.raises(PlanFieldError, match=f"window must be {message}"):
+            KVPlan.uniform(2, 4, window=window)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +375,21 @@ def test_text_shows_layers_planned_alike_once():
         "1       K16V16  raw          raw",
         "2       K4V2    channel g32  token g32           32      0     32",
     ]
+
+
+def test_text_of_many_kinds_of_layers_fits_80_columns():
+    shown = str(KVPlan.from_pretrained("kvmix:smollm2-135m/2.5")).splitlines()
+    assert all(len(line) <= 80 for line in shown)
+    assert "all layers: values token head byte, window 32, sink 4" in shown
+    assert any(line.split()[:2] == ["4,10-12,16,19-20,25-29", "K4/2/0"] for line in shown)
+    # lists of layers are broken where that is not enough
+    layer = dataclasses.replace(LAYER, value=QuantSpec(4, "token", "head", "float32"))
+    plan = KVPlan((layer,) * 60).with_layers(list(range(0, 60, 2)), key=8, window=64, sink_length=4, tile=64)
+    plan = plan.with_layers(59, value=2)
+    shown = str(plan).splitlines()
+    assert all(len(line) <= 80 for line in shown)
+    listed = "".join(line.split()[0] for line in shown[3:-1])
+    assert listed.startswith(",".join(map(str, range(0, 60, 2))))
 
 
 def test_text_needs_no_geometry():

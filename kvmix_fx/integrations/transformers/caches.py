@@ -29,6 +29,7 @@ from kvmix_fx.integrations.transformers.layers import (
     forget,
 )
 from kvmix_fx.plan import KVPlan
+from kvmix_fx.plan.checks import check_integer
 
 
 class KVMixCache(DynamicCache):
@@ -49,7 +50,12 @@ class KVMixStaticCache(StaticCache):
     """A packed cache of fixed capacity, for generate()."""
 
     def __init__(self, plan: KVPlan, config: Any, max_cache_len: int) -> None:
-        """`max_cache_len`: capacity in tokens. Buffers are allocated at the first call."""
+        """`max_cache_len`: capacity in tokens. Buffers are allocated at the first call.
+
+        Raises:
+            PlanError, HeadSizeError: the plan does not fit the model, or there is no room for a token.
+        """
+        check_integer("max_cache_len", max_cache_len, 1)
         plan = plan.for_model(config)
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.plan = plan

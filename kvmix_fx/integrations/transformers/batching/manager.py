@@ -98,8 +98,8 @@ def make_manager(
     if plan is None:
         if compiled is None:
             raise ServingError(
-                "kvmix_fx.serve needs a plan: make one with KVPlan.uniform(model, 4, 2), KVPlan.load(file) "
-                "or a profile of the model"
+                "kvmix_fx.serve needs a plan: make one with KVPlan.uniform(model, 4, 2), "
+                "KVPlan.from_pretrained(file) or a profile of the model"
             )
         plan = compiled.plan
     assert plan is not None
