@@ -14,6 +14,7 @@ from kvmix_fx.cache import QuantizedKVTensor, tiers
 from kvmix_fx.errors import CacheStateError, CacheVersionError, TokenTierError
 from kvmix_fx.testing.tensors import formats, values
 from kvmix_kernels import layout
+from tests.depth import examples
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -93,7 +94,7 @@ def damaged(draw):
     return state
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(damaged())
 def test_a_damaged_file_is_refused_or_reads_without_harm(state):
     """What passes the checks is as large as its format says, so that reading and appending stay inside."""
