@@ -35,12 +35,14 @@ FUZZED = (
     "tests/cache/test_saved.py",
 )
 
+FILES = ("tests/test_hostile_files.py", "tests/cache/test_saved.py", "tests/plan/test_plan_io.py")
+
 CAMPAIGNS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "models": (("tests/passes/test_drawn_models.py",), "a_drawn_model", 500),
     "tensors": (("tests/cache/test_machine.py",), "TestMachine", 1000),
     "tiers": (("tests/cache/test_tier_machine.py",), "TestTiers", 1000),
     "layers": (("tests/cache/test_layer_machine.py",), "TestLayers", 2000),
-    "files": (("tests/cache/test_saved.py", "tests/plan/test_plan_io.py"), "damaged or arbitrary", 10000),
+    "files": (FILES, "damaged or arbitrary or hostile", 10000),
     "fuzz": (FUZZED, "", 400),
 }
 """Files, which tests of them (an expression of pytest's -k), `max_examples` of the profile in a round."""

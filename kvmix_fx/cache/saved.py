@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kvmix_fx.errors import CacheStateError, KVMixError
 from kvmix_kernels import layout
@@ -97,6 +98,10 @@ def check_buffers(cached: Cached, length: int, live: Tensor | None) -> None:
         raise CacheStateError(f"a saved cache does not fit its own format: {problem}") from None
     if not fmt.is_raw and slots != fmt.residual_slots:
         raise _damaged("residual", residual, f"{fmt.residual_slots} slots")
+    for name, buffer in zip(fmt.buffer_names, cached.tensors, strict=True):
+        if not buffer.is_contiguous():
+            # steps write to it, and places may share their memory
+            raise CacheStateError(f'"{name}" of a saved cache is not contiguous: call contiguous() on it')
     if live is not None:
         if live.dim() or live.dtype != torch.int64:
             raise _damaged("live", live, "one int64")
@@ -135,6 +140,11 @@ def entry(state: Mapping[str, Any], prefix: str, name: str) -> Tensor:
         found = "missing" if value is None else f"a {type(value).__name__}"
         raise CacheStateError(
             f'"{prefix}{name}" of a saved cache is {found}: it was cut short, or saved under another prefix'
+        )
+    plain = type(value) in (Tensor, Parameter) and value.layout == torch.strided and not value.is_meta
+    if not plain or value.requires_grad:
+        raise CacheStateError(
+            f'"{prefix}{name}" of a saved cache is no plain tensor: only what to_state() returned can be read'
         )
     return value
 
