@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ from kvmix_fx.errors import (
     ModelInputError,
     PlanMismatchError,
 )
+from kvmix_fx.integrations.transformers import owners
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
     let_grow,
@@ -69,6 +71,31 @@ class InsideGenerate(threading.local):
 
     calls = 0
     steady = False
+
+    def __init__(self) -> None:
+        """In no thread yet."""
+        self._held: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    def hold(self, cache: Cache) -> None:
+        """Have a cache for this thread: inside generate() until its end.
+
+        Raises:
+            CacheSharedError: another thread has it.
+        """
+        owners.take(cache)
+        if self.calls:
+            self._held.add(cache)
+
+    def release(self, cache: Cache) -> None:
+        """Let other threads have a cache, unless generate() goes on with it."""
+        if cache not in self._held:
+            owners.release(cache)
+
+    def end(self) -> None:
+        """After the outermost generate()."""
+        for cache in self._held:
+            owners.release(cache)
+        self._held.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model is not inside anything."""
@@ -114,15 +141,26 @@ class TokensCall(Call):
 
     def finish(self) -> None:
         """Count the tokens that layers have got."""
-        for window in self.sliding:
-            window.count(self.n)
-        for layer in self.fixed:
-            layer.host_length += self.n
+        try:
+            for window in self.sliding:
+                window.count(self.n)
+            for layer in self.fixed:
+                layer.host_length += self.n
+        finally:
+            self.release()
 
     def failed(self) -> None:
         """Take back what layers of fixed capacity have counted; growing ones have not changed."""
-        for layer in self.fixed:
-            layer.take_back(self.n)
+        try:
+            for layer in self.fixed:
+                layer.take_back(self.n)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let other threads have the cache."""
+        if self.cache is not None:
+            self._model.inside.release(self.cache)
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
@@ -147,6 +185,7 @@ class TransformersCalls:
         Raises:
             ModelInputError: no tokens. CapacityError: a fixed cache is too small; nothing was written.
             CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
+        CacheSharedError: another thread uses it.
         """
         args, kwargs = self._by_name(args, kwargs)
         call = TokensCall(args, kwargs, self.inside.calls > 0, self)
@@ -155,13 +194,17 @@ class TransformersCalls:
         if not self._find_tokens(call):
             self._choose_lane(call)
             return call
-        for step in self._STEPS:
-            step(self, call)
-        if call.lane is Lane.SHORT:
-            self._check_room(call)
-            return call
-        for check in self._CHECKS:
-            check(self, call)
+        if call.cache is not None:
+            self.inside.hold(call.cache)
+        try:
+            for step in self._STEPS:
+                step(self, call)
+            checks = (type(self)._check_room,) if call.lane is Lane.SHORT else self._CHECKS
+            for check in checks:
+                check(self, call)
+        except BaseException:
+            call.release()
+            raise
         return call
 
     def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
