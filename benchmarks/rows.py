@@ -41,6 +41,7 @@ SUITES = (
     "token_tiers",
     "first_call",
     "serving",
+    "endurance",
 )
 
 
