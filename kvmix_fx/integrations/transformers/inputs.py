@@ -122,6 +122,8 @@ class TokensCall(Call):
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
         self.sliding: list[KVMixSlidingLayer] = []
+        self._grown: list[Grown] = []
+        self._updated: dict[int, bool] = {}
 
     @property
     def own_cache(self) -> Cache | None:
@@ -144,14 +146,33 @@ class TokensCall(Call):
         try:
             for window in self.sliding:
                 window.count(self.n)
-            for layer in self.fixed:
-                layer.host_length += self.n
-        finally:
-            self.release()
+        except BaseException:
+            self.failed()
+            raise
+        for layer in self.fixed:
+            layer.host_length += self.n
+        self.release()
+
+    def begin(self) -> None:
+        """Remember what growing layers hold: if the model is traced in pieces, some may get their tokens."""
+        caches = (
+            (self.cache.self_attention_cache, self.cache.cross_attention_cache)
+            if isinstance(self.cache, EncoderDecoderCache)
+            else (self.cache,)
+        )
+        self._grown = [Grown(cache) for cache in caches if cache is not None]
+        if isinstance(self.cache, EncoderDecoderCache):
+            self._updated = dict(self.cache.is_updated)
 
     def failed(self) -> None:
-        """Take back what layers of fixed capacity have counted; growing ones have not changed."""
+        """Take back what layers of fixed capacity have counted, and growing ones have been given."""
         try:
+            for grown in self._grown:
+                grown.restore()
+            if isinstance(self.cache, EncoderDecoderCache):
+                self.cache.is_updated.update(self._updated)
+            if self.cache is not None and _has_states(self.cache):
+                _interrupted.add(self.cache)
             for layer in self.fixed:
                 layer.take_back(self.n)
         finally:
@@ -165,6 +186,37 @@ class TokensCall(Call):
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
         self._model.widen(self, found)
+
+
+class Grown:
+    """What the growing layers of a cache held before a step, whose tensors no step changes."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Keep references."""
+        self._cache, self._count = cache, len(cache.layers)
+        self._held = [(layer, dict(vars(layer))) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+    def restore(self) -> None:
+        """Give them back, and forget layers that are new."""
+        del self._cache.layers[self._count :]
+        for layer, held in self._held:
+            vars(layer).clear()
+            vars(layer).update(held)
+
+
+_interrupted: weakref.WeakSet[Cache] = weakref.WeakSet()
+"""Caches in which states may have been changed by a step that failed."""
+
+
+def _has_states(cache: Cache) -> bool:
+    """Whether some layer has states of a linear attention, which a step changes in place."""
+    for layer in _layers(cache):
+        states = getattr(layer, "has_previous_state", False)
+        if any(
+            states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]
+        ):
+            return True
+    return False
 
 
 class TransformersCalls:
@@ -205,6 +257,7 @@ class TransformersCalls:
         except BaseException:
             call.release()
             raise
+        call.begin()
         return call
 
     def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
@@ -342,6 +395,16 @@ class TransformersCalls:
                 "cache from the plan given to kvmix_fx.compile"
             )
 
+    def _check_whole(self, call: TokensCall) -> None:
+        if call.cache is None or call.cache not in _interrupted:
+            return
+        if _has_states(call.cache):
+            raise CacheMutationError(
+                "a step on this cache was interrupted after states of its linear attention had changed: call "
+                "cache.reset() and fill it anew"
+            )
+        _interrupted.discard(call.cache)
+
     def _check_room(self, call: TokensCall) -> None:
         for layer in call.fixed:
             if layer.interrupted:
@@ -463,6 +526,7 @@ class TransformersCalls:
     # step before, and only its room has shrunk.
     _CHECKS = (
         _check_plan,
+        _check_whole,
         _check_room,
         _leave_inference_mode,
         _mark_plain_layers,
