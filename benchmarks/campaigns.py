@@ -82,17 +82,18 @@ def record(name: str, round_: dict[str, Any], path: Path = ROUNDS) -> None:
         "date": stamps["date"],
         "machine": rows.machine_name(),
     }
-    lines = read(path)
-    line = next((at for at in lines if all(at[key] == value for key, value in known.items())), None)
-    if line is None:
-        line = known | {"rounds": 0, "examples": 0, "seconds": 0, "failed": []}
-        lines.append(line)
-    line["rounds"] += 1
-    line["examples"] += round_["examples"]
-    line["seconds"] = round(line["seconds"] + round_["seconds"])
-    line["failed"] = sorted({*line["failed"], *round_["failed"]})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(at) + "\n" for at in lines))
+    with rows.alone_in(path.parent):
+        lines = read(path)
+        line = next((at for at in lines if known.items() <= at.items()), None)
+        if line is None:
+            line = known | {"rounds": 0, "examples": 0, "seconds": 0, "failed": []}
+            lines.append(line)
+        line["rounds"] += 1
+        line["examples"] += round_["examples"]
+        line["seconds"] = round(line["seconds"] + round_["seconds"])
+        line["failed"] = sorted({*line["failed"], *round_["failed"]})
+        path.write_text("".join(json.dumps(at) + "\n" for at in lines))
 
 
 def read(path: Path = ROUNDS) -> list[dict[str, Any]]:

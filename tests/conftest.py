@@ -18,8 +18,7 @@ settings.register_profile(
 settings.register_profile(
     "thorough", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow]
 )
-# hours: what they find is kept in .hypothesis, and tried first when they are started again
-settings.register_profile("soak", settings.get_profile("thorough"), max_examples=10_000)
+# hours: what it finds is kept in .hypothesis, and tried first when it is started again
 settings.register_profile(
     "fuzz",
     settings.get_profile("thorough"),
