@@ -24,6 +24,7 @@ from kvmix_fx.errors import (
     KVMixError,
     PlanFileError,
     ProfileFileError,
+    TuningFileError,
 )
 from kvmix_fx.plan import KVPlan, ModelGeometry, QuantSpec
 from kvmix_fx.plan.orders import encode_order
@@ -32,6 +33,7 @@ from kvmix_fx.profiling import Profile
 from kvmix_fx.profiling.report import FORMAT, ModelIdentity, _digest
 from kvmix_fx.testing.tensors import values
 from kvmix_kernels import layout
+from kvmix_kernels.triton import configs
 
 GEOMETRY = ModelGeometry(2, 2, 32)
 TIERED = QuantSpec(4, "channel", 16, tiers=((4, 8), (2, 16), (0, 8)), order="prompt")
@@ -252,6 +254,22 @@ def test_a_hostile_profile_of_bytes(profile, edits):
     path = profile[0]
     path.with_name("hostile").write_bytes(cut(path.read_bytes(), edits))
     loads(path.with_name("hostile"))
+
+
+TUNED = {
+    "attend": [{"match": {"bits": 2}, "use": {"tokens": 64, "warps": 4}}, {"match": {}, "use": {}}],
+    "multiprocessors": 132,
+}
+
+
+@given(exchanged(TUNED), EDITS, st.booleans())
+def test_hostile_launch_parameters(tmp_path_factory, content, edits, bytes_too):
+    path = tmp_path_factory.getbasetemp() / "launch.json"
+    text = json.dumps(content).encode()
+    path.write_bytes(cut(text, edits) if bytes_too else text)
+    with contextlib.suppress(TuningFileError):
+        for entry in configs.read(path)["attend"]:
+            assert all(0 <= number <= configs.LARGEST for number in configs.AttendConfig(**entry["use"]))
 
 
 def tensor(fixed=True):

@@ -44,6 +44,7 @@ def check_numbers(numbers: Sequence[int]) -> TensorFormat:
         )  # fmt: skip
         spans = [1 <= tier.span <= 100 for tier in fmt.tiers]
         known = fmt.axis in (0, 1) and fmt.order < len(layout.ORDERS)
+        known &= fmt.scale_dtype < len(layout.SCALE_DTYPES)
         if not known or not all(spans) or _without_spans(again) != _without_spans(fmt):
             raise CacheStateError(f"no packed format has the numbers {list(numbers)}: the file is damaged")
     except (KVMixError, IndexError) as problem:

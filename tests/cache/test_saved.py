@@ -153,6 +153,7 @@ def test_what_is_wrong_with_a_file_is_said(name, change, said):
         ("meta", lambda x: changed(x, 4, 3), "bits, got 3"),
         ("meta", lambda x: changed(x, 5, 5), "multiple of 16"),
         ("meta", lambda x: changed(x, 6, 99), "no packed format has the numbers"),
+        ("meta", lambda x: changed(x, 17, 99), "no packed format has the numbers"),  # dtype of scales
         ("meta", lambda x: changed(x, 8, 2), "no packed format has the numbers"),
     ],
 )
