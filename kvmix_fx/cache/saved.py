@@ -97,6 +97,9 @@ def check_buffers(cached: Cached, length: int, live: Tensor | None) -> None:
         raise
     except KVMixError as problem:
         raise CacheStateError(f"a saved cache does not fit its own format: {problem}") from None
+    if fmt.is_raw and slots < layout.fixed_slots(fmt, max(1, length)):
+        # else the next token would ask for as much as the format says a tile is
+        raise _damaged("residual", residual, f"at least {layout.fixed_slots(fmt, max(1, length))} slots")
     if not fmt.is_raw and slots != fmt.residual_slots:
         raise _damaged("residual", residual, f"{fmt.residual_slots} slots")
     for name, buffer in zip(fmt.buffer_names, cached.tensors, strict=True):

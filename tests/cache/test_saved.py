@@ -170,6 +170,17 @@ def test_what_is_wrong_with_a_high_tier_is_said(name, change, said):
         QuantizedKVTensor.from_state(state)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_file_without_codes_does_not_ask_for_more_memory_than_it_has(fixed):
+    """A tile of 2^31 tokens was allocated with the next one."""
+    fmt = layout.make_format(16, tile=8, sink=4)
+    state = saved(fmt, fixed)
+    QuantizedKVTensor.from_state(state)
+    place = 1 + fmt.encode().index(8)
+    with pytest.raises(CacheStateError, match='"residual" of a saved cache should be at least'):
+        QuantizedKVTensor.from_state(state | {"meta": changed(state["meta"], place, 2**31 - 1)})
+
+
 def changed(numbers, place, number):
     numbers = numbers.clone()
     numbers[place] = number
