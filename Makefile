@@ -39,18 +39,20 @@ test: lint tests oldest
 tests: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# hours, one test after the other: random sequences of what caches do (10,000 of tensors, 5,000 each of token tiers
-# and of layers) and random models (2,000)
+# each for so long, in rounds that are counted (docs/internals/campaigns.md): random sequences of what caches do,
+# random models, files made to harm. What fails is kept in .hypothesis and tried first when this is started again
+MINUTES ?= 60
 soak: setup
-	KVMIX_HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n 0 --timeout=0 -v tests/cache/test_machine.py \
-		tests/cache/test_tier_machine.py tests/cache/test_layer_machine.py tests/passes/test_drawn_models.py
+	for name in tensors tiers layers models files; do \
+		$(BIN)/python -m benchmarks.campaigns $$name --minutes $(MINUTES) || exit 1; done
 
-# hours: 100,000 examples of every property of kernels, plans and the layout that names no number of its own. What
-# fails is kept in .hypothesis and tried first when this is started again; FUZZ names other tests
-FUZZ ?= tests/kernels/test_layout.py tests/kernels/test_reference.py tests/kernels/test_cpu_attention.py \
-	tests/kernels/test_tiers.py tests/kernels/test_token_tiers.py tests/plan tests/cache/test_saved.py
+# likewise every property of kernels, plans and the layout; or, with FUZZ, 100,000 examples of those in some files
 fuzz: setup
+ifdef FUZZ
 	KVMIX_HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 0 --timeout=0 -v $(FUZZ)
+else
+	$(BIN)/python -m benchmarks.campaigns fuzz --minutes $(MINUTES)
+endif
 
 # what the integration leans on, in the oldest transformers that is supported; `tests` has the newest
 OLDEST := transformers==5.17.0

@@ -41,6 +41,7 @@ SUITES = (
     "token_tiers",
     "first_call",
     "serving",
+    "endurance",
 )
 
 
@@ -143,7 +144,7 @@ def save(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
     for row in rows:
         by_file.setdefault(folder / f"{row.suite}-{row.machine}.jsonl", []).append(row)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with alone_in(folder):
         for path, new in by_file.items():
             kept = {row.key: row for row in read(path)} if path.exists() else {}
             kept.update({row.key: row for row in new})
@@ -154,7 +155,7 @@ def save(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Two benchmarks that run side by side must not lose each other's rows."""
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks import campaigns as rounds
 from benchmarks import support
 from benchmarks.coverage import tables as sweep
 from benchmarks.rows import Row, load
@@ -459,7 +460,40 @@ def coverage_outside() -> str:
     return markdown(*sweep.outside(), "---")
 
 
+def campaigns() -> str:
+    """Long runs of the property tests, and what failed in them."""
+    head = ["campaign", "examples", "hours", "commit", "day", "failed"]
+    body = [
+        [
+            line["campaign"],
+            f"{line['examples']:,}",
+            f"{line['seconds'] / 3600:.2f}",
+            line["commit"],
+            line["date"],
+            ", ".join(f"`{name.split('::')[-1]}`" for name in line["failed"]) or "-",
+        ]
+        for line in rounds.read()
+    ]
+    return markdown(head, body)
+
+
+def endurance() -> str:
+    """Memory of a process over many steps."""
+    parts = []
+    for (case, machine), providers in grouped(load("endurance")).items():
+        metrics = list(next(iter(providers.values())))
+        body = [
+            [provider, *(f"{by[metric].value:.1f}" for metric in metrics), by[metrics[0]].commit]
+            for provider, by in providers.items()
+        ]
+        head = ["provider", *(f"{metric}, MiB" for metric in metrics), "commit"]
+        parts.append(f"{case}, {machine}\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "campaigns": campaigns,
+    "endurance": endurance,
     "coverage": coverage,
     "coverage_models": coverage_models,
     "coverage_outside": coverage_outside,

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,12 +56,28 @@ def recompile_limit(limit: int | None) -> contextlib.AbstractContextManager[Any]
     return patched
 
 
+_alone = threading.RLock()
+"""Held in compiled code. Where Dynamo looks for what it has compiled is one variable of the whole process:
+two threads would look in each other's places, find nothing, and compile in every step."""
+
+
+def _not_held() -> None:
+    """In a forked process there is nobody who could let go of it."""
+    global _alone
+    _alone = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_not_held)
+
+
 def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call compiled code; errors of ours come out as themselves, not as a backend failure."""
+    """Call compiled code, when no other thread does; errors of ours come out as themselves."""
     from torch._dynamo.exc import BackendCompilerFailed
 
     try:
-        return function(*args, **kwargs)
+        with _alone:
+            return function(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, KVMixError):
             raise error.inner_exception from None

@@ -28,6 +28,7 @@ __all__ = [
     "CacheMutationError",
     "CacheReadError",
     "CacheShapeError",
+    "CacheSharedError",
     "CacheStateError",
     "CacheVersionError",
     "CalibrationError",
@@ -183,6 +184,10 @@ class TokenTierError(KVMixError, TypeError):
 
 class CacheReadError(KVMixError, RuntimeError):
     """A compiled graph reads a packed cache whose number of tokens it cannot know."""
+
+
+class CacheSharedError(KVMixError, RuntimeError):
+    """Two threads use one cache at the same time."""
 
 
 class CacheStateError(KVMixError, ValueError):

@@ -18,9 +18,13 @@ settings.register_profile(
 settings.register_profile(
     "thorough", deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow]
 )
-# hours: what they find is kept in .hypothesis, and tried first when they are started again
-settings.register_profile("soak", settings.get_profile("thorough"), max_examples=10_000)
-settings.register_profile("fuzz", settings.get_profile("thorough"), max_examples=100_000)
+# hours: what it finds is kept in .hypothesis, and tried first when it is started again
+settings.register_profile(
+    "fuzz",
+    settings.get_profile("thorough"),
+    max_examples=int(os.environ.get("KVMIX_EXAMPLES", "100000")),
+    print_blob=True,
+)
 # on a GPU nearly every example compiles a kernel of its own
 settings.register_profile("brief", settings.get_profile("tests"), max_examples=6)
 settings.load_profile(os.environ.get("KVMIX_HYPOTHESIS_PROFILE", "tests"))

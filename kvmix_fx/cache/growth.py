@@ -8,6 +8,7 @@ continues on a copy of the (small) residual: older tensors keep reading theirs.
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import torch
@@ -26,6 +27,9 @@ class Store:
     def __init__(self) -> None:
         """Start without leases."""
         self.leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        # by thread: up to where it is writing for a tensor that is not there yet
+        self.claims: dict[int, int] = {}
+        self.lock = threading.Lock()
 
 
 class Lease:
@@ -35,11 +39,24 @@ class Lease:
         """Register with the store."""
         self.store = store
         self.length = length
-        store.leases.add(self)
+        with store.lock:
+            store.leases.add(self)
+            store.claims.pop(threading.get_ident(), None)
 
-    def may_append(self) -> bool:
-        """Whether writing after `length` would touch nobody else's tokens."""
-        return all(other.length <= self.length for other in self.store.leases)
+    def claim(self, extra: int) -> bool:
+        """Whether this thread may write `extra` tokens behind, which touches nobody else's; others copy.
+
+        The claim ends with the thread's next lease on the store. One that a failed step leaves only makes
+        other threads copy.
+        """
+        store, me = self.store, threading.get_ident()
+        with store.lock:
+            ends = [other.length for other in store.leases]
+            ends += [end for thread, end in store.claims.items() if thread != me]
+            free = all(end <= self.length for end in ends)
+            if free:
+                store.claims[me] = self.length + extra
+        return free
 
 
 def enlarge(cached: Cached, tiles: int, slots: int) -> Cached:
@@ -64,7 +81,7 @@ def prepare_append(cached: Cached, lease: Lease, extra: int) -> tuple[Cached, St
     tiles = layout.growing_tiles(fmt, length + extra)
     slots = layout.growing_slots(fmt, length + extra)
     small = cached.qdata.shape[2] < tiles * fmt.tile or cached.residual.shape[2] < slots
-    if small or not lease.may_append():
+    if small or not lease.claim(extra):
         return enlarge(cached, tiles, slots), Store()
     flushes = fmt.packed_tiles(length + extra) > fmt.packed_tiles(length)
     if flushes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kvmix_fx.errors import CacheStateError, KVMixError
 from kvmix_kernels import layout
@@ -43,6 +44,7 @@ def check_numbers(numbers: Sequence[int]) -> TensorFormat:
         )  # fmt: skip
         spans = [1 <= tier.span <= 100 for tier in fmt.tiers]
         known = fmt.axis in (0, 1) and fmt.order < len(layout.ORDERS)
+        known &= fmt.scale_dtype < len(layout.SCALE_DTYPES)
         if not known or not all(spans) or _without_spans(again) != _without_spans(fmt):
             raise CacheStateError(f"no packed format has the numbers {list(numbers)}: the file is damaged")
     except (KVMixError, IndexError) as problem:
@@ -95,8 +97,15 @@ def check_buffers(cached: Cached, length: int, live: Tensor | None) -> None:
         raise
     except KVMixError as problem:
         raise CacheStateError(f"a saved cache does not fit its own format: {problem}") from None
+    if fmt.is_raw and slots < layout.fixed_slots(fmt, max(1, length)):
+        # else the next token would ask for as much as the format says a tile is
+        raise _damaged("residual", residual, f"at least {layout.fixed_slots(fmt, max(1, length))} slots")
     if not fmt.is_raw and slots != fmt.residual_slots:
         raise _damaged("residual", residual, f"{fmt.residual_slots} slots")
+    for name, buffer in zip(fmt.buffer_names, cached.tensors, strict=True):
+        if not buffer.is_contiguous():
+            # steps write to it, and places may share their memory
+            raise CacheStateError(f'"{name}" of a saved cache is not contiguous: call contiguous() on it')
     if live is not None:
         if live.dim() or live.dtype != torch.int64:
             raise _damaged("live", live, "one int64")
@@ -135,6 +144,11 @@ def entry(state: Mapping[str, Any], prefix: str, name: str) -> Tensor:
         found = "missing" if value is None else f"a {type(value).__name__}"
         raise CacheStateError(
             f'"{prefix}{name}" of a saved cache is {found}: it was cut short, or saved under another prefix'
+        )
+    plain = type(value) in (Tensor, Parameter) and value.layout == torch.strided and not value.is_meta
+    if not plain or value.requires_grad:
+        raise CacheStateError(
+            f'"{prefix}{name}" of a saved cache is no plain tensor: only what to_state() returned can be read'
         )
     return value
 

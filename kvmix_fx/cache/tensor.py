@@ -25,7 +25,7 @@ from kvmix_fx.cache.saved import check_buffers, check_numbers, entry, read_meta
 from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, TokenTierError
 from kvmix_kernels import layout, ops
-from kvmix_kernels.cached import Cached, allocate
+from kvmix_kernels.cached import Cached, allocate, shapes
 from kvmix_kernels.layout import BUFFER_NAMES, HIGH_NAMES, PLAIN_NUMBERS, TensorFormat
 from kvmix_kernels.reference import storage
 from kvmix_kernels.tokens.ops import dequantize
@@ -253,6 +253,14 @@ class QuantizedKVTensor(torch.Tensor):
         """A fixed tensor of the same tokens with room for `capacity`, which is no smaller."""
         tiles, slots = layout.fixed_tiles(self.format, capacity), layout.fixed_slots(self.format, capacity)
         return QuantizedKVTensor(enlarge(self.cached, tiles, slots), capacity, self.live)
+
+    def narrowed(self, capacity: int) -> QuantizedKVTensor:
+        """A fixed tensor over the same memory with room for `capacity`, which is no larger."""
+        tiles, slots = layout.fixed_tiles(self.format, capacity), layout.fixed_slots(self.format, capacity)
+        sizes = shapes(self.format, self.shape[3], tiles, slots, self.dtype)
+        buffers = zip(self.cached.tensors, sizes, strict=True)
+        cached = Cached(self.format, tuple(buffer[:, :, : size[0]] for buffer, (size, _) in buffers))
+        return QuantizedKVTensor(cached, capacity, self.live)
 
     def crop(self, length: int) -> QuantizedKVTensor:
         """The first `length` tokens, sharing the packed data."""

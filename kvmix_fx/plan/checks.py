@@ -7,13 +7,18 @@ from collections.abc import Sequence
 
 from kvmix_fx.errors import PlanFieldError
 
+LARGEST = 2**31 - 1
+"""Of any count of tokens, heads or bytes: positions are numbers of 32 bits."""
+
 
 def check_integer(field: str, value: object, minimum: int) -> None:
-    """Raise PlanFieldError unless `value` is an integer (not a bool) of at least `minimum`."""
+    """Raise PlanFieldError unless `value` is an integer (not a bool) from `minimum` to LARGEST."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise PlanFieldError(f"{field} must be an integer, got {value!r}", field)
     if value < minimum:
         raise PlanFieldError(f"{field} must be at least {minimum}, got {value}", field)
+    if value > LARGEST:
+        raise PlanFieldError(f"{field} must be at most {LARGEST}, got {value}", field)
 
 
 def check_positive(field: str, value: object) -> None:

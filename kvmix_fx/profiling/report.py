@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvmix_fx.errors import (
 )
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, Provenance, QuantSpec
 from kvmix_fx.plan.checks import check_choice
+from kvmix_fx.plan.orders import decode_order
 from kvmix_fx.plan.prices import Drop, Menu, Prices, Scores
 from kvmix_fx.plan.schema import Order
 
@@ -277,15 +279,23 @@ class Profile:
             )
         if header.get("digest") != _digest(header[FORMAT], arrays):
             raise ProfileFileError(f"{path} is damaged: its digest does not match its content")
-        content = json.loads(header[FORMAT])
-        if content.get("version") not in range(1, VERSION + 1):
+        try:
+            content = json.loads(header[FORMAT])
+            json.dumps(content, allow_nan=False)  # Python reads numbers that JSON does not have
+        except (ValueError, RecursionError) as error:
+            raise ProfileFileError(f"{path} is damaged: its header cannot be read ({error})") from error
+        version = content.get("version") if isinstance(content, dict) else None
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise ProfileFileError(
-                f"{path} has version {content.get('version')}, this package reads up to {VERSION}: update "
-                "kvmix-fx"
+                f"{path} has version {version}, this package reads up to {VERSION}: update kvmix-fx"
             )
         try:
-            return cls._from(content, arrays)
-        except (KeyError, TypeError, KVMixError) as error:
+            return cls._from(content, arrays)._checked()
+        except KeyError as error:
+            raise ProfileFileError(
+                f"{path} is no profile that this package can read: lacks {error}"
+            ) from error
+        except (TypeError, ValueError, AttributeError, KVMixError) as error:
             raise ProfileFileError(f"{path} is no profile that this package can read: {error}") from error
 
     @classmethod
@@ -317,6 +327,30 @@ class Profile:
                 for place, found in content.get("drops", {}).items()
             },
         )
+
+    def _checked(self) -> Profile:
+        """This one, whose parts come from a file that anybody may have written, if they fit each other."""
+        layers = self.geometry.num_layers
+        texts = (self.model.name, self.model.architecture, *self.unavailable.values(), *self.skipped.values())
+        if not all(isinstance(text, str) for text in (*texts, *self.orders)):
+            raise ProfileFileError("names, reasons and orders are texts")
+        if not isinstance(self.data, dict) or not isinstance(self.settings, dict):
+            raise ProfileFileError("data and settings are objects")
+        if not self.signals:
+            raise ProfileFileError("it has no signal")
+        found = [len(signal.keys) for signal in (*self.scores.values(), *self.prices.values())]
+        found += [len(self.orders)] if self.orders else []
+        found += [len(drops) for drops in self.drops.values()]
+        if set(found) != {layers} or not all(0 <= layer < layers for layer in self.skipped):
+            raise ProfileFileError(f"its numbers are not of {layers} layers, which its geometry has")
+        if not self.drops.keys() <= set(range(len(self.menu.keys))):
+            raise ProfileFileError("drops are priced of formats that its menu does not have")
+        costs = [cost for drops in self.drops.values() for drop in drops for cost in drop]
+        if not all(isinstance(cost, (int, float)) and math.isfinite(cost) for cost in costs):
+            raise ProfileFileError("what dropping channels costs are finite numbers")
+        for order in filter(None, self.orders):
+            decode_order(order, self.geometry.head_dim)
+        return self
 
     def plot(self, path: str | Path) -> Path:
         """Draw every signal per layer, keys and values, to a file (PNG, SVG or PDF by its name).

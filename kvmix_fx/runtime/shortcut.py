@@ -8,6 +8,7 @@ of the step before, or a tensor of the same shape, dtype and device, which is ha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,11 @@ class Noted(NamedTuple):
 Note = Callable[[Noted], None]
 
 
-class Shortcut:
-    """Learns from two steps in a row how arguments become graph inputs, and outputs the result."""
+class Shortcut(threading.local):
+    """Learns from two steps in a row how arguments become graph inputs, and outputs the result.
+
+    Steps in a row are those of one thread.
+    """
 
     def __init__(self) -> None:
         """Start without knowledge."""

@@ -87,6 +87,15 @@ class Layers(RuleBasedStateMachine):
             for layer in self.layers:
                 layer.enlarge(self.capacity)
 
+    @rule(more=st.integers(1, 50), one=st.booleans())
+    def enlarge_and_take_back(self, more, one):
+        """As if there had been no memory for the second layer, or after it."""
+        if self.fixed:
+            for layer in self.layers[: 1 if one else 2]:
+                layer.enlarge(self.capacity + more)
+            for layer in self.layers:
+                layer.narrow(self.capacity)
+
     @rule(rows=st.lists(st.integers(0, 1), min_size=1, max_size=2), way=st.integers(0, 2))
     def other_rows(self, rows, way):
         if not self.length:

@@ -14,6 +14,7 @@ from kvmix_fx.cache import QuantizedKVTensor, tiers
 from kvmix_fx.errors import CacheStateError, CacheVersionError, TokenTierError
 from kvmix_fx.testing.tensors import formats, values
 from kvmix_kernels import layout
+from tests.depth import examples
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -93,7 +94,7 @@ def damaged(draw):
     return state
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(damaged())
 def test_a_damaged_file_is_refused_or_reads_without_harm(state):
     """What passes the checks is as large as its format says, so that reading and appending stay inside."""
@@ -152,6 +153,7 @@ def test_what_is_wrong_with_a_file_is_said(name, change, said):
         ("meta", lambda x: changed(x, 4, 3), "bits, got 3"),
         ("meta", lambda x: changed(x, 5, 5), "multiple of 16"),
         ("meta", lambda x: changed(x, 6, 99), "no packed format has the numbers"),
+        ("meta", lambda x: changed(x, 17, 99), "no packed format has the numbers"),  # dtype of scales
         ("meta", lambda x: changed(x, 8, 2), "no packed format has the numbers"),
     ],
 )
@@ -166,6 +168,17 @@ def test_what_is_wrong_with_a_high_tier_is_said(name, change, said):
     del state[name]
     with pytest.raises(CacheStateError, match="is missing"):
         QuantizedKVTensor.from_state(state)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_file_without_codes_does_not_ask_for_more_memory_than_it_has(fixed):
+    """A tile of 2^31 tokens was allocated with the next one."""
+    fmt = layout.make_format(16, tile=8, sink=4)
+    state = saved(fmt, fixed)
+    QuantizedKVTensor.from_state(state)
+    place = 1 + fmt.encode().index(8)
+    with pytest.raises(CacheStateError, match='"residual" of a saved cache should be at least'):
+        QuantizedKVTensor.from_state(state | {"meta": changed(state["meta"], place, 2**31 - 1)})
 
 
 def changed(numbers, place, number):

@@ -15,6 +15,7 @@ from kvmix_fx.cache import QuantizedKVTensor, dispatch
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, DequantizeWarning
 from kvmix_fx.testing.tensors import formats, values
 from kvmix_kernels import layout, ops
+from tests.depth import examples
 
 FMT = layout.make_format(2, "channel", 32, 32, 4, 32)
 
@@ -332,7 +333,7 @@ class Forks(RuleBasedStateMachine):
             assert (t.dequantize() - x).abs().max() < 8
 
 
-Forks.TestCase.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+Forks.TestCase.settings = settings(max_examples=examples(20), stateful_step_count=15, deadline=None)
 TestForks = Forks.TestCase
 
 

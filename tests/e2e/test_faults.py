@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import LogitsProcessor
+from transformers.cache_utils import LinearAttentionLayer
 
 import kvmix_fx
 from kvmix_fx import errors
@@ -108,7 +110,7 @@ def test_a_prompt_that_fails_leaves_the_next_one_right(ready, kind):
     assert cache.get_seq_length() == 60
 
 
-def test_a_cache_of_which_some_layers_could_not_be_enlarged_goes_on(ready):
+def test_a_cache_that_could_not_be_enlarged_is_as_before(ready):
     ids, cache, calls = tokens(64), made(ready, "fixed"), []
     forward(ready, ids[:, :60], cache)
     before, enlarged = reads(cache), QuantizedKVTensor.enlarged
@@ -122,12 +124,13 @@ def test_a_cache_of_which_some_layers_could_not_be_enlarged_goes_on(ready):
     with mock.patch.object(QuantizedKVTensor, "enlarged", failing), pytest.raises(torch.OutOfMemoryError):
         cache.enlarge(200)
     assert all(torch.equal(a, b[:, :, : a.shape[2]]) for a, b in zip(before, reads(cache), strict=True))
-    assert [layer.max_cache_len for layer in cache.layers] == [200, 128]
-    assert {t.shape[2] for layer in cache.layers[1:] for t in (layer.keys, layer.values)} == {128}
-    cache.enlarge(200)
+    assert {layer.max_cache_len for layer in cache.layers} == {128}
+    assert {t.shape[2] for layer in cache.layers for t in (layer.keys, layer.values)} == {128}
     again = made(ready, "fixed")
     forward(ready, ids[:, :60], again)
     for i in range(60, 64):
+        if i == 62:
+            cache.enlarge(200)
         got = forward(ready, ids[:, i : i + 1], cache).logits
         torch.testing.assert_close(got, forward(ready, ids[:, i : i + 1], again).logits, atol=1e-5, rtol=1e-5)
     assert {layer.keys.shape[2] for layer in cache.layers} == {200}
@@ -161,3 +164,81 @@ def test_two_compiled_models_and_a_plain_one_do_not_know_of_each_other(ready):
             got[i].append(out.logits)
     for a, b in zip(want, got, strict=True):
         assert all(map(torch.equal, a, b))
+
+
+class Raises(LogitsProcessor):
+    """A user's hook in generate() that raises when it is called for the n-th time."""
+
+    def __init__(self, at, error):
+        self.at, self.error, self.calls = at, error, 0
+
+    def __call__(self, ids, scores):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error("of the user's")
+        return scores
+
+
+def test_a_hook_of_generate_that_raises_leaves_whole_steps(ready, subtests):
+    """After the prompt, and after a step: its tokens are in the cache, and the next call goes on from it."""
+    ids = tokens(40)
+    want = ready.generate(ids, max_new_tokens=6, do_sample=False)
+    for kind, at, error in (
+        ("growing", 1, KeyboardInterrupt),
+        ("fixed", 4, ValueError),
+        (None, 4, MemoryError),
+    ):
+        with subtests.test(kind=kind):
+            cache = made(ready, kind) if kind else None
+            options = {"max_new_tokens": 6, "do_sample": False} | ({"past_key_values": cache} if kind else {})
+            with pytest.raises(error, match="of the user's"):
+                ready.generate(ids, logits_processor=[Raises(at, error)], **options)
+            if cache is None:
+                assert torch.equal(ready.generate(ids, **options), want)
+                continue
+            assert cache.get_seq_length() == 39 + at
+            options["max_new_tokens"] = 6 - at
+            assert torch.equal(ready.generate(want[:, : 40 + at], **options), want)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_a_hook_between_layers_that_raises(kind):
+    """The model is traced in pieces then: the layers before the hook have had their token."""
+    model = tiny_llama()
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 2, **PLAN), inner="eager", fullgraph=False)
+    raised = []
+
+    @torch._dynamo.disable
+    def hook(*_):
+        if raised:
+            raise raised.pop()("of the user's")
+
+    model.model.layers[1].register_forward_pre_hook(hook)
+    ids, cache, again = tokens(44), made(model, kind), made(model, kind)
+    for i in (0, 40, 41):
+        piece, error = (ids[:, i : i + 1], MemoryError) if i else (ids[:, :40], KeyboardInterrupt)
+        raised.append(error)
+        with pytest.raises(error, match="of the user's"):
+            forward(model, piece, cache)
+        assert cache.get_seq_length() == again.get_seq_length() == i
+        if i:
+            assert all(map(torch.equal, reads(cache), reads(again)))
+        got, want = (forward(model, piece, past).logits for past in (cache, again))
+        assert torch.equal(got, want)
+
+
+def test_states_that_a_step_changed_in_place_are_not_taken_for_those_before_it(ready):
+    cache = made(ready, "growing")
+    cache.layers.append(LinearAttentionLayer())
+    with torch.no_grad():
+        cache.layers[2].update_conv_state(torch.ones(1, 4, 4))
+    with fails(2, KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        forward(ready, tokens(), cache)
+    with pytest.raises(
+        errors.CacheMutationError, match=r"linear attention had changed: call cache\.reset\(\)"
+    ):
+        forward(ready, tokens(), cache)
+    cache.reset()
+    assert torch.equal(
+        forward(ready, tokens(), cache).logits, forward(ready, tokens(), made(ready, "growing")).logits
+    )

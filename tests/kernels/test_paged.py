@@ -17,6 +17,7 @@ from kvmix_kernels.paged import attend, reference
 from kvmix_kernels.paged.pages import LayerShape, PageLayout, PagePool, page_layout
 from kvmix_kernels.paged.step import Request, Step
 from kvmix_kernels.reference import storage
+from tests.depth import examples
 
 HEADS, QUERY_HEADS, D = 2, 4, 32
 LAYERS = {
@@ -117,7 +118,7 @@ def expected(tokens: Tensor, layer: int, role: int, laid: PageLayout, begin: int
     return out
 
 
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 @given(st.lists(st.lists(st.integers(0, 70), min_size=3, max_size=3), min_size=1, max_size=3), st.booleans())
 def test_steps_of_any_lengths_attend_as_the_reference_and_store_what_a_packed_tensor_stores(steps, decoding):
     torch.manual_seed(len(steps))

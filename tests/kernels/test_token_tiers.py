@@ -23,8 +23,9 @@ from kvmix_kernels.layout import make_format, make_high, with_high
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.tokens import ops as token_ops
 from kvmix_kernels.tokens import places
+from tests.depth import examples
 
-few = settings(max_examples=16)
+few = settings(max_examples=examples(16))
 SCALE = 0.2
 RAW_TOO = {"bits": 4, "axis": "channel", "tiers": ((16, 8), (4, 8), (2, 16))}
 BY_CHANNEL = [

@@ -24,6 +24,7 @@ from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.launch_plan import Step, attend_plan, has_bulk_path
+from tests.depth import examples
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -31,7 +32,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # on a GPU nearly every example compiles a kernel: shards are for pytest-xdist
 SHARDS = range(8 if torch.cuda.is_available() else 1)
 EXAMPLES = 8 if torch.cuda.is_available() else 25
-quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=examples(EXAMPLES), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # the bulk rounds the scaled query and the scaled probabilities to half precision; outputs are
 # rounded to the model dtype, and raw tokens of a bfloat16 model get bfloat16 probabilities

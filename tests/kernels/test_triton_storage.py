@@ -25,6 +25,7 @@ from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton.storage import flushes_ring
+from tests.depth import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +51,7 @@ def rounds_once() -> bool:
 
 
 needs_fma = pytest.mark.skipif(not rounds_once(), reason="this Triton's interpreter rounds tl.fma twice")
-quick = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=examples(EXAMPLES), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def values(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from kvmix_fx.contracts import NAMES
 from kvmix_kernels import layout
 
 FMT = layout.make_format(2, window=8)
+PARAMETERS = inspect.signature(torch.compile).parameters
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +193,19 @@ def test_the_limit_of_recompilations_can_be_set_for_a_while():
     with dynamo.recompile_limit(None):
         assert torch._dynamo.config.recompile_limit == was
     assert torch._dynamo.config.recompile_limit == was
+
+
+@pytest.mark.skipif("isolate_recompiles" not in PARAMETERS, reason="torch.compile has no regions")
+def test_threads_share_the_region_in_which_compiled_code_is_sought():
+    """If they do not any more, threads need not wait for each other."""
+    frames = torch._C._dynamo.eval_frame
+    before = frames.get_eval_frame_isolate_recompiles_id()
+    frames.set_eval_frame_isolate_recompiles_id(12345)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(frames.get_eval_frame_isolate_recompiles_id).result() == 12345
+    finally:
+        frames.set_eval_frame_isolate_recompiles_id(before)
 
 
 @pytest.mark.parametrize("raised", [errors.PlanLayerError, ZeroDivisionError])

@@ -14,6 +14,7 @@ from kvmix_fx.plan.allocators import ALLOCATORS, Problem, allocate
 from kvmix_fx.plan.allocators.problem import Offer, frontier, hull
 from kvmix_fx.plan.budget import Budget
 from kvmix_fx.plan.prices import Menu, Prices, Scores, distortion
+from tests.depth import examples
 
 SIGNAL_FREE = ("uniform", "random")
 SIGNAL_BOUND = tuple(name for name in ALLOCATORS if name not in SIGNAL_FREE)
@@ -101,7 +102,7 @@ def test_exact_is_exact(signal, amount):
 
 
 @given(st.data(), st.integers(40, 400))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_exact_is_exact_in_bytes(data, length):
     signal = data.draw(prices(max_layers=3))
     sizes = geometry(len(signal.keys))
@@ -154,7 +155,7 @@ def test_the_order_of_layers_does_not_matter(signal, amount, rng):
 
 
 @given(losses, losses, st.integers(1, 40), st.floats(2.5, 8.5), st.sampled_from(SIGNAL_BOUND))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_equal_scores_give_a_uniform_plan(key, value, layers, amount, name):
     signal = Scores("equal", (key,) * layers, (value,) * layers)
     if name == "exact":  # spends the rest of the budget on some layers, so give it one without a rest

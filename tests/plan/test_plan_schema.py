@@ -100,6 +100,11 @@ def test_a_range_that_is_cut_off_unrotated_values_warns():
             "one of 'float16', 'bfloat16', 'float32', 'byte'; got 'int8'",
         ),
         ({"bits": 4, "group_size": 0}, "group_size", "group_size must be at least 1, got 0"),
+        (
+            {"bits": 4, "group_size": 2**31},
+            "group_size",
+            "group_size must be at most 2147483647, got 2147483648",
+        ),
         ({"bits": 4, "group_size": None}, "group_size", "group_size must be an integer, got None"),
         ({"bits": 4, "group_size": "head"}, "group_size", 'needs axis="token"'),
     ],

@@ -25,6 +25,7 @@ from kvmix_fx.profiling.kl import measure_drops
 from kvmix_fx.profiling.observe import Listeners, Observer, observing
 from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.testing.models import tiny_llama
+from tests.depth import examples
 
 GEOMETRY = ModelGeometry(4, 2, 64)
 MENU = Menu.default(GEOMETRY)
@@ -101,7 +102,7 @@ def priced(draw: st.DrawFn) -> Prices:
 
 
 @given(priced(), st.floats(2.4, 6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_more_formats_are_never_worse(prices: Prices, bits: float) -> None:
     """At any budget, by the planner's own prices; and no layer has what it may not have."""
     geometry = replace(GEOMETRY, num_layers=3)

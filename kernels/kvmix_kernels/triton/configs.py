@@ -103,6 +103,10 @@ def file_stem(name: str) -> str:
     return name.replace(" ", "_").replace("/", "_")
 
 
+LARGEST = 2**16
+"""Of any launch parameter."""
+
+
 def user_file(stem: str) -> Path:
     """Where `kvmix tune` puts what it found."""
     return cache_folder() / "launch" / f"{stem}.json"
@@ -138,13 +142,15 @@ def read(file: Any) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text())
         for entry in content["attend"]:
             known = AttendConfig(**entry["use"])
-            wrong = set(entry["match"]) - _KEYS or [n for n in known if type(n) is not int]
+            wrong = set(entry["match"]) - _KEYS or [
+                n for n in known if type(n) is not int or not 0 <= n <= LARGEST
+            ]
             if wrong:
                 break
         else:
             return content
         problem = f"{wrong} in {entry}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = repr(error)
     raise TuningFileError(f"{file} holds no launch parameters ({problem}): delete it")
 

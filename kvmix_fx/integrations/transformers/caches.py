@@ -85,13 +85,21 @@ class KVMixStaticCache(StaticCache):
     def enlarge(self, capacity: int) -> None:
         """Make room for `capacity` tokens, keeping those stored. No effect on a cache that has it.
 
-        Nor on one with a sliding layer that is smaller than its window because the cache is.
+        Nor on one with a sliding layer that is smaller than its window because the cache is. If a layer
+        cannot be enlarged, for want of memory, those before it get their capacity back.
         """
         own = capacity_of(self.layers)
         others: list[Any] = [x for x in self.layers if not isinstance(x, PromptFirstStaticLayer)]
         if capacity > own and all(layer.max_cache_len < own for layer in others):
-            for layer in fixed_layers(self):
-                layer.enlarge(capacity)
+            begun: list[tuple[PromptFirstStaticLayer, int]] = []
+            try:
+                for layer in fixed_layers(self):
+                    begun.append((layer, layer.max_cache_len))
+                    layer.enlarge(capacity)
+            except BaseException:
+                for layer, room in begun:
+                    layer.narrow(room)
+                raise
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""

@@ -34,7 +34,7 @@ def transformers_hooks(model: PreTrainedModel, plan: KVPlan, shortcut: Shortcut)
         attributes["init_continuous_batching"] = PackedBatching(model, plan)
     inside = InsideGenerate()
     if isinstance(model, GenerationMixin):
-        attributes["_prepare_cache_for_generation"] = FixedCaches(model, plan)
+        attributes["_prepare_cache_for_generation"] = FixedCaches(model, plan, inside)
         attributes["generate"] = Generate(model.generate, inside, shortcut)
     return Hooks(TransformersCalls(model, plan, shortcut, inside).prepare, attributes, windows=True)
 
@@ -75,15 +75,17 @@ class Generate:
         finally:
             inside.calls -= 1
             inside.steady = False
+            if not inside.calls:
+                inside.end()
             self._shortcut.forget()
 
 
 class FixedCaches:
     """`model._prepare_cache_for_generation`, with a packed cache of fixed capacity where one serves."""
 
-    def __init__(self, model: PreTrainedModel, plan: KVPlan) -> None:
+    def __init__(self, model: PreTrainedModel, plan: KVPlan, inside: InsideGenerate) -> None:
         """Start without caches."""
-        self._model, self._plan = model, plan
+        self._model, self._plan, self._inside = model, plan, inside
         self._caches = GenerationCaches(model, plan)
         self._original: Any = model._prepare_cache_for_generation
 
@@ -98,6 +100,7 @@ class FixedCaches:
         """Put a cache into `model_kwargs`, as the original does."""
         past = given_cache(model_kwargs)
         if isinstance(past, KVMixStaticCache) and past.grows:
+            self._inside.hold(past)
             past.enlarge(in_steps(max_cache_length))
         reason = _why_not_fixed(self._model, self._plan, generation_config, model_kwargs, generation_mode)
         if reason:

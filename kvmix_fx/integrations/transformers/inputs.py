@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ from kvmix_fx.errors import (
     ModelInputError,
     PlanMismatchError,
 )
+from kvmix_fx.integrations.transformers import owners
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
     let_grow,
@@ -71,6 +73,31 @@ class InsideGenerate(threading.local):
 
     calls = 0
     steady = False
+
+    def __init__(self) -> None:
+        """In no thread yet."""
+        self._held: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    def hold(self, cache: Cache) -> None:
+        """Have a cache for this thread: inside generate() until its end.
+
+        Raises:
+            CacheSharedError: another thread has it.
+        """
+        owners.take(cache)
+        if self.calls:
+            self._held.add(cache)
+
+    def release(self, cache: Cache) -> None:
+        """Let other threads have a cache, unless generate() goes on with it."""
+        if cache not in self._held:
+            owners.release(cache)
+
+    def end(self) -> None:
+        """After the outermost generate()."""
+        for cache in self._held:
+            owners.release(cache)
+        self._held.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model is not inside anything."""
@@ -97,6 +124,8 @@ class TokensCall(Call):
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
         self.sliding: list[KVMixSlidingLayer] = []
+        self._grown: list[Grown] = []
+        self._updated: dict[int, bool] = {}
 
     @property
     def own_cache(self) -> Cache | None:
@@ -116,15 +145,45 @@ class TokensCall(Call):
 
     def finish(self) -> None:
         """Count the tokens that layers have got."""
-        for window in self.sliding:
-            window.count(self.n)
+        try:
+            for window in self.sliding:
+                window.count(self.n)
+        except BaseException:
+            self.failed()
+            raise
         for layer in self.fixed:
             layer.host_length += self.n
+        self.release()
+
+    def begin(self) -> None:
+        """Remember what growing layers hold: if the model is traced in pieces, some may get their tokens."""
+        caches = (
+            (self.cache.self_attention_cache, self.cache.cross_attention_cache)
+            if isinstance(self.cache, EncoderDecoderCache)
+            else (self.cache,)
+        )
+        self._grown = [Grown(cache) for cache in caches if cache is not None]
+        if isinstance(self.cache, EncoderDecoderCache):
+            self._updated = dict(self.cache.is_updated)
 
     def failed(self) -> None:
-        """Take back what layers of fixed capacity have counted; growing ones have not changed."""
-        for layer in self.fixed:
-            layer.take_back(self.n)
+        """Take back what layers of fixed capacity have counted, and growing ones have been given."""
+        try:
+            for grown in self._grown:
+                grown.restore()
+            if isinstance(self.cache, EncoderDecoderCache):
+                self.cache.is_updated.update(self._updated)
+            if self.cache is not None and _has_states(self.cache):
+                _interrupted.add(self.cache)
+            for layer in self.fixed:
+                layer.take_back(self.n)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let other threads have the cache."""
+        if self.cache is not None:
+            self._model.inside.release(self.cache)
 
     def explained(self) -> KVMixError | None:
         """A cache of another number of KV heads: of another model, or of another number of ranks."""
@@ -133,6 +192,37 @@ class TokensCall(Call):
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew."""
         self._model.widen(self, found)
+
+
+class Grown:
+    """What the growing layers of a cache held before a step, whose tensors no step changes."""
+
+    def __init__(self, cache: Cache) -> None:
+        """Keep references."""
+        self._cache, self._count = cache, len(cache.layers)
+        self._held = [(layer, dict(vars(layer))) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+    def restore(self) -> None:
+        """Give them back, and forget layers that are new."""
+        del self._cache.layers[self._count :]
+        for layer, held in self._held:
+            vars(layer).clear()
+            vars(layer).update(held)
+
+
+_interrupted: weakref.WeakSet[Cache] = weakref.WeakSet()
+"""Caches in which states may have been changed by a step that failed."""
+
+
+def _has_states(cache: Cache) -> bool:
+    """Whether some layer has states of a linear attention, which a step changes in place."""
+    for layer in _layers(cache):
+        states = getattr(layer, "has_previous_state", False)
+        if any(
+            states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]
+        ):
+            return True
+    return False
 
 
 class TransformersCalls:
@@ -153,6 +243,7 @@ class TransformersCalls:
         Raises:
             ModelInputError: no tokens. CapacityError: a fixed cache is too small; nothing was written.
             CacheShapeError, PlanMismatchError: the cache belongs to another batch, dtype, device or plan.
+        CacheSharedError: another thread uses it.
         """
         args, kwargs = self._by_name(args, kwargs)
         call = TokensCall(args, kwargs, self.inside.calls > 0, self)
@@ -161,13 +252,18 @@ class TransformersCalls:
         if not self._find_tokens(call):
             self._choose_lane(call)
             return call
-        for step in self._STEPS:
-            step(self, call)
-        if call.lane is Lane.SHORT:
-            self._check_room(call)
-            return call
-        for check in self._CHECKS:
-            check(self, call)
+        if call.cache is not None:
+            self.inside.hold(call.cache)
+        try:
+            for step in self._STEPS:
+                step(self, call)
+            checks = (type(self)._check_room,) if call.lane is Lane.SHORT else self._CHECKS
+            for check in checks:
+                check(self, call)
+        except BaseException:
+            call.release()
+            raise
+        call.begin()
         return call
 
     def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
@@ -324,6 +420,16 @@ class TransformersCalls:
                 "cache from the plan given to kvmix_fx.compile"
             )
 
+    def _check_whole(self, call: TokensCall) -> None:
+        if call.cache is None or call.cache not in _interrupted:
+            return
+        if _has_states(call.cache):
+            raise CacheMutationError(
+                "a step on this cache was interrupted after states of its linear attention had changed: call "
+                "cache.reset() and fill it anew"
+            )
+        _interrupted.discard(call.cache)
+
     def _check_room(self, call: TokensCall) -> None:
         for layer in call.fixed:
             if layer.interrupted:
@@ -450,6 +556,7 @@ class TransformersCalls:
     # step before, and only its room has shrunk.
     _CHECKS = (
         _check_plan,
+        _check_whole,
         _check_room,
         _leave_inference_mode,
         _mark_plain_layers,

@@ -250,6 +250,12 @@ class PromptFirstStaticLayer(StaticLayer):
             self.keys, self.values = (self._enlarged(x, capacity) for x in (self.keys, self.values))
         self.max_cache_len = capacity
 
+    def narrow(self, capacity: int) -> None:
+        """Take `enlarge` back without asking for memory: room for `capacity` tokens, where it was."""
+        if self.is_initialized:
+            self.keys, self.values = (self._narrowed(x, capacity) for x in (self.keys, self.values))
+        self.max_cache_len = capacity
+
     def take_back(self, n: int) -> None:  # noqa: ARG002
         """Forget a step of `n` tokens that was interrupted, whatever of it has been done."""
         if self.is_initialized:
@@ -260,6 +266,9 @@ class PromptFirstStaticLayer(StaticLayer):
         larger = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
         larger[:, :, : x.shape[2]] = x
         return larger
+
+    def _narrowed(self, x: Any, capacity: int) -> Any:
+        return x[:, :, :capacity]
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
@@ -329,6 +338,9 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
 
     def _enlarged(self, x: QuantizedKVTensor, capacity: int) -> QuantizedKVTensor:
         return x.enlarged(capacity)
+
+    def _narrowed(self, x: QuantizedKVTensor, capacity: int) -> QuantizedKVTensor:
+        return x.narrowed(capacity)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` (negative, as transformers passes it) tokens."""
