@@ -211,11 +211,12 @@ def tiers(
     """Channel tiers of keys, rotated values, scales of a byte and four sinks: the plan for who names none.
 
     Keys keep a part of their channels at 4 bits and the others at 2, values are rounded in a rotated basis.
-    There are three such plans: a quarter of the channels at 4 bits and symmetric values of 2 (2.34 bits in
-    all at head size 128, 2.375 at 64), half of them (2.59, 2.625), half of them and values of 3 bits (3.13,
-    3.19). Below 2.25 bits the layers of `drop_layers` keep of a quarter of their channels the mean of each
-    group of tokens alone (2.1 if all do). One layer that cannot do without spoils everything, and it is another one in
-    each model: take them from a profile, whose `droppable()` has measured every layer.
+    There are three such plans: a quarter of the channels at 4 bits and symmetric values of 2 (2.34 bits
+    in all at head size 128, 2.375 at 64), half of them (2.59, 2.625), half of them and values of 3 bits
+    (3.13, 3.19). Below 2.25 bits the layers of `drop_layers` keep of a quarter of their channels the mean
+    of each group of tokens alone (2.1 if all do). One layer that cannot do without spoils everything, and
+    it is another one in each model: take them from a profile, whose `droppable()` has measured every
+    layer.
     Counts are rounded to multiples of 8 channels. The idea of tiers is MixKVQ's (arXiv 2512.19206) and
     Kitty's (arXiv 2511.18643); rotation is QuaRot's (arXiv 2404.00456).
 
