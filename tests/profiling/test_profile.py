@@ -316,7 +316,7 @@ def test_a_data_set_is_read_by_its_id(monkeypatch, name, asked):
         return iter([{"id": 1, "text": "one two "}, {"id": 2, "text": "three"}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    text, source = calibration._text(name)
+    text, source = calibration._text(name, "calibration")
     assert seen == [asked]
     assert text.split() == ["one", "two", "three"]
     assert source == name
@@ -328,4 +328,4 @@ def test_a_data_set_that_cannot_be_read_says_so(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(CalibrationError, match="no such data set"):
-        calibration._text("datasets:org/none")
+        calibration._text("datasets:org/none", "calibration")
