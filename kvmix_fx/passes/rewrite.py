@@ -10,6 +10,7 @@ functional, so a general dead-code elimination would delete live in-place operat
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -420,7 +421,7 @@ class _Rewriter:
             pending.extend(inputs)
 
     def _answer_sizes(self, base: fx.Node) -> None:
-        """Who asks for a packed input's shape alone (masks do) gets numbers, not unpacked tokens."""
+        """Who asks how large a packed input is, and no more (masks do), gets numbers, not unpacked tokens."""
         shape = self.packed[base].shape
         for asked in [n for n in base.users if _asks_shape(n)]:
             for node in (asked, *asked.users):
@@ -429,6 +430,16 @@ class _Rewriter:
                 if size is not None:
                     _replace_uses(node, size)
                     self.dead.append(node)
+        for asked in [n for n in base.users if _asks_count(n)]:
+            sizes = [self._size(size) for size in shape]
+            if None in sizes:
+                continue
+            count: Any = math.prod(size for size in sizes if isinstance(size, int))
+            for size in (size for size in sizes if isinstance(size, fx.Node)):
+                with self.graph.inserting_before(asked):
+                    count = self.graph.call_function(operator.mul, (count, size))
+            _replace_uses(asked, count)
+            self.dead.append(asked)
 
     def _size(self, size: Any) -> Any:
         """A size as a number or the input that holds it; None for what is computed from such."""
@@ -469,6 +480,10 @@ def _scale(call: AttentionCall) -> float:
 
 def _asks_shape(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target == "size"
+
+
+def _asks_count(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in ("numel", "nelement")
 
 
 def _asked_dim(node: fx.Node, asked: fx.Node) -> int | None:

@@ -131,6 +131,38 @@ def test_writes_by_position(idiom, n):
     assert torch.equal(past_k.dequantize(), fresh.dequantize())
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("ask", ["numel", "nelement", "size", "shape", "len"])
+def test_who_asks_how_large_a_cache_is_has_no_token_unpacked(ask, fixed):
+    """Also in front of where the graph knows the positions of a fixed one."""
+
+    def count(x):
+        if ask == "size":
+            return x.size().numel()
+        if ask == "shape":
+            return x.shape.numel()
+        return len(x) if ask == "len" else getattr(x, ask)()
+
+    def decode(q, k, v, past_k, past_v, start, mask):
+        held = count(past_k)
+        if fixed:
+            positions = torch.arange(1) + start
+            past_k.index_copy_(2, positions, k)
+            past_v.index_copy_(2, positions, v)
+        else:
+            past_k, past_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, past_k, past_v, mask) * (held > 0), past_k, past_v, held
+
+    past_k, past_v = caches(fixed=fixed)
+    mask = (torch.arange(160) <= 100)[None, None, None] if fixed else None
+    want = oracle(*step(), past_k, past_v, 100)
+    asked = count(past_k)
+    (out, _, _, held), graphs, _ = run(decode, *step(), past_k, past_v, torch.tensor(100), mask)
+    torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+    assert held == asked
+    assert count_ops(graphs[0], ops.dequantize) == 0
+
+
 def test_slices_that_move_from_step_to_step():
     def decode(q, k, v, past_k, past_v, start, mask):
         past_k[:, :, start : start + k.shape[2]] = k

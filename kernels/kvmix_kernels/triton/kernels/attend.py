@@ -25,7 +25,7 @@ NO_PAGES = tl.constexpr(0)
 
 
 @triton.jit
-def _nothing(stats_ptr, N: tl.constexpr):
+def nothing(stats_ptr, N: tl.constexpr):
     """The share of a program without tokens."""
     column = tl.arange(0, N)
     tl.store(stats_ptr + column, tl.zeros([N], tl.float32) + LOWEST)
@@ -120,7 +120,7 @@ def attend_kernel(
             first = split * share
             groups = tl.minimum(share, bulk_groups - first)
             if groups <= 0:
-                _nothing(stats_ptr, N)
+                nothing(stats_ptr, N)
             else:
                 begin = bulk_begin + first * K_GROUP
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
@@ -137,7 +137,7 @@ def attend_kernel(
         share = (share + REST_TOKENS - 1) // REST_TOKENS * REST_TOKENS
         first = (split - bulk_splits) * share
         if first >= count:
-            _nothing(stats_ptr, N)
+            nothing(stats_ptr, N)
         else:
             attend_rest(
                 query_ptr, k, v, Places(live, k_end, k_sink, k_ring), Places(live, v_end, v_sink, v_ring),

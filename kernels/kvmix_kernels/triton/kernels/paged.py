@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kvmix_kernels.paged import tables
+from kvmix_kernels.triton.kernels.attend import nothing
 from kvmix_kernels.triton.kernels.bulk import attend_bulk
 from kvmix_kernels.triton.kernels.fields import (
     ORDERED,
@@ -34,14 +35,6 @@ PAGES = tl.constexpr(tables.PAGES)
 KEYS = tl.constexpr(tables.KEYS)
 NO_MASK = tl.constexpr(0)
 SHARED = tl.constexpr(True)
-
-
-@triton.jit
-def _nothing(stats_ptr, N: tl.constexpr):
-    """The share of a program without tokens."""
-    column = tl.arange(0, N)
-    tl.store(stats_ptr + column, tl.zeros([N], tl.float32) + LOWEST)
-    tl.store(stats_ptr + N + column, tl.zeros([N], tl.float32))
 
 
 @triton.jit
@@ -234,7 +227,7 @@ def decode_kernel(
         first = split * share
         taken = tl.minimum(share, packed - first)
         if taken <= 0:
-            _nothing(stats_ptr, N)
+            nothing(stats_ptr, N)
         else:
             k = stored(k_buffers, k_strides, 0, head, k_tile)
             v = stored(v_buffers, v_strides, 0, head, v_tile)
@@ -265,7 +258,7 @@ def decode_kernel(
         share = (share + RAW_TOKENS - 1) // RAW_TOKENS * RAW_TOKENS
         first = (split - bulk_splits) * share
         if first >= tokens:
-            _nothing(stats_ptr, N)
+            nothing(stats_ptr, N)
         else:
             tail = tl.load(request_ptr + TAIL).to(tl.int64) * tails_sb + head * ring * K.D
             v_tail = tl.load(request_ptr + TAIL).to(tl.int64) * tails_sb + head * ring * V.D
