@@ -336,7 +336,8 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         for g in tl.static_range(VG):
-            if VG == 1 and v.scale.dtype.element_ty == tl.uint8:
+            # rows that begin anywhere are read one by one, as a word of four would not be aligned
+            if VG == 1 and v.scale.dtype.element_ty == tl.uint8 and P.V_ALIGN % 4 == 0:
                 four = v_at.scale + v_first + tl.arange(0, TOKENS // 4) * 4
                 v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
             else:
@@ -391,7 +392,13 @@ def _in_tile(query_ptr, order_ptr, first, channel, ok, X: tl.constexpr):
     """Queries in packed channels from `first` on, as float32 [channels, N]; ordered here if orders are of tiles."""
     at = first + channel
     if X.TURNED == TILED:
-        at = tl.load(order_ptr + at, mask=at < X.D, other=0).to(tl.int32)
+        if order_ptr.dtype.element_ty == tl.uint8:
+            # bytes and a join before a product make Triton 3.6 lay out its operands for 4-bit numbers, of which
+            # 16 channels have too few: it multiplied others
+            four = order_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + at // 4
+            at = (tl.load(four, mask=at < X.D, other=0) >> (at % 4 * 8)) & 0xFF
+        else:
+            at = tl.load(order_ptr + at, mask=at < X.D, other=0).to(tl.int32)
     return tl.load(query_ptr[None, :] + at[:, None], mask=ok, other=0.0).to(tl.float32)
 
 

@@ -441,7 +441,8 @@ def _digit(qdata_ptr, row, channel, ok, X: tl.constexpr, DIGIT: tl.constexpr):
     WORDS: tl.constexpr = plane_words(OWN, D, 0)
     at = word_at(row, X.BITS, X.KEPT, X.HIGH, digit_plane(X.BITS, DIGIT), X.BLOCK) + channel % WORDS
     word = tl.load(qdata_ptr + at, mask=ok, other=0).to(tl.int32)
-    return (word >> (channel // WORDS * OWN)) & ((1 << OWN) - 1)
+    # channels behind the digit's would shift by more than a word has, of which a compiler may make anything
+    return (word >> (channel // WORDS * OWN & 31)) & ((1 << OWN) - 1)
 
 
 @triton.jit

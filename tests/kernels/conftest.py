@@ -1,0 +1,52 @@
+"""What a GPU does not forgive and the interpreter does: shifts by more than a number has, words that are not aligned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+class StrictnessError(AssertionError):
+    """A kernel does what is undefined, or faults, on a GPU."""
+
+
+def shifting(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A shift of the interpreter that refuses what a compiler may make anything of."""
+
+    def strict(self: Any, lhs: Any, rhs: Any) -> Any:
+        bits, by = lhs.dtype.scalar.primitive_bitwidth, rhs.data
+        if ((by < 0) | (by >= bits)).any():
+            raise StrictnessError(f"a number of {bits} bits is shifted by {by.min()} to {by.max()}")
+        return real(self, lhs, rhs)
+
+    return strict
+
+
+def reaching(real: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """A load or store of the interpreter that refuses addresses that are no multiple of the size."""
+
+    def strict(self: Any, ptrs: Any, *args: Any, **kwargs: Any) -> Any:
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        at = ptrs.data[args[place].data]
+        if (at % size).any():
+            raise StrictnessError(f"numbers of {size} bytes are read or written at no multiple of {size}")
+        return real(self, ptrs, *args, **kwargs)
+
+    return strict
+
+
+@pytest.fixture(autouse=True)
+def _strict_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        for name in ("create_shl", "create_ashr", "create_lshr"):
+            monkeypatch.setattr(InterpreterBuilder, name, shifting(getattr(InterpreterBuilder, name)))
+        for name, place in (("create_masked_load", 0), ("create_masked_store", 1)):
+            monkeypatch.setattr(
+                InterpreterBuilder, name, reaching(getattr(InterpreterBuilder, name), place)
+            )
+    yield
