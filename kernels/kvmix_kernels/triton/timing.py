@@ -98,6 +98,9 @@ def random_cache(case: Case, fmt: TensorFormat, capacity: int, dtype: torch.dtyp
     for part in cache.apart:
         if part is not None:
             part.normal_()
+            # channels that are apart have no code, and no grid
+            for grid in (cache.scale, cache.zero_point):
+                grid[..., case.head_dim - fmt.apart_channels :] = 0
     cache.residual.normal_()
     return cache
 

@@ -282,6 +282,10 @@ def _sweep(
         order_ptr = k_at.order
         if K.TURNED == TILED:
             order_ptr += k_first // k_at.tile * K.D
+            if k.scale.dtype.element_ty == tl.uint8 and order_ptr.dtype.element_ty == tl.uint8:
+                # bytes, and the join that scales of a byte need, before a product make Triton 3.6 lay out its
+                # operands for 4-bit numbers, of which 16 channels have too few: it multiplied others
+                order_ptr = order_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
             own_queries = ()
             for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
                 own_queries = own_queries + (_queries(asked[0], order_ptr, mask.column_ok, asked[1], K, d),)
@@ -392,11 +396,9 @@ def _in_tile(query_ptr, order_ptr, first, channel, ok, X: tl.constexpr):
     """Queries in packed channels from `first` on, as float32 [channels, N]; ordered here if orders are of tiles."""
     at = first + channel
     if X.TURNED == TILED:
-        if order_ptr.dtype.element_ty == tl.uint8:
-            # bytes and a join before a product make Triton 3.6 lay out its operands for 4-bit numbers, of which
-            # 16 channels have too few: it multiplied others
-            four = order_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + at // 4
-            at = (tl.load(four, mask=at < X.D, other=0) >> (at % 4 * 8)) & 0xFF
+        if order_ptr.dtype.element_ty == tl.int32:
+            # words of four numbers
+            at = (tl.load(order_ptr + at // 4, mask=at < X.D, other=0) >> (at % 4 * 8)) & 0xFF
         else:
             at = tl.load(order_ptr + at, mask=at < X.D, other=0).to(tl.int32)
     return tl.load(query_ptr[None, :] + at[:, None], mask=ok, other=0.0).to(tl.float32)
