@@ -491,7 +491,31 @@ def endurance() -> str:
     return "\n\n".join(parts)
 
 
+def serving() -> str:
+    """Continuous batching on GPUs: a pool of one size, requests that come all at once."""
+    parts = []
+    columns = (
+        ("new tokens a second", "new token/s", "{:.0f}"),
+        ("time to first token, p50", "first token, s", "{:.1f}"),
+        ("time to first token, p99", "p99", "{:.1f}"),
+        ("time between tokens, p50", "between tokens, ms", "{:.1f}"),
+        ("time between tokens, p99", "p99", "{:.0f}"),
+    )
+    for (case, machine), providers in grouped(load("serving")).items():
+        if " requests of " not in case or machine.startswith("cpu"):
+            continue
+        body = []
+        for provider, by in providers.items():
+            speed = by["new tokens a second"]
+            cells = [form.format(by[metric].value) for metric, _, form in columns]
+            body.append([provider, cells[0], number(speed.ratio, ".2f"), *cells[1:], speed.commit])
+        head = ["provider", columns[0][1], "ratio", *(name for _, name, _ in columns[1:]), "commit"]
+        parts.append(f"{case}, {machine}\n\n{markdown(head, body)}")
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "serving": serving,
     "campaigns": campaigns,
     "endurance": endurance,
     "coverage": coverage,

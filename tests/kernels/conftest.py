@@ -1,9 +1,9 @@
-"""What a GPU does not forgive and the interpreter does: shifts by more than a number has, words that are not aligned."""
+"""What GPUs do not forgive and the interpreter does: shifts by all the bits of a number, unaligned words."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,14 +39,11 @@ def reaching(real: Callable[..., Any], place: int) -> Callable[..., Any]:
 
 
 @pytest.fixture(autouse=True)
-def _strict_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _strict_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton.runtime.interpreter import InterpreterBuilder
 
         for name in ("create_shl", "create_ashr", "create_lshr"):
             monkeypatch.setattr(InterpreterBuilder, name, shifting(getattr(InterpreterBuilder, name)))
         for name, place in (("create_masked_load", 0), ("create_masked_store", 1)):
-            monkeypatch.setattr(
-                InterpreterBuilder, name, reaching(getattr(InterpreterBuilder, name), place)
-            )
-    yield
+            monkeypatch.setattr(InterpreterBuilder, name, reaching(getattr(InterpreterBuilder, name), place))
