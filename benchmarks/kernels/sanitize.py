@@ -1,18 +1,23 @@
 """Start every kernel once in each of its forms: what a memory checker is run over.
 
-    python -m benchmarks.kernels.sanitize                     # compiles; results against the reference
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python -m benchmarks.kernels.sanitize
-    compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.kernels.sanitize
+    python -m benchmarks.kernels.sanitize                   # compiles; results against the reference
+    python -m benchmarks.kernels.sanitize --tools           # then also under every tool of compute-sanitizer
 
 Without the caching allocator every tensor is an allocation of its own, so that a step past its end is
-seen. Shapes are small and odd: tokens beyond whole tiles, a window, a batch of ragged masks.
+seen. Shapes are small and odd: tokens beyond whole tiles, a window, a batch of ragged masks, sequences of
+other lengths over pages. With `--tools` forms run side by side, as many as there are cores; exit status 1 if
+a result or a tool's verdict is bad.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -20,7 +25,12 @@ from benchmarks.kernels.append import equal_to_the_reference, step_arguments
 from benchmarks.kernels.decode_attention import formats
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
-from kvmix_kernels.triton import attention, reading, storage
+from kvmix_kernels.paged import attend as by_pages
+from kvmix_kernels.paged import reference
+from kvmix_kernels.paged.pages import LayerShape, PagePool, page_layout
+from kvmix_kernels.paged.step import Request, Step
+from kvmix_kernels.paged.tables import tables_for
+from kvmix_kernels.triton import attention, paged, reading, storage
 from kvmix_kernels.triton.timing import Case, decode_inputs
 
 LIMIT = 2e-2
@@ -43,6 +53,14 @@ TIERS = (
     (128, "tiers 25/75 tile"), (128, "mixkvq"), (64, "kitty"),
 )  # fmt: skip
 """Head sizes, and providers of `decode_attention` with tiers, scales of a byte and rotated values."""
+
+PAGED = ("k2v2 g128", "k4v2 g32", "k3v3 g128", "tiers 25/75 tile_keys")
+"""Formats of pages, of heads of 128 channels."""
+
+STEPS = ((131, 3, 0), (1, 300, 40), (1, 1, 1), (90, 1, 1))
+"""Tokens of each of three sequences in one step after another."""
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 SOFTCAPS = (0.0, 1.0, 0.0)
 """One for each of the masks."""
@@ -70,6 +88,11 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
         # `not <` also when either is not a number
         if not (got - expected).norm() / expected.norm() < LIMIT:
             wrong.append(f"attend, mask {None if mask is None else mask.dtype}")
+    args[5] = None
+    given = (*args, 0.0, torch.linspace(-4, 4, case.heads * case.group, device="cuda").bfloat16())
+    for got, want in zip(attention.attend_lse(*given), ops._attend_lse(*given), strict=True):
+        if not (got.float() - want.float()).norm() / want.float().norm() < LIMIT:
+            wrong.append("attend_lse with learned sinks")
     step = step_arguments(args)
     if not equal_to_the_reference(step):
         wrong.append("append_")
@@ -86,15 +109,103 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
     return wrong
 
 
+def check_pages(name: str) -> list[str]:
+    """What differs from the reference, which keeps pages of its own, in steps of several sequences."""
+    heads, group, size = 2, 4, 128
+    if name.startswith("tiers"):
+        k = make_format(4, "channel", 128, 128, 4, 32, "byte", tiers=((4, 32), (2, 96)), order="tile_keys")
+        v = make_format(2, "token", 0, 128, 4, 32, "byte", rotation=True, symmetric=True)
+    else:
+        k, v = (fmt._replace(sink=4, window=32) for fmt in formats(name, size))
+    laid = page_layout({0: LayerShape(k, v, heads, size, size)}, torch.bfloat16, 128)
+    plain, pool = (
+        PagePool(laid, torch.full((12 * laid.tail_nbytes,), 255, dtype=torch.uint8, device=device))
+        for device in ("cpu", "cuda")
+    )
+    first = len(STEPS[0]) * laid.blocks_per_tail
+    sinks, pages = (
+        [first, first + 1, first + 2],
+        [[first + 3 + 3 * j + i for j in range(4)] for i in range(3)],
+    )
+    past, wrong = [0, 0, 0], []
+    for counts in STEPS:
+        begins = [sum(counts[:i]) for i in range(3)]
+        requests = [
+            Request(begins[i], n, past[i], laid.raw_from(past[i]), pages[i], i, sinks[i])
+            for i, n in enumerate(counts)
+            if n
+        ]
+        step = Step(laid, requests, "cpu")
+        tables = tables_for(Step(laid, requests, "cuda"), torch.device("cuda"))
+        q, *new = (torch.randn(sum(counts), n, size).bfloat16() for n in (heads * group, heads, heads))
+        moved = [x.cuda() for x in (q, *new)]
+        if tables.singles:
+            want = reference.attend(plain, 0, step, q.float(), *new, size**-0.5, 0.0, None)
+            at = [request.first for request in step.requests if request.count == 1]
+            got = paged.attend_singles(pool, 0, tables, *moved, size**-0.5).cpu().float()[: len(at)]
+            if not (got - want[at]).norm() / want[at].norm() < LIMIT:
+                wrong.append(f"attention over pages, {counts}")
+        if tables.runs:
+            found = paged.gather(pool, 0, tables, *moved[1:])
+            for role, tensor in enumerate(found):
+                parts = [
+                    part
+                    for run in tables.runs
+                    for part in (
+                        reference.stored(plain, 0, run, role).transpose(0, 1).float(),
+                        new[role][run.first : run.first + run.count].float(),
+                    )
+                ]
+                if not torch.allclose(tensor.cpu().float(), torch.cat(parts), rtol=1e-2, atol=1e-2):
+                    wrong.append(f"gather, {counts}")
+        by_pages.store(plain, 0, step, *new)
+        paged.store(pool, 0, tables, *moved[1:])
+        if not torch.equal(plain.storage, pool.storage.cpu()):
+            wrong.append(f"pages, {counts}")
+        past = [a + b for a, b in zip(past, counts, strict=True)]
+    return wrong
+
+
+def under_tools(count: int) -> int:
+    """All forms as they are, which compiles their kernels, then under each tool; 1 if any is not clean."""
+    bad, began = 0, time.monotonic()
+
+    def run(tool: str | None, form: int) -> tuple[int, str]:
+        command = [sys.executable, "-m", "benchmarks.kernels.sanitize", "--form", str(form)]
+        if tool:
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return done.returncode, done.stdout + done.stderr
+
+    for tool in (None, *TOOLS):
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            found = list(workers.map(partial(run, tool), range(count)))
+        clean = sum(code == 0 for code, _ in found)
+        bad += clean < count
+        took = time.monotonic() - began
+        print(f"{tool or 'results'}: {clean} of {count} forms clean, {took:.0f} s so far", flush=True)
+        for form, (code, output) in enumerate(found):
+            if code:
+                print(f"  form {form}, exit status {code}:\n{output[-1500:]}", flush=True)
+    return int(bad > 0)
+
+
 def main() -> int:
     """Run all forms; 1 if any result was wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--form", type=int, action="append", help="place in FORMS and TIERS; repeatable; default: all"
+        "--form", type=int, action="append", help="place in FORMS, TIERS and PAGED; repeatable; default: all"
     )
-    chosen = parser.parse_args().form
+    parser.add_argument(
+        "--tools", action="store_true", help="all forms, under each tool of compute-sanitizer"
+    )
+    options = parser.parse_args()
+    if options.tools:
+        return under_tools(len(FORMS) + len(TIERS) + len(PAGED))
+    chosen = options.form
     torch.manual_seed(0)
     failed = 0
     forms = []
@@ -115,6 +226,11 @@ def main() -> int:
             wrong = check(case, k, v)
             failed += bool(wrong)
             print(f"{case.name} {name}: {', '.join(wrong) or 'right'}", flush=True)
+    for index, name in enumerate(PAGED, len(forms)):
+        if not chosen or index in chosen:
+            wrong = check_pages(name)
+            failed += bool(wrong)
+            print(f"pages {name}: {', '.join(wrong) or 'right'}", flush=True)
     torch.cuda.synchronize()
     return int(failed > 0)
 
