@@ -15,6 +15,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.contracts import cache_argument, returned_cache
 from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
 from kvmix_fx.testing.models import tiny_llama
+from kvmix_kernels.cpu import native
 from kvmix_kernels.reference import storage
 
 PLAN = {"window": 8, "group_size": 16}
@@ -83,6 +84,31 @@ def test_a_step_that_fails_between_attention_and_append(ready, kind, error, subt
             want = forward(ready, ids[:, length : length + 1], again).logits
             assert torch.equal(forward(ready, ids[:, length : length + 1], cache).logits, want)
             assert all(map(torch.equal, reads(cache), reads(again)))
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_attention_that_runs_out_of_memory_leaves_the_cache_as_it_was(ready, kind, error):
+    """In the second layer: the first has read, and in a fixed cache also written, its tokens of the step."""
+    ids, cache = tokens(), made(ready, kind)
+    forward(ready, ids[:, :39], cache)
+    before, real, calls = reads(cache), native.attend, []
+
+    def attend(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise error("no room")
+        return real(*args, **kwargs)
+
+    with mock.patch.object(native, "attend", attend), pytest.raises(error):
+        forward(ready, ids[:, 39:40], cache)
+    assert len(calls) == 2
+    assert all(map(torch.equal, reads(cache), before))
+    whole = made(ready, kind)
+    forward(ready, ids[:, :39], whole)
+    for i in range(39, 43):
+        step = ids[:, i : i + 1]
+        assert torch.equal(forward(ready, step, cache).logits, forward(ready, step, whole).logits)
 
 
 def test_a_long_step_that_fails_says_that_the_cache_is_lost(ready):
