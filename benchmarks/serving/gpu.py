@@ -7,6 +7,8 @@ Parts, each on its own, errors printed and the next one tried:
 check: a small model; requests side by side, steps recorded, against each alone, by the log-probabilities
     of what was chosen. 8 bits; the control, 2 bits alone, must differ.
 kernels: what a step does in one layer, in microseconds, and attention over as many tokens in a fixed cache.
+long: memory of the process and the GPU over `--minutes`, requests of other lengths coming and going; not
+    among the parts that run by default.
 serve: requests that come all at once, prompts of 1k to 8k tokens, until all are answered or `--each`
     seconds have passed. What is still running then counts with the tokens that it has.
 
@@ -40,7 +42,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 import kvmix_fx
 from benchmarks.e2e.models import SHAPES, build
 from benchmarks.rows import RESULTS, Row, machine_name, make_row, percentiles, save
-from benchmarks.serving.run import tiers
+from benchmarks.serving.run import Load, long, tiers
 from kvmix_fx import KVPlan, QuantSpec
 from kvmix_kernels import ops
 from kvmix_kernels.cached import allocate
@@ -561,6 +563,17 @@ def serve(options: argparse.Namespace, left: Callable[[], float]) -> None:
                 keep(compared, options)
 
 
+def run_long(options: argparse.Namespace) -> list[Row]:
+    """Requests of all lengths for some minutes, in the pool that `serve` has."""
+    model = build(options.shape, "cuda", options.layers, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = -1
+    load = Load(
+        options.shape, (options.shortest, options.longest), 1024, options.new, 48, options.tokens,
+        int(options.memory * GIB),
+    )  # fmt: skip
+    return long(options.minutes, model, PLANS[DEFAULT[0]](model), DEFAULT[0], load)
+
+
 def keep(rows: list[Row], options: argparse.Namespace) -> None:
     """Write rows now."""
     for path in save(rows, options.output):
@@ -582,6 +595,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8, help="GiB of the cache")
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--each", type=float, default=45, help="seconds of a provider at most")
+    parser.add_argument("--minutes", type=float, default=4, help="of the part long")
     parser.add_argument("--seconds", type=float, default=300, help="of all, after which the process ends")
     parser.add_argument("--providers", nargs="*", default=list(DEFAULT))
     parser.add_argument("--profile", default=DEFAULT[0], help="provider whose decode steps are profiled")
@@ -603,6 +617,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "check": lambda: check(256 << 20),
         "kernels": lambda: keep(kernels(options.batch, options.longest), options),
+        "long": lambda: keep(run_long(options), options),
         "serve": lambda: serve(options, lambda: end - time.perf_counter()),
     }
     for part in options.parts:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,10 @@ def make_prompts(tokens: Sequence[int], count: int, seed: int) -> list[list[int]
 
 
 @contextmanager
-def serving(model: PreTrainedModel, plan: KVPlan, memory: int = MEMORY, **given: Any) -> Iterator[Any]:
-    options = ContinuousBatchingConfig(max_batch_tokens=512, **given)
+def serving(
+    model: PreTrainedModel, plan: KVPlan, memory: int = MEMORY, tokens: int = 512, **given: Any
+) -> Iterator[Any]:
+    options = ContinuousBatchingConfig(max_batch_tokens=tokens, **given)
     with kvmix_fx.serve(model, plan, memory=memory, continuous_batching_config=options) as manager:
         yield manager
 
@@ -290,22 +292,46 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def long(minutes: float = 5) -> list[Row]:
-    """Memory of a server that has run for a while."""
-    model = tiny_llama()
-    model.generation_config.eos_token_id = -1
-    drawn = random.Random(11)
-    common = [drawn.randint(1, 127) for _ in range(90)]
-    samples: list[tuple[float, int]] = []
+class Load(NamedTuple):
+    """What a server that runs for long is given.
+
+    name: of the case; lengths: fewest and most tokens of a prompt's own; shared: tokens that a third of the
+    prompts begin with; new: most new tokens; running: requests at a time; tokens: of a step; memory: bytes of
+    the pool.
+    """
+
+    name: str = "tiny llama"
+    lengths: tuple[int, int] = (5, 300)
+    shared: int = 90
+    new: int = 60
+    running: int = 24
+    tokens: int = 512
     # what a pool holds is taken from the system when it is first written to: a small one is full soon
-    with serving(model, plan_of(model, 4), memory=24 << 20) as manager:
+    memory: int = 24 << 20
+
+
+def long(
+    minutes: float = 5,
+    model: Any = None,
+    plan: KVPlan | None = None,
+    provider: str = "kvmix k4v4 g32 w32 s4",
+    load: Load = Load(),  # noqa: B008  # not changed
+) -> list[Row]:
+    """Memory of a server that has run for a while, of the process and of its GPU."""
+    if model is None:
+        model = tiny_llama()
+        model.generation_config.eos_token_id = -1
+    drawn = random.Random(11)
+    common = [drawn.randint(1, 127) for _ in range(load.shared)]
+    samples: list[tuple[float, int, int]] = []
+    with serving(model, plan or plan_of(model, 4), memory=load.memory, tokens=load.tokens) as manager:
         begun, asked, answered, cancelled = time.perf_counter(), 0, 0, 0
         running: set[str] = set()
         while (passed := time.perf_counter() - begun) < 60 * minutes:
-            while len(running) < 24:
-                own = [drawn.randint(1, 127) for _ in range(drawn.randint(5, 300))]
+            while len(running) < load.running:
+                own = [drawn.randint(1, 127) for _ in range(drawn.randint(*load.lengths))]
                 prompt = [*common, *own] if asked % 3 == 0 else own
-                name = manager.add_request(prompt, max_new_tokens=drawn.randint(1, 60))
+                name = manager.add_request(prompt, max_new_tokens=drawn.randint(1, load.new))
                 asked += 1
                 if asked % 10 == 9:
                     manager.cancel_request(name)
@@ -318,34 +344,37 @@ def long(minutes: float = 5) -> list[Row]:
                 answered += 1
             if not samples or passed > samples[-1][0] + 10:
                 gc.collect()
-                samples.append((passed, resident()))
-                print(f"{passed:.0f} s: {answered} answered, {samples[-1][1] >> 20} MiB", flush=True)
+                held = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+                samples.append((passed, resident(), held))
+                sizes = f"{samples[-1][1] >> 20} MiB, {held >> 20} MiB of the GPU"
+                print(f"{passed:.0f} s: {answered} answered, {sizes}", flush=True)
         results(manager, sorted(running), 600)
         # what was cancelled is forgotten by the next step
         results(manager, [manager.add_request([1], max_new_tokens=1)], 600)
         free, failed = free_share(manager), manager.counts.failed
-    # what was there when a fifth of the time had passed, and at the end
-    early = next(size for passed, size in samples if passed >= 12 * minutes)
-    case = f"tiny llama, {minutes:g} minutes of requests of 5-390 tokens, 24 at a time, pool of 24 MiB"
+    few, most = load.lengths
+    case = (
+        f"{load.name}, {minutes:g} minutes of requests of {few}-{most + load.shared} tokens, "
+        f"{load.running} at a time, pool of {load.memory >> 20} MiB"
+    )
     figures = [
         ("answered", answered, "requests"),
         ("cancelled", cancelled, "requests"),
         ("failed", failed, "requests"),
         ("steps", manager.counts.steps, "steps"),
-        ("memory after a fifth of the time", early, "byte"),
-        ("memory at the end", samples[-1][1], "byte"),
-        (
-            "most memory after a fifth",
-            max(size for passed, size in samples if passed >= 12 * minutes),
-            "byte",
-        ),
         ("sectors free at the end", free, "share"),
     ]
+    # what was there when a fifth of the time had passed, and at the end
+    late = [sample for sample in samples if sample[0] >= 12 * minutes]
+    for place, what in ((1, "memory"), (2, "memory of the GPU"))[: 2 if samples[-1][2] else 1]:
+        figures += [
+            (f"{what} after a fifth of the time", late[0][place], "byte"),
+            (f"{what} at the end", late[-1][place], "byte"),
+            (f"most {what} after a fifth", max(sample[place] for sample in late), "byte"),
+        ]
     for name, value, unit in figures:
         print(f"{name}: {value:g} {unit}")
-    return [
-        make_row(SUITE, case, "kvmix k4v4 g32 w32 s4", name, value, unit) for name, value, unit in figures
-    ]
+    return [make_row(SUITE, case, provider, name, value, unit) for name, value, unit in figures]
 
 
 PARTS = {"equality": equality, "prefix": prefix, "capacity": capacity, "speed": speed, "long": long}
