@@ -1,4 +1,4 @@
-"""What token tiers cost in KL, really packed, against eviction, uniform bits and tiers of channels.
+"""What token tiers cost in KL and perplexity, really packed, against eviction, uniform bits and tiers of channels.
 
 The protocol of `benchmarks.planner.tiers`: prompts of 420 tokens, three tiles of 128 packed, 32 tokens judged
 in steps of 16, prose and code; "held out" are chunks that no choice of this project was made on. The policy
@@ -50,14 +50,21 @@ def main() -> None:
                 part = loss.part(slice(n * given.chunks, (n + 1) * given.chunks))
                 low, _, high = percentiles(part.kl)
                 rest = {"p20": low, "p80": high, "effective_bits": bits}
-                figures = (("kl_nats", part.mean_kl), ("kl_nats worst chunk", max(part.kl)))
+                figures = (
+                    ("kl_nats", part.mean_kl, "nats/token"),
+                    ("kl_nats worst chunk", max(part.kl), "nats/token"),
+                    ("perplexity increase", part.perplexity_increase, "%"),
+                )
                 save(
                     [
-                        make_row("quality", case.format(name), provider, metric, value, "nats/token", **rest)
-                        for metric, value in figures
+                        make_row("quality", case.format(name), provider, metric, value, unit, **rest)
+                        for metric, value, unit in figures
                     ]
                 )
-                said.append(f"{name} {part.mean_kl:.4f} (worst {max(part.kl):.4f})")
+                said.append(
+                    f"{name} {part.mean_kl:.4f} (worst {max(part.kl):.4f}), "
+                    f"perplexity {part.perplexity_increase:+.1f} %"
+                )
             print(
                 f"{case.format('*'):26} {provider:40} {bits:.3f} bits  {'  '.join(said)}  "
                 f"{time.perf_counter() - started:.0f} s  {machine_name()}",
