@@ -116,6 +116,14 @@ def spilled_bytes(binary: Any) -> int:
     return declared["STACK"] + declared["LOCAL"]
 
 
+def operand_width(binary: Any) -> int:
+    """Numbers in a row that a thread holds of a product's operands, the most of any (`kWidth` of the TTGIR).
+
+    More than 4 is for 4-bit numbers. Triton 3.6 also takes it for wider ones, and then multiplies others.
+    """
+    return max(map(int, re.findall(r"dot_op<\{[^}]*kWidth = (\d+)", binary.asm["ttgir"])), default=0)
+
+
 def loops(binary: Any) -> list[Counter[str]]:
     """Instructions by name of each loop of the machine code, as a warp executes them in one turn.
 

@@ -1,4 +1,4 @@
-"""What token tiers cost in KL and perplexity, really packed, against eviction, uniform bits and tiers of channels.
+"""What token tiers cost in KL and perplexity, really packed: against eviction, uniform bits, channel tiers.
 
 The protocol of `benchmarks.planner.tiers`: prompts of 420 tokens, three tiles of 128 packed, 32 tokens judged
 in steps of 16, prose and code; "held out" are chunks that no choice of this project was made on. The policy
