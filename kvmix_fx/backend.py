@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 SHORT_STEP = 16
 """Tokens of a decode step at most. Longer steps keep the GPU busy without being compiled or recorded."""
 
-_OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs", "pieces"}
+_OWN = {"plan", "inner", "mode", "report", "model", "cuda_graphs", "pieces", "trace_prompts"}
 Inner = str | Callable[..., Any] | None
 
 
@@ -56,6 +56,7 @@ class KVMixBackend:
         cuda_graphs: bool | None = None,
         note: Note | None = None,
         pieces: bool | None = None,
+        trace_prompts: bool | None = None,
         **inductor_options: Any,
     ) -> None:
         """Check the options now: an error inside a backend surfaces wrapped and late.
@@ -76,6 +77,9 @@ class KVMixBackend:
             pieces: whether Inductor compiles what the layers of a decode step have in common once, or the
                 whole step. None does so where one process records steps: in plain launches each piece takes
                 its host 70 microseconds more (two CPU cores), and no group of GPUs has run them yet.
+            trace_prompts: whether a prompt that fills an empty cache is traced, or read by the model as it is
+                and packed layer by layer, where that gives the same. None traces it where `inner`, a mode or
+                settings of Inductor are given.
             inductor_options: settings of torch._inductor.config for these graphs only.
 
         Raises:
@@ -98,6 +102,10 @@ class KVMixBackend:
         self.patches = _inductor_patches(mode, inductor_options)
         self.cuda_graphs = False if mode == "max-autotune-no-cudagraphs" else cuda_graphs
         self.pieces = pieces
+        if not isinstance(trace_prompts, bool | None):
+            raise BackendOptionError(f'"trace_prompts" must be True, False or None, got {trace_prompts!r}')
+        compiles = inner is not None or bool(self.patches)
+        self.traces_prompts = compiles if trace_prompts is None else trace_prompts
         self.told = False
         self.plan = plan
         self.model = model

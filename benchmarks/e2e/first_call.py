@@ -29,9 +29,14 @@ from kvmix_fx import backend
 from kvmix_fx.testing.models import tiny_llama
 
 PROMPT, STEPS = 256, 64
+PROVIDERS: dict[str, dict[str, bool]] = {
+    "kvmix, pieces": {"pieces": True},
+    "kvmix, whole": {"pieces": False},
+    "kvmix, pieces, prompt traced": {"pieces": True, "trace_prompts": True},
+}
 
 
-def measure(layers: int, pieces: bool) -> dict[str, float]:
+def measure(layers: int, provider: str) -> dict[str, float]:
     """Seconds of this process."""
     model = tiny_llama(num_hidden_layers=layers)
     plan = kvmix_fx.KVPlan.preset("tiers", model)
@@ -49,7 +54,7 @@ def measure(layers: int, pieces: bool) -> dict[str, float]:
             """Nothing is left to do."""
 
     with mock.patch.object(backend, "_on_accelerator", return_value=True), torch.no_grad():
-        kvmix_fx.compile(model, plan, options={"pieces": pieces})
+        kvmix_fx.compile(model, plan, options=PROVIDERS[provider])
         model.generate(
             ids, max_new_tokens=STEPS, do_sample=False, cache_implementation="static", streamer=Clock()
         )
@@ -58,14 +63,14 @@ def measure(layers: int, pieces: bool) -> dict[str, float]:
     return {"prefill": spans[0], "decode": max(spans[1:]), "step": statistics.median(spans[8:])}
 
 
-def rows(layers: int, pieces: bool, command: str) -> list[Row]:
+def rows(layers: int, provider: str, command: str) -> list[Row]:
     """Of two processes, the second of which finds compiled code."""
     found = []
-    case, provider = f"llama {layers} layers, p{PROMPT}", "kvmix, pieces" if pieces else "kvmix, whole"
+    case = f"llama {layers} layers, p{PROMPT}"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("first", "again"):
             environment = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
-            arguments = [sys.executable, "-m", __spec__.name, "--alone", str(layers), str(int(pieces))]
+            arguments = [sys.executable, "-m", __spec__.name, "--alone", str(layers), provider]
             done = subprocess.run(
                 arguments, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True
             )
@@ -84,15 +89,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--alone", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        layers, pieces = options.alone
-        print(json.dumps(measure(layers, bool(pieces))))
+        layers, provider = options.alone
+        print(json.dumps(measure(int(layers), provider)))
         return
     command = f"python -m benchmarks.e2e.first_call --layers {options.layers}"
-    for pieces in (True, False):
-        save(rows(options.layers, pieces, command))
+    for provider in PROVIDERS:
+        save(rows(options.layers, provider, command))
 
 
 if __name__ == "__main__":

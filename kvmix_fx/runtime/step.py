@@ -36,6 +36,7 @@ class Lane(Enum):
     """Which way a step goes."""
 
     TRACED = "through the guards of compiled code"
+    PLAIN = "a prompt by the model as it is, packed layer by layer"
     SHORT = "as the step before it, past the guards"
 
 
@@ -61,6 +62,14 @@ class Call:
         """Why it could not succeed, where that can be told once it has failed; None where not."""
         return None
 
+    def reads_prompt(self) -> bool:
+        """Whether nothing is lost if it is not traced: it fills a cache that is packed beside the model."""
+        return False
+
+    def plain(self, forward: Callable[..., Any]) -> Any:
+        """Do such a call by the model's own forward."""
+        raise NotImplementedError
+
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """Before the call is done again: give the scales of these empty tensors single precision.
 
@@ -77,6 +86,11 @@ class Backend(Protocol):
     @property
     def traced(self) -> int:
         """Graphs compiled so far."""
+        ...
+
+    @property
+    def traces_prompts(self) -> bool:
+        """Whether calls that need not be traced are."""
         ...
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -167,6 +181,8 @@ class CompiledStep:
         if torch.is_grad_enabled():
             return self._with_gradients(args, kwargs)
         call = self._prepare(args, kwargs)
+        if call.lane is Lane.TRACED and not self._backend.traces_prompts and call.reads_prompt():
+            call.lane = Lane.PLAIN
         try:
             result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
         except BaseException as error:
@@ -180,9 +196,10 @@ class CompiledStep:
         return result
 
     def _in_range(self, call: Call) -> Any:
-        """A traced step; if what it packs does not fit the planned scales, once more with wider ones."""
+        """A long step; if what it packs does not fit the planned scales, once more with wider ones."""
+        run = self._traced if call.lane is Lane.TRACED else self._plain
         try:
-            return self._traced(call)
+            return run(call)
         except NarrowScalesError as error:
             found = [(layer, role) for layer, role, _ in error.found]
             warnings.warn(
@@ -194,7 +211,12 @@ class CompiledStep:
         self._backend = self._backend.widened(found)
         self._compiled = None
         call.widen(found)
-        return self._traced(call)
+        return run(call)
+
+    def _plain(self, call: Call) -> Any:
+        """A prompt without a graph."""
+        self._shortcut.forget()
+        return call.plain(self._original)
 
     def _traced(self, call: Call) -> Any:
         """A step through compiled code, which is traced first if it has to be."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ from kvmix_fx.errors import (
     ModelInputError,
     PlanMismatchError,
 )
-from kvmix_fx.integrations.transformers import owners
+from kvmix_fx.integrations.transformers import owners, prompts
 from kvmix_fx.integrations.transformers.caches import (
     KVMixStaticCache,
     let_grow,
@@ -62,7 +62,8 @@ from kvmix_fx.integrations.transformers.layers import (
     PromptFirstStaticLayer,
     fixed_layers,
 )
-from kvmix_fx.parallel import check_placement, kv_heads_here
+from kvmix_fx.integrations.transformers.prompts import PlainPrompt
+from kvmix_fx.parallel import check_placement, kv_heads_here, process_group_size
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import Call, Lane
@@ -185,6 +186,24 @@ class TokensCall(Call):
         if self.cache is not None:
             self._model.inside.release(self.cache)
 
+    def reads_prompt(self) -> bool:
+        """Whether it is the first call on a cache that `prompts.takes`, in one process."""
+        return (
+            self.n > 1
+            and self.cache is not None
+            and not self.kwargs.get("output_attentions")
+            and _is_empty(self.cache)
+            and process_group_size() == 1
+            and prompts.takes(self._model.model, self.cache, self._model.plan)
+        )
+
+    def plain(self, forward: Callable[..., Any]) -> Any:
+        """As `Call.plain`."""
+        assert self.cache is not None
+        return PlainPrompt(self.cache, self._model.plan, self._model.wide).run(
+            forward, self.args, self.kwargs
+        )
+
     def explained(self) -> KVMixError | None:
         """A cache of another number of KV heads: of another model, or of another number of ranks."""
         return None if self.own_cache is None else self._model.other_heads(self.own_cache)
@@ -233,7 +252,7 @@ class TransformersCalls:
     ) -> None:
         """Keep what the checks need."""
         self.model, self.plan, self.shortcut, self.inside = model, plan, shortcut, inside
-        self._wide: set[tuple[int | None, int]] = set()
+        self.wide: set[tuple[int | None, int]] = set()
         self._parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
         self._cache_name = cache_name(type(model).forward)
 
@@ -268,7 +287,7 @@ class TransformersCalls:
 
     def widen(self, call: TokensCall, found: Sequence[tuple[int | None, int]]) -> None:
         """Remember the tensors whose scales are wide, and allocate those of this call anew."""
-        self._wide |= set(found)
+        self.wide |= set(found)
         for layer in call.fixed:
             if not layer.has_tokens:
                 # the step has counted its tokens
@@ -466,7 +485,7 @@ class TransformersCalls:
                 )
                 if isinstance(layer, KVMixStaticLayer):
                     layer.layer_plan = layer.layer_plan.widened(
-                        [role for number, role in self._wide if number == index]
+                        [role for number, role in self.wide if number == index]
                     )
                     # one counter for all layers: a step then updates one number
                     layer.lazy_initialization(keys, values, live)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +25,17 @@ from kvmix_fx.errors import CacheMutationError
 from kvmix_fx.plan import LayerPlan
 
 
+class Prompt(Protocol):
+    """Who packs the first tokens of layers, once they have been attended to."""
+
+    def take(self, layer: Any, keys: Tensor, values: Tensor) -> None:
+        """A layer's first tokens [B, Hkv, n, D]."""
+
+
 class KVMixDynamicLayer(DynamicLayer):
     """A growing layer that packs its first tokens itself when no compiled graph does."""
+
+    prompt: Prompt | None = None
 
     def __init__(self, layer_plan: LayerPlan) -> None:
         """Start empty."""
@@ -40,8 +49,15 @@ class KVMixDynamicLayer(DynamicLayer):
         if torch.compiler.is_compiling() or self.get_seq_length() > 0:
             return super().update(key_states, value_states, *args, **kwargs)
         self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = pack(self.layer_plan, key_states, value_states)
+        if self.prompt is not None:
+            self.prompt.take(self, key_states, value_states)
+        else:
+            self.keys, self.values = pack(self.layer_plan, key_states, value_states)
         return key_states, value_states
+
+    def forget_prompt(self) -> None:
+        """Forget the first tokens."""
+        self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -202,6 +218,7 @@ class PromptFirstStaticLayer(StaticLayer):
     keys: Any
     values: Any
     cumulative_length: Any
+    prompt: Prompt | None = None
 
     def __init__(self, max_cache_len: int) -> None:
         """`max_cache_len`: capacity in tokens."""
@@ -218,6 +235,11 @@ class PromptFirstStaticLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         n = key_states.shape[-2]
+        if self.prompt is not None and not self.has_tokens:
+            self.prompt.take(self, key_states, value_states)
+            self.cumulative_length.add_(n)
+            self.has_tokens = True
+            return key_states, value_states
         positions = torch.arange(n, device=self.device)
         if self.has_tokens:
             # the pass sees that a first step starts at 0, and appends without asking the device
@@ -321,6 +343,11 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
         forget([self])
+
+    def forget_prompt(self) -> None:
+        """Forget the first tokens, of which some may have been packed."""
+        if self.is_initialized:
+            forget([self])
 
     def forget_rest(self) -> None:
         """Forget what a layer keeps besides keys and values."""

@@ -1,0 +1,153 @@
+"""A prompt that is not traced: the model as it is, and each layer packed as soon as it has been attended to.
+
+Until a step has a history, nothing in it is rewritten: keys and values of a prompt are exact. So all that a
+traced prompt adds is to pack them, by the queries and under the mask of their attention. Both are seen here
+when attention is called. Tracing the same takes a large model 20 seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.cache.orders import key_order
+from kvmix_fx.cache.tensor import ranges_wider
+from kvmix_fx.errors import NarrowScalesError
+from kvmix_fx.integrations.transformers.layers import (
+    KVMixDynamicLayer,
+    KVMixStaticLayer,
+    PromptFirstStaticLayer,
+)
+from kvmix_fx.plan import KVPlan
+from kvmix_kernels import layout, ops
+from kvmix_kernels.cached import Cached
+from kvmix_kernels.layout import TensorFormat
+
+Packs = KVMixStaticLayer | KVMixDynamicLayer
+_TAKES = (KVMixStaticLayer, PromptFirstStaticLayer, KVMixDynamicLayer, DynamicLayer)
+"""Kinds of layers that a prompt may be read into; those of the last and the second may also stay plain."""
+
+
+def takes(model: Any, cache: Any, plan: KVPlan) -> bool:
+    """Whether a plain prompt fills an empty cache as a traced one would: all attention is torch's own.
+
+    Tiers of tokens need what each token was attended to, sliding windows keep accounts of their own.
+    """
+    layers = getattr(cache, "layers", ())
+    return (
+        len(layers) == len(plan.layers)
+        and all(type(layer) in _TAKES for layer in layers)
+        and all(one.token_tier is None for one in plan.layers)
+        and getattr(model.config, "_attn_implementation", None) == "sdpa"
+    )
+
+
+class PlainPrompt(TorchFunctionMode):
+    """While it lasts, layers hand over their first tokens, and are packed after their attention."""
+
+    def __init__(self, cache: Cache, plan: KVPlan, wide: Collection[tuple[int | None, int]] = ()) -> None:
+        """`cache`: empty, and `takes` takes it. `wide`: layers and roles with scales of single precision."""
+        super().__init__()
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._peaks: list[Tensor] = []
+        self._about: list[tuple[int, int, TensorFormat]] = []
+        self._cache, self._before = cache, list(cache.layers)
+        for index, (layer, layer_plan) in enumerate(zip(self._before, plan.layers, strict=True)):
+            if type(layer) is DynamicLayer and not layer_plan.is_raw:
+                cache.layers[index] = KVMixDynamicLayer(layer_plan)
+        self._layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, Packs)}
+        self._wide = wide
+
+    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What `forward` returns, the cache packed.
+
+        Raises:
+            NarrowScalesError: keys or values do not fit the planned scales; the cache is as it was.
+        """
+        for layer in self._layers.values():
+            layer.prompt = self
+        try:
+            with self:
+                result = forward(*args, **kwargs)
+            # attention that is not torch's has been seen by nobody
+            for index, pending in self._pending.items():
+                self._pack(index, *pending, None, None)
+            self._check_ranges()
+        except BaseException:
+            self._cache.layers[:] = self._before
+            for layer in self._layers.values():
+                layer.forget_prompt()
+            raise
+        finally:
+            for layer in self._layers.values():
+                # not None, which a graph would take for another kind of layer
+                del layer.prompt
+        return result
+
+    def take(self, layer: Packs, keys: Tensor, values: Tensor) -> None:
+        """A layer's first tokens, [B, Hkv, n, D]: to be packed after their attention."""
+        index = next(index for index, own in self._layers.items() if own is layer)
+        self._pending[index] = (keys, values)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention and self._pending:
+            given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+            # one layer's at a time: the cache gets its tokens right before they are attended to
+            index, (keys, values) = self._pending.popitem()
+            # latents are stored as they are, whatever reads them
+            known = given["key"].shape[2:] == keys.shape[2:]
+            about = (given["query"], given.get("attn_mask")) if known else (None, None)
+            self._pack(index, keys, values, *about)
+        return result
+
+    def _pack(
+        self, index: int, keys: Tensor, values: Tensor, query: Tensor | None, mask: Tensor | None
+    ) -> None:
+        layer = self._layers[index]
+        if isinstance(layer, KVMixStaticLayer):
+            both = layer.keys.format, layer.values.format
+            more = (query,) if both[0].asks_queries and query is not None else ()
+            ops.append_(
+                *(layer.keys.cached.tensors, layer.values.cached.tensors, keys, values, mask, None, 0),
+                *(both[0].encode(), both[1].encode(), *more),
+            )
+            layer.keys.live.fill_(keys.shape[2])
+        else:
+            roles = [role for number, role in self._wide if number == index]
+            own = layer.layer_plan.widened(roles)
+            both = own.formats(keys.shape[3], values.shape[3])
+            hint = query if both[0].asks_queries else None
+            if both[0].order == layout.ORDER_PLAN:
+                hint = key_order(own, keys.shape[1], keys.shape[3], keys.device)
+            hints = ((hint,) if hint is not None else (), ())
+            layer.keys, layer.values = (
+                QuantizedKVTensor(
+                    Cached(fmt, tuple(ops.quantize_pack(x, mask, fmt.encode(), *given))), x.shape[2]
+                )
+                for x, fmt, given in zip((keys, values), both, hints, strict=True)
+            )
+        for role, (x, fmt) in enumerate(zip((keys, values), both, strict=True)):
+            if ranges_wider(x.dtype, fmt):
+                self._peaks.append(ops.peak(x))
+                self._about.append((index, role, fmt))
+
+    def _check_ranges(self) -> None:
+        peaks = torch.stack(self._peaks).tolist() if self._peaks else []
+        found = [
+            (*about[:2], peak)
+            for about, peak in zip(self._about, peaks, strict=True)
+            if not layout.holds(about[2], peak)
+        ]
+        if found:
+            raise NarrowScalesError.of(found)
