@@ -9,7 +9,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests soak fuzz oldest lm-eval gpu-test docs release-check clean
+.PHONY: setup demo lint test tests soak fuzz oldest oldest-triton lm-eval gpu-test docs release-check clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,17 @@ OLDEST := transformers==5.17.0
 oldest: setup
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --target $(VENV)/oldest "$(OLDEST)" "numpy<2.4"
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
+
+# not part of `test`, for it takes 5 minutes: whether kernels spill registers with the oldest Triton that is supported.
+# Nothing is run, so the newest torch will do
+OLDEST_TRITON := triton==3.6.0
+oldest-triton: setup
+	test -d $(VENV)/oldest-triton || \
+		$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest-triton "$(OLDEST_TRITON)"
+	PYTHONPATH=$(VENV)/oldest-triton $(BIN)/python -c \
+		'import triton; assert "triton==" + triton.__version__ == "$(OLDEST_TRITON)", triton'
+	PYTHONPATH=$(VENV)/oldest-triton $(BIN)/python -m pytest -n 2 -k spilling \
+		tests/kernels/test_triton_compile.py tests/kernels/test_paged_triton.py
 
 # not part of `test`: the harness brings half a gigabyte of packages that nothing else here needs. The scoring
 # itself is tested without it, in tests/evaluation/test_likelihood.py

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -188,6 +187,8 @@ CASES = (
     ("tiers", 90, READING),
     ("k2v2 d64", 100, READING[:1]),
 )
+SPILLS_36 = {"tiers 90": 16}
+"""Bytes that a thread spills with Triton 3.6: pointers to its output, outside the loop over tokens."""
 
 
 def spills(name: str, capability: int, kernels: tuple[str, ...]) -> int:
@@ -233,9 +234,14 @@ def test_the_kernel_compiles_without_spilling():
         [sys.executable, __file__], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert found == {f"{name} {capability}": 0 for name, capability, _ in CASES}
+    version, found = json.loads(done.stdout.splitlines()[-1])
+    allowed = SPILLS_36 if version.startswith("3.6.") else {}
+    assert list(found) == [f"{name} {capability}" for name, capability, _ in CASES]
+    assert all(found[name] <= allowed.get(name, 0) for name in found), f"Triton {version}: {found}"
 
 
 if __name__ == "__main__":
-    print(json.dumps({f"{name} {gpu}": spills(name, gpu, some) for name, gpu, some in CASES}))  # noqa: T201
+    from triton import __version__
+
+    found = {f"{name} {gpu}": spills(name, gpu, some) for name, gpu, some in CASES}
+    print(json.dumps([__version__, found]))  # noqa: T201  the parent process reads it

@@ -25,6 +25,7 @@ from kvmix_kernels.tokens import ops as token_ops
 from kvmix_kernels.tokens import places
 from tests.depth import examples
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 few = settings(max_examples=examples(16))
 SCALE = 0.2
 RAW_TOO = {"bits": 4, "axis": "channel", "tiers": ((16, 8), (4, 8), (2, 16))}
@@ -321,10 +322,20 @@ def test_eviction_sees_the_tier_and_raw_tokens_alone():
     assert (out - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.5, 2.0, 6.0])])
-def test_log_sum_exp_of_kernel_triton_and_reference_agree(sinks):
+def by_triton(*given):
+    """`attend_lse` of CPU tensors by the Triton kernels, which take them on a GPU where there is one."""
     from kvmix_kernels import triton
 
+    def moved(x):
+        if isinstance(x, (list, tuple)):
+            return [moved(part) for part in x]
+        return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
+
+    return tuple(x.cpu() for x in triton.attend_lse(*moved(given)))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.5, 2.0, 6.0])])
+def test_log_sum_exp_of_kernel_triton_and_reference_agree(sinks):
     fmt = make_format(4, "channel", 16, 16, 0, 8)
     x, q = torch.randn(1, 2, 70, 32), torch.randn(1, 4, 2, 32)
     k, v = (ops.quantize_pack(torch.randn(1, 2, 70, 32), None, fmt.encode()) for _ in range(2))
@@ -340,29 +351,26 @@ def test_log_sum_exp_of_kernel_triton_and_reference_agree(sinks):
     for out, lse in (
         ops.attend_lse(*given),
         reference.attend_lse(q, new, new, *cached, mask, 70, SCALE, 0.0, sinks),
-        triton.attend_lse(*given),
+        by_triton(*given),
     ):
         assert torch.equal(lse.isinf(), want.isinf())
         assert (lse - want).nan_to_num(0).abs().max() < 5e-3
         assert out.dtype == torch.float32
         assert (out - ops.attend(*given)).abs().max() < 5e-3
     additive = torch.zeros(1, 4, 2, 72).masked_fill(~mask, torch.finfo(torch.float32).min)
-    assert torch.allclose(
-        triton.attend_lse(*given[:5], additive, *given[6:])[1][:, 0], want[:, 0].float(), atol=5e-3
-    )
+    lse = by_triton(*given[:5], additive, *given[6:])[1]
+    assert torch.allclose(lse[:, 0], want[:, 0].float(), atol=5e-3)
     if native.kernel() is not None:
         sums = torch.empty(1, 4, 2, 2)
         assert native.attend(q, new, new, *cached, mask, 70, SCALE, 0.0, sinks, sums) is not None
 
 
 def test_both_tiers_by_the_triton_kernels(monkeypatch):
-    from kvmix_kernels import triton
-
     for bits in (16, 4):
         high = make_high(25, bits=bits, balanced=True)
         key, value = formats(high, axis="channel", tile=32, window=8)
         found = []
-        for lse in (ops.attend_lse, triton.attend_lse):
+        for lse in (ops.attend_lse, by_triton):
             monkeypatch.setattr(ops, "attend_lse", lse)
             cache = Filled((key, value), B=1, Hkv=1)
             cache.step(80)

@@ -81,7 +81,14 @@ def launches(case: dict[str, Any]) -> list[Launch]:
 def case(
     op: str, capability: int, bits: int | str, head_dim: int = 128, group: int = 128, **more: object
 ) -> dict[str, Any]:
-    """What to compile; `bits` of keys and values, or a provider of the benchmark with tiers."""
+    """What to compile; `bits` of keys and values, or a provider of the benchmark with tiers.
+
+    `spills_36`: bytes that a thread may spill with Triton 3.6, which needs more registers than later ones. Of
+    attention these are pointers to its output and numbers that a later loop needs: stored before a loop over
+    tokens, read behind it (with 3 bits and 256 channels, one is read once a turn). Of `dequantize`, which has
+    no loop, they take 32 of 960 instructions. Less work a program would cost more, and pointers that are made
+    later spill elsewhere (`kernels/NOTES.md`).
+    """
     return {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
 
@@ -105,16 +112,16 @@ CASES = [
     case("attend", 90, 4, head_dim=64, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 2, group=64, gpu=HOPPER, mask=True),
     case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
-    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True),
+    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True, spills_36=24),
     case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True),
     case("attend", 90, 8, gpu=HOPPER, mask=True),
     case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
-    case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True),
+    case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True, spills_36=8),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
-    case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0),
+    case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0, spills_36=24),
     case("attend", 90, 16, gpu=HOPPER),
     case("attend", 90, 4, head_dim=64, group=64, gpu=HOPPER, sinks=True),
     *(case("attend", gpu, bits, gpu=SMALL) for gpu in (89, 120) for bits in (2, 16, "tiers 25/75")),
@@ -126,7 +133,8 @@ CASES = [
     *(case("append_", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
     *(case("append_", 90, 2, queries=64, mask=mask) for mask in (False, True)),
     *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
-    *(case("dequantize", gpu, 3) for gpu in (80, 90, 100)),
+    case("dequantize", 80, 3, spills_36=64),
+    *(case("dequantize", gpu, 3) for gpu in (90, 100)),
     *(case("attend", gpu, "tiers 25/75", gpu="default") for gpu in (80, 100)),
     *(
         case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128)
@@ -146,12 +154,13 @@ CASES = [
     ),
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
-    *(case("attend", 90, name, gpu=HOPPER) for name in ("tiers 25/75 tile", "mixkvq")),
+    case("attend", 90, "tiers 25/75 tile", gpu=HOPPER),
+    case("attend", 90, "mixkvq", gpu=HOPPER, spills_36=8),
     *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
     case("append_", 90, "kitty"),
 ]
-PROCESSES = 6
-"""A process that imports torch costs as much as what one case compiles."""
+PROCESSES = max(6, os.cpu_count() or 1)
+"""A process that imports torch costs as much as what one case compiles: more only where cores are idle."""
 
 
 @pytest.mark.parametrize("first", range(PROCESSES))
@@ -165,10 +174,12 @@ def test_kernels_compile_without_spilling(first: int) -> None:
         capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    spills = json.loads(done.stdout.splitlines()[-1])
+    version, spills = json.loads(done.stdout.splitlines()[-1])
     assert len(spills) == len(CASES[first::PROCESSES])
-    assert all(spills.values()), f"nothing was compiled for some of {spills}"
-    assert not any(number for case in spills.values() for number in case.values()), spills
+    assert all(spills), f"nothing was compiled for some of {spills}"
+    for chosen, found in zip(CASES[first::PROCESSES], spills, strict=True):
+        allowed = chosen.get("spills_36", 0) if version.startswith("3.6.") else 0
+        assert sum(found.values()) <= allowed, f"{chosen} with Triton {version}: {found}"
 
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -186,5 +197,7 @@ def spills_of(chosen: dict[str, Any]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    found = {" ".join(map(str, one.values())): spills_of(one) for one in json.loads(sys.argv[1])}
-    print(json.dumps(found))  # noqa: T201  the parent process reads it
+    from triton import __version__
+
+    found = [spills_of(one) for one in json.loads(sys.argv[1])]
+    print(json.dumps([__version__, found]))  # noqa: T201  the parent process reads it

@@ -24,6 +24,7 @@ from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
+from kvmix_kernels.triton import storage as launching
 from kvmix_kernels.triton.storage import flushes_ring
 from tests.depth import examples
 
@@ -150,6 +151,32 @@ def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.Data
     hint = queries if data.draw(st.booleans()) else None
     args = (x, mask, fmt.encode(), hint)
     assert_same(kernels.quantize_pack(*args), ops._quantize_pack(*on_cpu(args)))
+
+
+@needs_fma
+def test_tiers_are_packed_alike_with_fewer_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as where Triton lays the threads of a warp along tokens."""
+    monkeypatch.setattr(launching, "ALONG_TOKENS", True)
+    fmt = make_format(4, "channel", 32, 32, 3, 5, tiers=((4, 16), (2, 48)), order="prompt")
+    assert launching._crowding(fmt, 64) == 2
+    generator = torch.Generator().manual_seed(0)
+    x, query = (values("gauss", (1, 1, 75, 64), torch.bfloat16, generator) for _ in range(2))
+    args = (x, None, fmt.encode(), query)
+    packed = kernels.quantize_pack(*args)
+    assert_same(packed, ops._quantize_pack(*on_cpu(args)))
+    # all of it again behind what is there, of which whole tiles are new
+    raw = make_format(16)
+    caches = [
+        allocate(1, 1, 64, layout.fixed_tiles(f, 150), layout.fixed_slots(f, 150), f, x.dtype, DEVICE).tensors
+        for f in (fmt, raw)
+    ]
+    expected = on_cpu(tuple(caches))
+    for length in (0, 75):
+        step = (x, x, None, None, length, fmt.encode(), raw.encode(), query)
+        kernels.append_(*caches, *step)
+        ops._append_(*expected, *on_cpu(step))
+    for got, wanted in zip(caches, expected, strict=True):
+        assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("shard", SHARDS)
