@@ -155,7 +155,7 @@ def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.Data
 
 @needs_fma
 def test_tiers_are_packed_alike_with_fewer_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as where Triton lays threads along tokens; the other number is what this Triton takes elsewhere."""
+    """As few as where Triton lays the threads of a warp along tokens."""
     monkeypatch.setattr(launching, "ALONG_TOKENS", True)
     fmt = make_format(4, "channel", 32, 32, 3, 5, tiers=((4, 16), (2, 48)), order="prompt")
     assert launching._crowding(fmt, 64) == 2
