@@ -116,12 +116,17 @@ def spilled_bytes(binary: Any) -> int:
     return declared["STACK"] + declared["LOCAL"]
 
 
-def operand_width(binary: Any) -> int:
-    """Numbers in a row that a thread holds of a product's operands, the most of any (`kWidth` of the TTGIR).
+def fits_products(binary: Any) -> bool:
+    """Whether four threads side by side have no more of a product's operands than these have to sum up.
 
-    More than 4 is for 4-bit numbers. Triton 3.6 also takes it for wider ones, and then multiplies others.
+    Each has `kWidth` numbers of the TTGIR in a row. Triton 3.6 takes 8 of them for what comes of bytes and a
+    join; of 16 channels that is twice as many as there are, and it multiplies others.
     """
-    return max(map(int, re.findall(r"dot_op<\{[^}]*kWidth = (\d+)", binary.asm["ttgir"])), default=0)
+    pattern = r"tensor<(\d+)x(\d+)x\w+, #ttg\.dot_op<\{opIdx = (\d), [^}]*kWidth = (\d+)"
+    found = set(re.findall(pattern, binary.asm["ttgir"]))
+    summed = [(int(rows if index == "1" else columns), int(width)) for rows, columns, index, width in found]
+    # what is broadcast to an operand has one
+    return all(4 * width <= count for count, width in summed if count > 1)
 
 
 def loops(binary: Any) -> list[Counter[str]]:
