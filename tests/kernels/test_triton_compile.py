@@ -141,6 +141,7 @@ CASES = [
         for size in (64, 128, 256)
     ),
     case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, "tiers 25/75", group=16, gpu=HOPPER, mask=True),
     case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True),
     case("attend", 90, "tiers 25/50/25", gpu=HOPPER),
     *(

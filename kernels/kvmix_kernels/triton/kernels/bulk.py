@@ -340,8 +340,9 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         for g in tl.static_range(VG):
-            # rows that begin anywhere are read one by one, as a word of four would not be aligned
-            if VG == 1 and v.scale.dtype.element_ty == tl.uint8 and P.V_ALIGN % 4 == 0:
+            # one by one where rows begin anywhere, as a word of four would not be aligned; and where there are 16,
+            # as for orders of tiles above: a mask of bytes and the join are too much for Triton 3.6
+            if VG == 1 and v.scale.dtype.element_ty == tl.uint8 and P.V_ALIGN % 4 == 0 and TOKENS > 16:
                 four = v_at.scale + v_first + tl.arange(0, TOKENS // 4) * 4
                 v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
             else:
