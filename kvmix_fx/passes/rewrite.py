@@ -107,6 +107,7 @@ class _Rewriter:
             if dynamo.is_symbolic(value)
         }
         self.buffers: dict[fx.Node, list[fx.Node]] = {}
+        self.counters: dict[fx.Node, fx.Node] = {}
         self.extra: dict[fx.Node, Any] = {}
         self.grown: dict[fx.Node, fx.Node] = {}
         self.mass: dict[fx.Node, fx.Node] = {}
@@ -167,7 +168,8 @@ class _Rewriter:
         recipe = Recipe(
             len(self.values),
             {index[base]: size_evaluator(self.extra.get(base, 0), self.values) for base in self.packed},
-            {index[base]: len(buffers) for base, buffers in self.buffers.items()},
+            {index[base]: len(b) + (base in self.counters) for base, b in self.buffers.items()},
+            {index[base] for base in self.counters},
             outputs,
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
@@ -196,8 +198,17 @@ class _Rewriter:
         index = {node: i for i, node in enumerate(self.inputs)}
         return PlainCache(index[buffers.key], index[buffers.value], self.formats(site), self.orders(site))
 
+    def _counter(self, base: fx.Node) -> fx.Node:
+        """What a fixed cache itself says of how many tokens it holds, as it comes in."""
+        if base not in self.counters:
+            live = self.packed[base].live
+            self.counters[base] = dynamo.add_buffer_placeholder(self.graph, base, "live", live)
+        return self.counters[base]
+
     def _start(self, update: Update) -> fx.Node | None:
         """Device-side token count before this step, for fixed caches: the first position written."""
+        if update.new is None and update.tensor.is_fixed:
+            return self._counter(update.past)
         if update.positions not in self.starts:
             found = update.idiom.first_and_last(self.graph, update)
             if found is None:
@@ -274,9 +285,9 @@ class _Rewriter:
     def _materialize(self, update: Update) -> None:
         """Give readers that need plain numbers the unpacked history with the new tokens exact."""
         base, node = update.past, update.node
-        start = self._start(update)
         if update.new is None:
             return  # readers of the placeholder are served at the end
+        start = self._start(update)
         with self.graph.inserting_before(node):
             history = self._plain_tokens(base, start, update.tensor)
             full = update.idiom.plain(self.graph, update, history)
@@ -448,13 +459,12 @@ class _Rewriter:
     def _unpack_for_readers(self, base: fx.Node) -> None:
         """Give who reads a cache beside attention its tokens, and after a write in place the new ones too."""
         tensor, written = self.packed[base], self.written.get(base)
-        start = None
-        if written is not None:
-            start = self._start(written.update)
-        elif tensor.is_fixed and self.starts:
-            start = next(iter(self.starts.values()))
         readers = set(base.users)
-        with self.graph.inserting_before(self._ahead(readers, written)):
+        first = self._ahead(readers, written)
+        start = None if written is None else self._start(written.update)
+        if tensor.is_fixed and (start is None or not start < first):
+            start = self._counter(base)
+        with self.graph.inserting_before(first):
             history = self._plain_tokens(base, start, tensor)
         if written is not None and written.update.idiom.written_in_place and written.update.node._erased:
             update = written.update

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import FalconH1Config, MistralConfig, StaticCache
+from transformers import FalconH1Config, MistralConfig, StaticCache, ZayaConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticIndexedLayer, StaticSlidingWindowLayer
 
 from kvmix_fx.cache import QuantizedKVTensor
@@ -70,6 +70,25 @@ def test_windows_share_a_mask_so_all_or_none_are_exchanged():
         cache = KVMixStaticCache(mixed, config, capacity)
         kinds = [isinstance(layer, StaticSlidingWindowLayer) for layer in cache.layers]
         assert kinds == [not exchanged] * 2
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_windows_with_states_besides_are_exchanged_if_all_of_them_are_packed(bits):
+    """They share a mask, and no plain layer of ours has states."""
+    types = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
+    config = ZayaConfig(
+        **TINY | {"num_hidden_layers": 3, "layer_types": types, "sliding_window": 96}, num_experts=2
+    )
+    mixed = plan(config, 8).with_layers("2", key=bits, value=bits)
+    cache = StaticCache(config, max_cache_len=90)
+    states = torch.ones(2, 3, 4)
+    cache.layers[0].update_conv_state(states)
+    pack_static_layers(cache, mixed, 90)
+    kinds = [type(layer) is KVMixHybridLayer for layer in cache.layers]
+    assert kinds == [bits == 8, True, bits == 8]
+    assert cache.is_sliding == [True, False, True]
+    assert cache.layers[0].conv_states[0].equal(states)
+    assert cache.layers[0].max_cache_len == 90
 
 
 def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():

@@ -11,7 +11,6 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionLayer,
     StaticIndexedLayer,
     StaticLayer,
@@ -369,11 +368,11 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
 class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
     """A packed layer of fixed capacity that has the states of a linear attention besides, as they are."""
 
-    def __init__(self, layer: LinearAttentionAndStaticFullAttentionLayer, layer_plan: LayerPlan) -> None:
-        """`layer`: transformers' own, whose states are taken over."""
+    def __init__(self, layer: LinearAttentionLayer, layer_plan: LayerPlan, max_cache_len: int) -> None:
+        """`layer`: transformers' own, whose states are taken over. `max_cache_len`: capacity in tokens."""
         LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
         vars(self).update({name: vars(layer)[name] for name in vars(self)})
-        KVMixStaticLayer.__init__(self, layer.max_cache_len, layer_plan)
+        KVMixStaticLayer.__init__(self, max_cache_len, layer_plan)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Keys and values come by position and states by name, as transformers tells them apart."""
@@ -517,6 +516,19 @@ def forget(layers: list[KVMixStaticLayer]) -> None:
             torch._foreach_zero_(tensors)
     for layer in layers:
         layer.forget_rest()
+
+
+def count_apart(layers: list[PromptFirstStaticLayer]) -> None:
+    """Give every packed layer a counter of its own, where layers of a cache share one."""
+    seen: set[int] = set()
+    for layer in layers:
+        if not isinstance(layer, KVMixStaticLayer) or not layer.is_initialized:
+            continue
+        live = layer.keys.live
+        if id(live) in seen:
+            live = live.clone()
+            layer.keys.live = layer.values.live = live
+        seen.add(id(live))
 
 
 def fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:
