@@ -113,7 +113,8 @@ class ReadsAhead(torch.nn.Module):
 
     def forward(self, hidden, **kwargs):
         torch._dynamo.graph_break()
-        cached = kwargs["past_key_values"].layers[1]
+        # its name depends on the release of transformers
+        cached = kwargs.get("cache", kwargs.get("past_key_values")).layers[1]
         if cached.is_initialized:
             self.note(cached.keys)
             # of the row without padding

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import FalconH1Config, MistralConfig, StaticCache, ZayaConfig
-from transformers.cache_utils import Cache, DynamicLayer, StaticIndexedLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
@@ -104,6 +110,23 @@ def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():
             assert int(layer.cumulative_length) == layer.host_length == stored
             assert isinstance(layer.keys, QuantizedKVTensor)
             assert (layer.keys.dequantize()[:, :, :stored] - tokens(stored)).abs().max() < 0.05
+
+
+def test_a_count_is_as_much_of_a_copy_as_that_of_the_layer_in_whose_place_it_is():
+    """Models compute positions from what they have asked before a write, some of them behind it."""
+    config = mistral(None)
+    for window in (False, True):
+        own = StaticSlidingWindowLayer(80, 80) if window else StaticLayer(80)
+        ours = KVMixStaticLayer(80, plan(config).layers[0])
+        ours.is_sliding = window
+        counts = []
+        for layer in (own, ours):
+            layer.update(tokens(70), tokens(70))
+            counts.append(layer.get_seq_length())
+            layer.update(tokens(1), tokens(1))
+        assert int(counts[0]) == int(counts[1])
+        assert int(ours.get_seq_length()) == 71
+        assert int(counts[1]) == 70 or not window
 
 
 def test_layers_with_states_keep_them_beside_packed_tokens():

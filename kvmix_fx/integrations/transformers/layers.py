@@ -240,8 +240,11 @@ class PromptFirstStaticLayer(StaticLayer):
 
     def get_seq_length(self) -> Any:
         """Tokens stored: 0 for an empty cache, else a tensor on the device."""
-        # a number, so that the first step's mask and positions depend on no data
-        return self.cumulative_length if self.has_tokens else 0
+        if not self.has_tokens:
+            # a number, so that the first step's mask and positions depend on no data
+            return 0
+        # transformers counts windows by numbers, which writes that follow leave as they are
+        return self.cumulative_length.clone() if self.is_sliding else super().get_seq_length()
 
     def enlarge(self, capacity: int) -> None:
         """Make room for `capacity` tokens, keeping those stored."""
