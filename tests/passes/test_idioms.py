@@ -19,6 +19,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import CacheMutationError, NoSiteError
 from kvmix_fx.passes.find.updates import IDIOMS
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
+from kvmix_fx.runtime import recording
 from kvmix_fx.testing.graphs import RecordingBackend, arguments, count_ops
 from kvmix_fx.testing.models import PositionCacheModel, TupleCacheModel, sharpen
 from kvmix_kernels import ops
@@ -824,9 +825,13 @@ def attends_to_it(q, k, past):
 
 
 @pytest.mark.parametrize("function", [reads_it, concatenates_it, attends_to_it])
-def test_a_fixed_cache_that_a_graph_reads_without_writing_it_tells_how_many_tokens_it_holds(function):
+def test_a_fixed_cache_that_a_graph_reads_without_writing_it_tells_how_many_tokens_it_holds(
+    function, monkeypatch
+):
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
     recorder = RecordingBackend()
-    compiled = torch.compile(function, backend=KVMixBackend(PLAN, recorder), fullgraph=True)
+    backend = KVMixBackend(PLAN, recorder)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
     past, _ = caches(fixed=True)
     q, k, _ = step()
     for stored in (100, 101):
@@ -839,6 +844,7 @@ def test_a_fixed_cache_that_a_graph_reads_without_writing_it_tells_how_many_toke
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
         past.index_copy_(2, torch.tensor([100]), k)
     assert len(recorder.graphs) == 1
+    assert "reads a cache of fixed capacity that it does not write" in backend.report.graphs[0].replay
     assert past.stored_tokens() == 101
 
 
