@@ -31,7 +31,7 @@ def generated(model):
 
 
 def difference(out, plain):
-    """Of the logits of all steps; the tokens before them are made the same by what 8 bits say."""
+    """Of the logits of all steps, in their standard deviations; another token makes it large, too."""
     return max(float((a - b).abs().max() / b.std()) for a, b in zip(out.logits, plain.logits, strict=True))
 
 
@@ -40,7 +40,7 @@ def nbytes(x):
 
 
 def checked(model, bits=(8, 2)):
-    """Caches and reports of a model under plans of 8 and of 2 bits, of which only the first may be unseen."""
+    """Caches and reports of a model under plans of 8 bits, which must not show, and of 2, which must."""
     plain = generated(model)
     found = []
     for width in bits:
