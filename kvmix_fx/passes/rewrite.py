@@ -23,6 +23,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.tensor import ranges_wider
 from kvmix_fx.dynamo import example
+from kvmix_fx.errors import RewriteInvariantError
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import (
     ADOPT,
@@ -189,8 +190,7 @@ class _Rewriter:
 
     def _length(self, tensor: QuantizedKVTensor) -> Any:
         """The token count of a growing tensor, or the capacity of a fixed one."""
-        size = tensor.shape[2]
-        return self.symbols[str(dynamo.expression(size))] if dynamo.is_symbolic(size) else int(size)
+        return self._size(tensor.shape[2])
 
     def _count_plain(self, buffers: PlainBuffers, site: Site) -> PlainCache:
         """Have the graph tell how many tokens the buffers hold."""
@@ -437,14 +437,11 @@ class _Rewriter:
         for asked in [n for n in base.users if _asks_shape(n)]:
             for node in (asked, *asked.users):
                 dim = _asked_dim(node, asked)
-                size = None if dim is None else self._size(shape[dim])
-                if size is not None:
-                    _replace_uses(node, size)
+                if dim is not None:
+                    _replace_uses(node, self._size(shape[dim]))
                     self.dead.append(node)
         for asked in [n for n in base.users if _asks_count(n)]:
             sizes = [self._size(size) for size in shape]
-            if None in sizes:
-                continue
             count: Any = math.prod(size for size in sizes if isinstance(size, int))
             for size in (size for size in sizes if isinstance(size, fx.Node)):
                 with self.graph.inserting_before(asked):
@@ -453,8 +450,24 @@ class _Rewriter:
             self.dead.append(asked)
 
     def _size(self, size: Any) -> Any:
-        """A size as a number or the input that holds it; None for what is computed from such."""
-        return self.symbols.get(str(dynamo.expression(size))) if dynamo.is_symbolic(size) else int(size)
+        """A size as a number, or as a node: the input that holds it, or what is computed from such."""
+        return self._computed(dynamo.expression(size)) if dynamo.is_symbolic(size) else int(size)
+
+    def _computed(self, expression: Any) -> Any:
+        """Guards may have told a size to be the sum of others."""
+        if expression.is_Integer:
+            return int(expression)
+        found = self.symbols.get(str(expression))
+        if found is None:
+            if not (expression.is_Add or expression.is_Mul):
+                raise RewriteInvariantError(f"no input tells the size {expression}")
+            function = operator.add if expression.is_Add else operator.mul
+            found, *others = (self._computed(part) for part in expression.args)
+            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+                for other in others:
+                    found = self.graph.call_function(function, (found, other))
+            self.symbols[str(expression)] = found
+        return found
 
     def _unpack_for_readers(self, base: fx.Node) -> None:
         """Give who reads a cache beside attention its tokens, and after a write in place the new ones too."""

@@ -164,6 +164,35 @@ def test_who_asks_how_large_a_cache_is_has_no_token_unpacked(ask, fixed):
     assert count_ops(graphs[0], ops.dequantize) == 0
 
 
+@pytest.mark.parametrize("ask", [False, True])
+def test_a_length_that_guards_have_told_to_be_the_sum_of_others(ask):
+    """As that of a window behind a prompt whose mask is made of both."""
+
+    def decode(q, k, v, past_k, past_v, first, second):
+        mask = torch.cat([first, second]).view(1, 1, 1, past_k.shape[2] + 1)
+        held = past_k.shape[2] if ask else 1
+        past_k, past_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, past_k, past_v, mask), past_k, past_v, q * held
+
+    recorder = RecordingBackend()
+    compiled = torch.compile(decode, backend=KVMixBackend(PLAN, recorder), fullgraph=True)
+    for length in (100, 107):
+        past_k, past_v = caches(length)
+        q, k, v = step()
+        first, second = torch.arange(60) > 7, torch.ones(length - 59, dtype=torch.bool)
+        for mask in (first, second):
+            torch._dynamo.mark_dynamic(mask, 0)
+        with torch.no_grad():
+            out, new_k, _, held = compiled(q, k, v, past_k, past_v, first, second)
+        want = oracle(q, k, v, past_k, past_v, mask=torch.cat([first, second])[None, None, None])
+        torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+        assert torch.equal(held, q * (length if ask else 1))
+        assert new_k.shape[2] == length + 1
+    assert len(recorder.graphs) == 1
+    assert count_ops(recorder.graphs[0], ops.attend) == 1
+    assert count_ops(recorder.graphs[0], ops.dequantize) == 0
+
+
 def test_slices_that_move_from_step_to_step():
     def decode(q, k, v, past_k, past_v, start, mask):
         past_k[:, :, start : start + k.shape[2]] = k
