@@ -147,9 +147,9 @@ def _check_tokens(update: Update) -> None:
     mine, held = ((x.shape[1], x.shape[3]) for x in (new, update.tensor))
     if update.tensor.is_fixed and mine != held:
         raise CacheShapeError(
-            f"the model computes {mine[0]} KV heads of {mine[1]} channels for a cache of fixed capacity with "
-            f"{held[0]} of {held[1]}, as its configuration says: hand in a growing cache, which takes what "
-            "the model computes"
+            f"the model computes {mine[0]} KV heads of {mine[1]} channels for a cache of fixed capacity that "
+            f"was made for {held[0]} of {held[1]}: make it for these or, where the model's configuration "
+            "does not tell them, hand in a growing cache, which takes what comes"
         )
 
 

@@ -463,8 +463,10 @@ class _Rewriter:
                 raise RewriteInvariantError(f"no input tells the size {expression}")
             function = operator.add if expression.is_Add else operator.mul
             found, *others = (self._computed(part) for part in expression.args)
-            with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
-                for other in others:
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            for other in others:
+                anchor = max(n for n in (last, found, other) if isinstance(n, fx.Node))
+                with self.graph.inserting_after(anchor):
                     found = self.graph.call_function(function, (found, other))
             self.symbols[str(expression)] = found
         return found

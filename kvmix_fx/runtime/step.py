@@ -178,9 +178,8 @@ class CompiledStep:
             result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
         except BaseException as error:
             call.failed()
-            known = isinstance(error, KVMixError) and not isinstance(error, CacheShapeError)
-            known = known or not isinstance(error, Exception)
-            reason = None if known else call.explained()
+            unclear = not isinstance(error, KVMixError) or isinstance(error, CacheShapeError)
+            reason = call.explained() if unclear and isinstance(error, Exception) else None
             if reason is not None:
                 raise reason from error
             raise

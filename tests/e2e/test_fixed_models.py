@@ -143,7 +143,7 @@ def test_heads_that_no_configuration_tells_are_refused_before_anything_is_writte
     kvmix_fx.compile(model, plan, inner="eager")
     for layer in model.model.layers:
         layer.self_attn.num_key_value_groups = 2 - layer.self_attn.layer_idx
-    with pytest.raises(CacheShapeError, match=r"computes 4 KV heads of 32 .* with 2 of 32.*a growing cache"):
+    with pytest.raises(CacheShapeError, match=r"computes 4 KV heads of 32 .* for 2 of 32.*a growing cache"):
         generated(model)
     with torch.no_grad():
         out = model.generate(

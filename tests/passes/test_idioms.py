@@ -164,12 +164,12 @@ def test_who_asks_how_large_a_cache_is_has_no_token_unpacked(ask, fixed):
     assert count_ops(graphs[0], ops.dequantize) == 0
 
 
-@pytest.mark.parametrize("ask", [False, True])
-def test_a_length_that_guards_have_told_to_be_the_sum_of_others(ask):
+@pytest.mark.parametrize(("ask", "times"), [(False, 1), (True, 1), (True, 2)])
+def test_a_length_that_guards_have_told_to_be_the_sum_of_others(ask, times):
     """As that of a window behind a prompt whose mask is made of both."""
 
     def decode(q, k, v, past_k, past_v, first, second):
-        mask = torch.cat([first, second]).view(1, 1, 1, past_k.shape[2] + 1)
+        mask = torch.cat([first] * times + [second]).view(1, 1, 1, past_k.shape[2] + 1)
         held = past_k.shape[2] if ask else 1
         past_k, past_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return attention(q, past_k, past_v, mask), past_k, past_v, q * held
@@ -179,12 +179,14 @@ def test_a_length_that_guards_have_told_to_be_the_sum_of_others(ask):
     for length in (100, 107):
         past_k, past_v = caches(length)
         q, k, v = step()
-        first, second = torch.arange(60) > 7, torch.ones(length - 59, dtype=torch.bool)
+        first = torch.arange(40) > 7
+        second = torch.ones(length + 1 - 40 * times, dtype=torch.bool)
         for mask in (first, second):
             torch._dynamo.mark_dynamic(mask, 0)
         with torch.no_grad():
             out, new_k, _, held = compiled(q, k, v, past_k, past_v, first, second)
-        want = oracle(q, k, v, past_k, past_v, mask=torch.cat([first, second])[None, None, None])
+        mask = torch.cat([first] * times + [second])[None, None, None]
+        want = oracle(q, k, v, past_k, past_v, mask=mask)
         torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
         assert torch.equal(held, q * (length if ask else 1))
         assert new_k.shape[2] == length + 1
