@@ -148,8 +148,8 @@ class ModelGeometry:
         groups: Mapping[int, int] = {} if geometry._differs() else _query_groups(target)
         if len({*groups.values()}) < 2:
             return geometry
-        heads = _size(_text_config(config), _QUERY_HEADS)
-        found = {index: heads // group for index, group in groups.items() if heads % group == 0}
+        queries = {i: _size(layer, _QUERY_HEADS) for i, layer in enumerate(_layers(_text_config(config)))}
+        found = {i: queries[i] // n for i, n in groups.items() if i in queries and queries[i] % n == 0}
         return geometry._with_heads(found) if geometry.num_kv_heads in found.values() else geometry
 
     def _differs(self) -> bool:
@@ -178,13 +178,9 @@ class ModelGeometry:
         """
         encoder = bool(getattr(config, "is_encoder_decoder", False))
         config = _text_config(config)
-        num_layers = _size(config, _LAYERS)
-        # a configuration whose sizes differ between layers has one of its own for each
-        own = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * num_layers  # type: ignore[attr-defined]
-        types = _layer_types(config, num_layers)
-        layers = tuple(_layer(_OfLayer(own[i], i, num_layers, types[i]), encoder) for i in range(num_layers))
+        layers = tuple(_layer(layer, encoder) for layer in _layers(config))
         cached = next((layer for layer in layers if layer.num_kv_heads), layers[0])
-        return cls(num_layers, max(1, cached.num_kv_heads), cached.head_dim, layers)
+        return cls(len(layers), max(1, cached.num_kv_heads), cached.head_dim, layers)
 
 
 class _OfLayer:
@@ -207,6 +203,15 @@ class _OfLayer:
         if name in _PER_LAYER and isinstance(value, (list, tuple)) and len(value) == self._count:
             return value[self._index]
         return value
+
+
+def _layers(config: object) -> list[_OfLayer]:
+    """A configuration's text part as each layer has it."""
+    count = _size(config, _LAYERS)
+    # a configuration whose sizes differ between layers has one of its own for each
+    own = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * count  # type: ignore[attr-defined]
+    types = _layer_types(config, count)
+    return [_OfLayer(own[i], i, count, types[i]) for i in range(count)]
 
 
 def _query_groups(model: object) -> dict[int, int]:

@@ -188,6 +188,14 @@ def test_modules_do_not_correct_a_configuration_that_tells_layers_apart():
     assert ModelGeometry.of(Model(config=config, parts=[(0, 3), (1, 6)])).layer(1).num_kv_heads == 2
 
 
+def test_layers_may_have_other_query_heads_and_the_same_kv_heads():
+    types = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    windows = {"sliding_window": 8, "swa_num_attention_heads": 48}
+    config = SimpleNamespace(**LLAMA | types | windows)
+    geometry = ModelGeometry.of(Model(config=config, parts=[(0, 3), (1, 6)]))
+    assert [geometry.layer(i).num_kv_heads for i in (0, 1)] == [8, 8]
+
+
 def test_only_the_part_of_a_model_that_generates_is_asked():
     config = SimpleNamespace(**LLAMA | {"num_hidden_layers": 2})
     text = Model(parts=[(0, 3), (1, 6)])
