@@ -185,6 +185,8 @@ class KVMixBackend:
                 'recordings use it: with options={"cuda_graphs": True} steps are recorded, and '
                 "processes must end without destroy_process_group()"
             )
+        if recipe.counted - {*recipe.fixed}:
+            return "it reads a cache of fixed capacity that it does not write"
         if not recipe.packed or len(recipe.fixed) != len(recipe.packed):
             return "the cache grows: use a fixed one"
         return "" if _is_short(result) else f"more than {SHORT_STEP} tokens a step"

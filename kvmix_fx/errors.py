@@ -26,7 +26,6 @@ __all__ = [
     "BackendOptionError",
     "BudgetError",
     "CacheMutationError",
-    "CacheReadError",
     "CacheShapeError",
     "CacheSharedError",
     "CacheStateError",
@@ -180,10 +179,6 @@ class CacheMutationError(KVMixError, TypeError):
 
 class TokenTierError(KVMixError, TypeError):
     """Tokens would enter a cache with a high tier in a way that does not tell which of them matter."""
-
-
-class CacheReadError(KVMixError, RuntimeError):
-    """A compiled graph reads a packed cache whose number of tokens it cannot know."""
 
 
 class CacheSharedError(KVMixError, RuntimeError):

@@ -153,7 +153,8 @@ def check_placement(model: nn.Module) -> None:
         geometry = ModelGeometry.of(model)
     except PlanGeometryError:
         return  # head counts that differ or are not known are checked by those who need them
-    kv_heads_here(model, geometry.num_kv_heads)
+    for heads in {geometry.layer(index).num_kv_heads for index in range(geometry.num_layers)}:
+        kv_heads_here(model, heads)
 
 
 def _check_device_map(model: nn.Module) -> None:

@@ -42,7 +42,7 @@ def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any
         return {"outcome": NOT_RUN, "why": _told(error)}
     if len(plain.logits or ()) < 2 or not all(bool(x.isfinite().all()) for x in plain.logits):
         return {"outcome": NOT_RUN, "why": "the plain model computes no finite logits of several steps"}
-    growing = [layer for layer in _layers(plain) if _grows(layer)]
+    growing = [layer for layer in _layers(plain) if _growing(layer)]
     if not growing:
         return {"outcome": NO_CACHE, "why": _what_instead(plain)}
     return _packed(model, settings, plain, len(growing))
@@ -70,7 +70,7 @@ def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers
             report = kvmix_fx.compiled(model).report
             # a cache may have more layers than the model fills
             both = zip(_layers(out), _layers(plain), strict=True)
-            found["packed"] = sum(_is_packed(layer) for layer, was in both if _grows(was))
+            found["packed"] = sum(_is_packed(layer, _growing(was)) for layer, was in both if _growing(was))
             found["actions"] = sorted({site.action for site in report.sites})
             found["reasons"] = sorted({site.reason for site in report.sites if site.reason})
             found["attended"] = max(
@@ -173,17 +173,21 @@ def _layers(out: Any) -> list[Any]:
     return [layer for one in caches for layer in getattr(one, "layers", ())]
 
 
-def _grows(layer: Any) -> bool:
-    """Whether a layer of a plain cache has keys and values of every token."""
-    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-    tensors = torch.is_tensor(keys) and torch.is_tensor(values)
-    return tensors and keys.dim() == values.dim() == 4 and keys.shape[2] >= PROMPT - PADDING
+def _growing(layer: Any) -> list[tuple[str, str]]:
+    """Where a layer of a plain cache has keys and values of every token, or of those of the prompt."""
+    names = [name for name in sorted(getattr(layer, "__dict__", ())) if name.endswith("keys")]
+    both = [(name, name.removesuffix("keys") + "values") for name in names]
+    return [pair for pair in both if all(_is_long(getattr(layer, name, None)) for name in pair)]
 
 
-def _is_packed(layer: Any) -> bool:
+def _is_long(x: Any) -> bool:
+    return torch.is_tensor(x) and x.dim() == 4 and x.shape[2] >= PROMPT - PADDING
+
+
+def _is_packed(layer: Any, growing: list[tuple[str, str]]) -> bool:
     from kvmix_fx.cache import QuantizedKVTensor
 
-    return all(isinstance(getattr(layer, name, None), QuantizedKVTensor) for name in ("keys", "values"))
+    return all(isinstance(getattr(layer, name, None), QuantizedKVTensor) for pair in growing for name in pair)
 
 
 def _what_instead(out: Any) -> str:

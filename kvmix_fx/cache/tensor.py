@@ -153,7 +153,8 @@ class QuantizedKVTensor(torch.Tensor):
     ) -> QuantizedKVTensor:
         """A fixed tensor without tokens.
 
-        `live` may be shared by all tensors of a cache. `order`: of channels, [Hkv, D], if the plan has one.
+        `live` may be shared by all tensors that the same graphs write, as those of a cache. `order`: of
+        channels, [Hkv, D], if the plan has one.
         """
         tiles, slots = layout.fixed_tiles(format, capacity), layout.fixed_slots(format, capacity)
         cached = allocate(batch, heads, head_dim, tiles, slots, format, dtype, device)

@@ -16,7 +16,7 @@ from torch import fx
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.dynamo import example, module_path, place
-from kvmix_fx.errors import CacheMutationError, CacheReadError, CacheShapeError
+from kvmix_fx.errors import CacheMutationError, CacheShapeError
 from kvmix_fx.passes.find.attention import look_for_attention
 from kvmix_fx.passes.find.updates import (
     READ,
@@ -83,15 +83,14 @@ def match(graph: fx.Graph) -> Matched:
 
     Raises:
         CacheMutationError: a cache of fixed capacity is written in a way that cannot be carried out.
-        CacheReadError: one is read and none is written.
-        CacheShapeError: a cache gets tokens of another dtype than it holds.
+        CacheShapeError: a cache gets tokens of another dtype than it holds, or of other heads.
     """
     packed = packed_inputs(graph)
     writes = find_updates(graph)
     updates = [update for update in writes if isinstance(update, Update)]
     misses = [miss for miss in writes if isinstance(miss, Miss)]
     for update in updates:
-        _check_dtype(update)
+        _check_tokens(update)
     by_result: dict[fx.Node, Update] = {}
     by_new: dict[fx.Node, Update] = {}
     for update in updates:
@@ -133,29 +132,24 @@ def match(graph: fx.Graph) -> Matched:
         if node not in touched and readers:
             miss = Miss(readers[0], "a cache is read in a way that has no known spelling", (node,))
             missed.append(Missed(miss, (Update(READ, node, node, None, tensor),)))
-    _check_reads(sites, missed, updates)
     return Matched(sites, pairs, missed)
 
 
-def _check_dtype(update: Update) -> None:
-    new = None if update.new is None else example(update.new).dtype
-    if new not in (None, update.tensor.dtype):
+def _check_tokens(update: Update) -> None:
+    new = None if update.new is None else example(update.new)
+    if new is None:
+        return
+    if new.dtype != update.tensor.dtype:
         raise CacheShapeError(
-            f"the model computes keys or values of dtype {new}, the cache holds {update.tensor.dtype}: go on "
-            "under the autocast setting and the weights it was filled with, or start a new cache"
+            f"the model computes keys or values of dtype {new.dtype}, the cache holds {update.tensor.dtype}: "
+            "go on under the autocast setting and the weights it was filled with, or start a new cache"
         )
-
-
-def _check_reads(sites: list[Site], missed: list[Missed], updates: list[Update]) -> None:
-    """The position of the first new token tells how many tokens a cache of fixed capacity holds."""
-    attended = [u for site in sites for u in (site.key_update, site.value_update) if u is not None]
-    elsewhere = [u for one in missed for u in one.updates]
-    writes = any(update.tensor.is_fixed for update in updates)
-    reads = attended if writes else attended + elsewhere
-    if any(update.idiom is READ and update.tensor.is_fixed for update in reads):
-        raise CacheReadError(
-            "a packed cache of fixed capacity is read by a graph that does not write it, which cannot know "
-            "how many tokens it holds: hand in a growing cache, or write and read it in one graph"
+    mine, held = ((x.shape[1], x.shape[3]) for x in (new, update.tensor))
+    if update.tensor.is_fixed and mine != held:
+        raise CacheShapeError(
+            f"the model computes {mine[0]} KV heads of {mine[1]} channels for a cache of fixed capacity that "
+            f"was made for {held[0]} of {held[1]}: make it for these or, where the model's configuration "
+            "does not tell them, hand in a growing cache, which takes what comes"
         )
 
 

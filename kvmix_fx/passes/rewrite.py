@@ -23,6 +23,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.tensor import ranges_wider
 from kvmix_fx.dynamo import example
+from kvmix_fx.errors import RewriteInvariantError
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import (
     ADOPT,
@@ -107,6 +108,7 @@ class _Rewriter:
             if dynamo.is_symbolic(value)
         }
         self.buffers: dict[fx.Node, list[fx.Node]] = {}
+        self.counters: dict[fx.Node, fx.Node] = {}
         self.extra: dict[fx.Node, Any] = {}
         self.grown: dict[fx.Node, fx.Node] = {}
         self.mass: dict[fx.Node, fx.Node] = {}
@@ -167,7 +169,8 @@ class _Rewriter:
         recipe = Recipe(
             len(self.values),
             {index[base]: size_evaluator(self.extra.get(base, 0), self.values) for base in self.packed},
-            {index[base]: len(buffers) for base, buffers in self.buffers.items()},
+            {index[base]: len(b) + (base in self.counters) for base, b in self.buffers.items()},
+            {index[base] for base in self.counters},
             outputs,
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
@@ -187,8 +190,7 @@ class _Rewriter:
 
     def _length(self, tensor: QuantizedKVTensor) -> Any:
         """The token count of a growing tensor, or the capacity of a fixed one."""
-        size = tensor.shape[2]
-        return self.symbols[str(dynamo.expression(size))] if dynamo.is_symbolic(size) else int(size)
+        return self._size(tensor.shape[2])
 
     def _count_plain(self, buffers: PlainBuffers, site: Site) -> PlainCache:
         """Have the graph tell how many tokens the buffers hold."""
@@ -196,8 +198,17 @@ class _Rewriter:
         index = {node: i for i, node in enumerate(self.inputs)}
         return PlainCache(index[buffers.key], index[buffers.value], self.formats(site), self.orders(site))
 
+    def _counter(self, base: fx.Node) -> fx.Node:
+        """What a fixed cache itself says of how many tokens it holds, as it comes in."""
+        if base not in self.counters:
+            live = self.packed[base].live
+            self.counters[base] = dynamo.add_buffer_placeholder(self.graph, base, "live", live)
+        return self.counters[base]
+
     def _start(self, update: Update) -> fx.Node | None:
         """Device-side token count before this step, for fixed caches: the first position written."""
+        if update.new is None and update.tensor.is_fixed:
+            return self._counter(update.past)
         if update.positions not in self.starts:
             found = update.idiom.first_and_last(self.graph, update)
             if found is None:
@@ -274,9 +285,9 @@ class _Rewriter:
     def _materialize(self, update: Update) -> None:
         """Give readers that need plain numbers the unpacked history with the new tokens exact."""
         base, node = update.past, update.node
-        start = self._start(update)
         if update.new is None:
             return  # readers of the placeholder are served at the end
+        start = self._start(update)
         with self.graph.inserting_before(node):
             history = self._plain_tokens(base, start, update.tensor)
             full = update.idiom.plain(self.graph, update, history)
@@ -426,14 +437,11 @@ class _Rewriter:
         for asked in [n for n in base.users if _asks_shape(n)]:
             for node in (asked, *asked.users):
                 dim = _asked_dim(node, asked)
-                size = None if dim is None else self._size(shape[dim])
-                if size is not None:
-                    _replace_uses(node, size)
+                if dim is not None:
+                    _replace_uses(node, self._size(shape[dim]))
                     self.dead.append(node)
         for asked in [n for n in base.users if _asks_count(n)]:
             sizes = [self._size(size) for size in shape]
-            if None in sizes:
-                continue
             count: Any = math.prod(size for size in sizes if isinstance(size, int))
             for size in (size for size in sizes if isinstance(size, fx.Node)):
                 with self.graph.inserting_before(asked):
@@ -442,19 +450,36 @@ class _Rewriter:
             self.dead.append(asked)
 
     def _size(self, size: Any) -> Any:
-        """A size as a number or the input that holds it; None for what is computed from such."""
-        return self.symbols.get(str(dynamo.expression(size))) if dynamo.is_symbolic(size) else int(size)
+        """A size as a number, or as a node: the input that holds it, or what is computed from such."""
+        return self._computed(dynamo.expression(size)) if dynamo.is_symbolic(size) else int(size)
+
+    def _computed(self, expression: Any) -> Any:
+        """Guards may have told a size to be the sum of others."""
+        if expression.is_Integer:
+            return int(expression)
+        found = self.symbols.get(str(expression))
+        if found is None:
+            if not (expression.is_Add or expression.is_Mul):
+                raise RewriteInvariantError(f"no input tells the size {expression}")
+            function = operator.add if expression.is_Add else operator.mul
+            found, *others = (self._computed(part) for part in expression.args)
+            last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+            for other in others:
+                anchor = max(n for n in (last, found, other) if isinstance(n, fx.Node))
+                with self.graph.inserting_after(anchor):
+                    found = self.graph.call_function(function, (found, other))
+            self.symbols[str(expression)] = found
+        return found
 
     def _unpack_for_readers(self, base: fx.Node) -> None:
         """Give who reads a cache beside attention its tokens, and after a write in place the new ones too."""
         tensor, written = self.packed[base], self.written.get(base)
-        start = None
-        if written is not None:
-            start = self._start(written.update)
-        elif tensor.is_fixed and self.starts:
-            start = next(iter(self.starts.values()))
         readers = set(base.users)
-        with self.graph.inserting_before(self._ahead(readers, written)):
+        first = self._ahead(readers, written)
+        start = None if written is None else self._start(written.update)
+        if tensor.is_fixed and (start is None or not start < first):
+            start = self._counter(base)
+        with self.graph.inserting_before(first):
             history = self._plain_tokens(base, start, tensor)
         if written is not None and written.update.idiom.written_in_place and written.update.node._erased:
             update = written.update

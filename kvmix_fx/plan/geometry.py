@@ -14,12 +14,15 @@ _QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
 _HEAD_DIM = ("head_dim", "d_kv")
+_PER_LAYER = {*_QUERY_HEADS, *_KV_HEADS, *_HEAD_DIM, "v_head_dim"}
 _WINDOWS = {
     "sliding_attention": "sliding_window",
     "hybrid_sliding": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }
 """Layer types whose cache is a window, and what the configuration calls its length."""
+_OF_WINDOWS = "swa_"
+"""What some configurations put ahead of the name of a size, for layers with a window."""
 
 _ADVICE = "pass ModelGeometry(num_layers=..., num_kv_heads=..., head_dim=...)"
 
@@ -132,12 +135,36 @@ class ModelGeometry:
     def of(cls, target: object) -> ModelGeometry:
         """The geometry of a model (its `config` is read), of a configuration, or `target` itself.
 
+        Some models give layers other numbers of KV heads by a rule that their configuration does not state:
+        their attention modules know.
+
         Raises:
             PlanGeometryError: a size is missing or unclear.
         """
         if isinstance(target, ModelGeometry):
             return target
-        return cls.from_config(getattr(target, "config", target))
+        config = getattr(target, "config", target)
+        geometry = cls.from_config(config)
+        groups: Mapping[int, int] = {} if geometry._differs() else _query_groups(target)
+        if len({*groups.values()}) < 2:
+            return geometry
+        queries = {i: _size(layer, _QUERY_HEADS) for i, layer in enumerate(_layers(_text_config(config)))}
+        found = {i: queries[i] // n for i, n in groups.items() if i in queries and queries[i] % n == 0}
+        return geometry._with_heads(found) if geometry.num_kv_heads in found.values() else geometry
+
+    def _differs(self) -> bool:
+        """Whether layers that have a cache have different numbers of KV heads."""
+        return len({layer.num_kv_heads for layer in self.layers} - {0}) > 1
+
+    def _with_heads(self, found: Mapping[int, int]) -> ModelGeometry:
+        """The same with these numbers of KV heads in layers that have a cache."""
+        layers = [self.layer(index) for index in range(self.num_layers)]
+        layers = [
+            replace(layer, num_kv_heads=found[index]) if layer.num_kv_heads and index in found else layer
+            for index, layer in enumerate(layers)
+        ]
+        first = next((layer for layer in layers if layer.num_kv_heads), layers[0])
+        return replace(self, num_kv_heads=max(1, first.num_kv_heads), layers=tuple(layers))
 
     @classmethod
     def from_config(cls, config: object) -> ModelGeometry:
@@ -151,17 +178,60 @@ class ModelGeometry:
         """
         encoder = bool(getattr(config, "is_encoder_decoder", False))
         config = _text_config(config)
-        num_layers = _size(config, _LAYERS)
-        # a configuration whose sizes differ between layers has one of its own for each
-        own = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * num_layers  # type: ignore[attr-defined]
-        types = _layer_types(config, num_layers)
-        layers = tuple(_layer(own[i], types[i], encoder) for i in range(num_layers))
+        layers = tuple(_layer(layer, encoder) for layer in _layers(config))
         cached = next((layer for layer in layers if layer.num_kv_heads), layers[0])
-        return cls(num_layers, max(1, cached.num_kv_heads), cached.head_dim, layers)
+        return cls(len(layers), max(1, cached.num_kv_heads), cached.head_dim, layers)
 
 
-def _layer(config: object, kind: str, encoder: bool) -> LayerGeometry:
-    """What a layer of this type caches under a configuration."""
+class _OfLayer:
+    """A configuration as one layer has it.
+
+    A list with an entry for every layer is this layer's entry, and a layer with a window has the sizes that
+    are stated for such layers, where any are.
+    """
+
+    def __init__(self, config: object, index: int, count: int, kind: str) -> None:
+        self.whole, self.kind = config, kind
+        self._index, self._count = index, count
+
+    def __getattr__(self, name: str) -> object:
+        value = None
+        if self.kind in _WINDOWS and name in _PER_LAYER:
+            value = getattr(self.whole, _OF_WINDOWS + name, None)
+        if value is None:
+            value = getattr(self.whole, name, None)
+        if name in _PER_LAYER and isinstance(value, (list, tuple)) and len(value) == self._count:
+            return value[self._index]
+        return value
+
+
+def _layers(config: object) -> list[_OfLayer]:
+    """A configuration's text part as each layer has it."""
+    count = _size(config, _LAYERS)
+    # a configuration whose sizes differ between layers has one of its own for each
+    own = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config] * count  # type: ignore[attr-defined]
+    types = _layer_types(config, count)
+    return [_OfLayer(own[i], i, count, types[i]) for i in range(count)]
+
+
+def _query_groups(model: object) -> dict[int, int]:
+    """Query heads of a KV head in each layer, as transformers' attention modules of a model say.
+
+    Layers whose modules disagree are left out, and so are all parts of a model that do not generate.
+    """
+    decoder = getattr(model, "get_decoder", lambda: model)()
+    modules = getattr(decoder, "modules", tuple)()
+    found: dict[int, set[int]] = {}
+    for module in modules:
+        index, groups = getattr(module, "layer_idx", None), getattr(module, "num_key_value_groups", None)
+        if isinstance(index, int) and isinstance(groups, int) and groups > 0:
+            found.setdefault(index, set()).add(groups)
+    return {index: groups.pop() for index, groups in found.items() if len(groups) == 1}
+
+
+def _layer(config: _OfLayer, encoder: bool) -> LayerGeometry:
+    """What a layer caches."""
+    kind = config.kind
     latent = _first(config, ("kv_lora_rank",))
     if latent is not None and _has_cache(kind):
         # latent attention caches what keys and values are computed from, and the part of keys with positions
@@ -241,7 +311,8 @@ def _first(config: object, names: Iterable[str]) -> object:
 def _size(config: object, names: tuple[str, ...]) -> int:
     value = _first(config, names)
     if value is None:
-        raise PlanGeometryError(f"{type(config).__name__} has none of {', '.join(names)}: {_ADVICE}")
+        kind = type(config.whole if isinstance(config, _OfLayer) else config).__name__
+        raise PlanGeometryError(f"{kind} has none of {', '.join(names)}: {_ADVICE}")
     return _integer(names[0], value)
 
 

@@ -66,7 +66,8 @@ class Recipe:
     """How to get from the original signature of a graph to that of its rewriting, and back.
 
     inputs: number of original inputs. packed: original input index -> number of tokens the graph appends.
-    buffers: likewise -> number of buffers that stand in its place.
+    buffers: likewise -> number of buffers that stand in its place. counted: those of fixed capacity whose
+    counter stands behind their buffers, for the graph reads them and does not know their length by then.
     outputs: one entry per original output. fixed: inputs of fixed capacity that are written.
     live_output: flat output that holds the new token count of fixed caches. plain: buffers that may be
     packed after the step. peaks: flat output with the largest elements of tensors that are packed for the
@@ -76,6 +77,7 @@ class Recipe:
     inputs: int
     packed: dict[int, Size]
     buffers: dict[int, int]
+    counted: set[int]
     outputs: list[Grown | Adopted | Plain]
     fixed: list[int]
     live_output: int | None
@@ -113,7 +115,7 @@ class Boundary:
         self._plain = list(recipe.plain)
         self._live_output = recipe.live_output
         self._fixed = recipe.fixed
-        self._packed = recipe.packed
+        self._packed, self._counted = recipe.packed, recipe.counted
         self._order = sorted(self._packed)
         places = _buffer_places(self._order, [recipe.buffers[i] for i in self._order])
         self._width = recipe.inputs + len(places) - len(self._order)
@@ -142,6 +144,8 @@ class Boundary:
                     cached, store = prepare_append(cached, tensor.lease, extra)
                 prepared[i] = (cached, store, length)
             flat.extend(cached.tensors)
+            if i in self._counted:
+                flat.append(tensor.live)
         flat.extend(args[position:])
         if self._live_output is not None:
             # the tensors of one cache usually share their counter

@@ -17,6 +17,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.contracts import given_cache, returned_cache
 from kvmix_fx.errors import (
+    CacheShapeError,
     GraphBreakWarning,
     KVMixError,
     NarrowScalesError,
@@ -57,6 +58,12 @@ class Call:
 
     def failed(self) -> None:
         """What to do after something was raised in the middle of it."""
+
+    def in_pieces(self) -> None:
+        """Before a model is run in several graphs: each layer counts its own tokens.
+
+        Else a graph that only reads a layer could not tell whether this step has written it.
+        """
 
     def explained(self) -> KVMixError | None:
         """Why it could not succeed, where that can be told once it has failed; None where not."""
@@ -187,8 +194,8 @@ class CompiledStep:
             result = self._shortcut.run(call.kwargs) if call.lane is Lane.SHORT else self._in_range(call)
         except BaseException as error:
             call.failed()
-            known = isinstance(error, KVMixError) or not isinstance(error, Exception)
-            reason = None if known else call.explained()
+            unclear = not isinstance(error, KVMixError) or isinstance(error, CacheShapeError)
+            reason = call.explained() if unclear and isinstance(error, Exception) else None
             if reason is not None:
                 raise reason from error
             raise
@@ -223,6 +230,8 @@ class CompiledStep:
         compiled = self._compiled or self.compile()
         traced = self._backend.traced
         self._shortcut.listen()
+        if not self._options.get("fullgraph", True):
+            call.in_pieces()
         with dynamo.recompile_limit(self._limit):
             try:
                 result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
@@ -237,6 +246,7 @@ class CompiledStep:
                     stacklevel=3,
                 )
                 self._options = {**self._options, "fullgraph": False}
+                call.in_pieces()
                 result = dynamo.unwrapped(self.compile(), *call.args, **call.kwargs)
         if self._backend.traced != traced:
             self._check(result)

@@ -27,6 +27,7 @@ NOT_TAKEN = {
     "FalconConfig": ("head_dim", "num_key_value_heads"),
     "GPT2Config": ("num_key_value_heads",),
     "GPTNeoXConfig": ("num_key_value_heads",),
+    "MptConfig": ("num_key_value_heads",),
     "OPTConfig": ("num_key_value_heads",),
 }
 MOE: dict[str, Any] = {

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import FalconH1Config, MistralConfig, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, StaticIndexedLayer, StaticSlidingWindowLayer
+from transformers import FalconH1Config, MistralConfig, StaticCache, ZayaConfig
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    StaticIndexedLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.integrations.transformers import KVMixStaticCache
@@ -72,6 +78,25 @@ def test_windows_share_a_mask_so_all_or_none_are_exchanged():
         assert kinds == [not exchanged] * 2
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_windows_with_states_besides_are_exchanged_if_all_of_them_are_packed(bits):
+    """They share a mask, and no plain layer of ours has states."""
+    types = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
+    config = ZayaConfig(
+        **TINY | {"num_hidden_layers": 3, "layer_types": types, "sliding_window": 96}, num_experts=2
+    )
+    mixed = plan(config, 8).with_layers("2", key=bits, value=bits)
+    cache = StaticCache(config, max_cache_len=90)
+    states = torch.ones(2, 3, 4)
+    cache.layers[0].update_conv_state(states)
+    pack_static_layers(cache, mixed, 90)
+    kinds = [type(layer) is KVMixHybridLayer for layer in cache.layers]
+    assert kinds == [bits == 8, True, bits == 8]
+    assert cache.is_sliding == [True, False, True]
+    assert cache.layers[0].conv_states[0].equal(states)
+    assert cache.layers[0].max_cache_len == 90
+
+
 def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():
     config = mistral(64)
     for stored, exchanged in ((50, True), (70, False)):
@@ -85,6 +110,23 @@ def test_tokens_that_a_window_holds_are_kept_unless_some_have_left():
             assert int(layer.cumulative_length) == layer.host_length == stored
             assert isinstance(layer.keys, QuantizedKVTensor)
             assert (layer.keys.dequantize()[:, :, :stored] - tokens(stored)).abs().max() < 0.05
+
+
+def test_a_count_is_as_much_of_a_copy_as_that_of_the_layer_in_whose_place_it_is():
+    """Models compute positions from what they have asked before a write, some of them behind it."""
+    config = mistral(None)
+    for window in (False, True):
+        own = StaticSlidingWindowLayer(80, 80) if window else StaticLayer(80)
+        ours = KVMixStaticLayer(80, plan(config).layers[0])
+        ours.is_sliding = window
+        counts = []
+        for layer in (own, ours):
+            layer.update(tokens(70), tokens(70))
+            counts.append(layer.get_seq_length())
+            layer.update(tokens(1), tokens(1))
+        assert int(counts[0]) == int(counts[1])
+        assert int(ours.get_seq_length()) == 71
+        assert int(counts[1]) == 70 or not window
 
 
 def test_layers_with_states_keep_them_beside_packed_tokens():

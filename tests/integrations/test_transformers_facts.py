@@ -11,7 +11,16 @@ import logging
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.generation.configuration_utils import GenerationMode
 
 import kvmix_fx
@@ -165,6 +174,23 @@ def test_layers_are_cut_by_a_negative_number_of_tokens():
     layer.update(x, x)
     layer.crop(-2)
     assert layer.get_seq_length() == 3
+
+
+def test_attention_modules_tell_their_layer_and_the_query_heads_of_a_kv_head(model):
+    modules = [m for m in model.get_decoder().modules() if hasattr(m, "num_key_value_groups")]
+    assert [(m.layer_idx, m.num_key_value_groups) for m in modules] == [(0, 2), (1, 2)]
+
+
+def test_windows_count_by_numbers_and_may_have_states_beside_them():
+    kind = LinearAttentionAndStaticSlidingWindowAttentionLayer
+    assert issubclass(kind, LinearAttentionLayer)
+    assert issubclass(kind, StaticSlidingWindowLayer)
+    layer = kind(max_cache_len=8, sliding_window=4, number_of_states=2)
+    assert layer.number_of_states == 2
+    x = torch.ones(1, 2, 3, 16)
+    layer.update(x, x)
+    assert layer.get_seq_length() == layer.cumulative_length_int == 3
+    assert isinstance(layer.get_seq_length(), int)
 
 
 @pytest.fixture

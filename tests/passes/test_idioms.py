@@ -16,9 +16,10 @@ import kvmix_fx
 from kvmix_fx import passes
 from kvmix_fx.backend import KVMixBackend
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.errors import CacheMutationError, CacheReadError, NoSiteError
+from kvmix_fx.errors import CacheMutationError, NoSiteError
 from kvmix_fx.passes.find.updates import IDIOMS
 from kvmix_fx.passes.sites import ADOPT, APPEND, ATTEND, LEAVE, NOT_RECOGNIZED, STORAGE
+from kvmix_fx.runtime import recording
 from kvmix_fx.testing.graphs import RecordingBackend, arguments, count_ops
 from kvmix_fx.testing.models import PositionCacheModel, TupleCacheModel, sharpen
 from kvmix_kernels import ops
@@ -161,6 +162,37 @@ def test_who_asks_how_large_a_cache_is_has_no_token_unpacked(ask, fixed):
     torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
     assert held == asked
     assert count_ops(graphs[0], ops.dequantize) == 0
+
+
+@pytest.mark.parametrize(("ask", "times"), [(False, 1), (True, 1), (True, 2)])
+def test_a_length_that_guards_have_told_to_be_the_sum_of_others(ask, times):
+    """As that of a window behind a prompt whose mask is made of both."""
+
+    def decode(q, k, v, past_k, past_v, first, second):
+        mask = torch.cat([first] * times + [second]).view(1, 1, 1, past_k.shape[2] + 1)
+        held = past_k.shape[2] if ask else 1
+        past_k, past_v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return attention(q, past_k, past_v, mask), past_k, past_v, q * held
+
+    recorder = RecordingBackend()
+    compiled = torch.compile(decode, backend=KVMixBackend(PLAN, recorder), fullgraph=True)
+    for length in (100, 107):
+        past_k, past_v = caches(length)
+        q, k, v = step()
+        first = torch.arange(40) > 7
+        second = torch.ones(length + 1 - 40 * times, dtype=torch.bool)
+        for mask in (first, second):
+            torch._dynamo.mark_dynamic(mask, 0)
+        with torch.no_grad():
+            out, new_k, _, held = compiled(q, k, v, past_k, past_v, first, second)
+        mask = torch.cat([first] * times + [second])[None, None, None]
+        want = oracle(q, k, v, past_k, past_v, mask=mask)
+        torch.testing.assert_close(out, want, atol=2e-6, rtol=1e-5)
+        assert torch.equal(held, q * (length if ask else 1))
+        assert new_k.shape[2] == length + 1
+    assert len(recorder.graphs) == 1
+    assert count_ops(recorder.graphs[0], ops.attend) == 1
+    assert count_ops(recorder.graphs[0], ops.dequantize) == 0
 
 
 def test_slices_that_move_from_step_to_step():
@@ -820,17 +852,68 @@ def concatenates_it(q, k, past):
 
 
 def attends_to_it(q, k, past):
-    return attention(q, past, past)
+    return attention(q, past, past, (torch.arange(160) < 101)[None, None, None])
 
 
 @pytest.mark.parametrize("function", [reads_it, concatenates_it, attends_to_it])
-def test_a_fixed_cache_that_a_graph_reads_without_writing_it_is_refused(function):
-    """How many tokens it holds is told by where the graph writes."""
-    past_k, _ = caches(fixed=True)
+def test_a_fixed_cache_that_a_graph_reads_without_writing_it_tells_how_many_tokens_it_holds(
+    function, monkeypatch
+):
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
+    recorder = RecordingBackend()
+    backend = KVMixBackend(PLAN, recorder)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    past, _ = caches(fixed=True)
     q, k, _ = step()
-    with pytest.raises(BackendCompilerFailed) as caught:
-        run(function, q, k, past_k)
-    assert isinstance(caught.value.inner_exception, CacheReadError)
+    for stored in (100, 101):
+        with torch.no_grad():
+            got = compiled(q, k, past)
+        want = function(q, k, past.dequantize())
+        if function is attends_to_it:  # empty places are no tokens, whatever a mask says
+            history = past.dequantize()[:, :, :stored]
+            want = attention(q, history, history)
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+        past.index_copy_(2, torch.tensor([100]), k)
+    assert len(recorder.graphs) == 1
+    assert "reads a cache of fixed capacity that it does not write" in backend.report.graphs[0].replay
+    assert past.stored_tokens() == 101
+
+
+def writes_at(idiom, past, new, start):
+    if idiom == "slice":
+        past[:, :, start : start + new.shape[2]] = new
+        return
+    positions = torch.arange(new.shape[2]) + start
+    if idiom == "setitem":
+        past[:, :, positions] = new
+    else:
+        past.index_copy_(2, positions, new)
+
+
+@pytest.mark.parametrize("idiom", ["index_copy_", "setitem", "slice"])
+@pytest.mark.parametrize("again", [False, True])
+def test_tokens_may_be_read_before_the_positions_of_the_next_ones_are_known(idiom, again):
+    def decode(q, k, v, past_k, past_v, start, mask):
+        before = past_k.sum((0, 1, 3))
+        # positions that depend on what is read cannot be known any earlier
+        start = start + (before.isnan().any().long() if torch.is_tensor(start) else 0)
+        writes_at(idiom, past_k, k, start)
+        writes_at(idiom, past_v, v, start)
+        after = past_k.sum((0, 1, 3)) if again else before
+        return attention(q, past_k, past_v, mask), before, after
+
+    past_k, past_v = caches(fixed=True)
+    mask = (torch.arange(160) <= 100)[None, None, None]
+    want = oracle(*step(), past_k, past_v, 100)
+    before = past_k.dequantize().sum((0, 1, 3))
+    after = before.clone()
+    after[100] = step()[1].sum() if again else 0
+    start = 100 if idiom == "slice" else torch.tensor(100)
+    got, graphs, _ = run(decode, *step(), past_k, past_v, start, mask)
+    for a, b in zip(got, (want, before, after), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    assert count_ops(graphs[0], ops.attend) == 1
+    assert past_k.stored_tokens() == past_v.stored_tokens() == 101
 
 
 def test_writes_that_no_attention_reads_are_listed_and_stored():

@@ -54,7 +54,7 @@ def test_a_missing_size_is_named(missing):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_key_value_heads", [8, 4]), ("head_dim", 64.0), ("head_dim", 0)]
+    ("name", "value"), [("num_key_value_heads", [8, 4, 2]), ("head_dim", 64.0), ("head_dim", 0)]
 )
 def test_a_size_that_is_no_number_is_shown(name, value):
     with pytest.raises(PlanGeometryError, match=f"{name} should be one positive integer"):
@@ -121,6 +121,86 @@ def test_each_layer_has_its_own_sizes(kind):
     layers = [geometry.layer(i) for i in range(geometry.num_layers)]
     assert layers[: len(MIXED[kind])] == MIXED[kind]
     assert ModelGeometry.from_dict(geometry.to_dict()) == geometry
+
+
+PER_LAYER = {
+    "a list of KV heads": ({"num_key_value_heads": [8, 4]}, [(8, 128), (4, 128)]),
+    "lists of all sizes": (
+        {"num_key_value_heads": (2, 4), "head_dim": [64, 96], "num_attention_heads": [8, 12]},
+        [(2, 64), (4, 96)],
+    ),
+    "query heads alone": (
+        {"num_key_value_heads": None, "num_attention_heads": [12, 24], "head_dim": 64},
+        [(12, 64), (24, 64)],
+    ),
+    "heads of windows": ({"swa_num_key_value_heads": 4}, [(8, 128), (4, 128)]),
+    "all sizes of windows": ({"swa_num_key_value_heads": 4, "swa_head_dim": 64}, [(8, 128), (4, 64)]),
+    "no size of windows": ({"swa_num_key_value_heads": None}, [(8, 128), (8, 128)]),
+}
+
+
+@pytest.mark.parametrize("case", PER_LAYER)
+def test_sizes_that_are_told_for_each_layer(case):
+    told, sizes = PER_LAYER[case]
+    types = ["full_attention", "sliding_attention"]
+    two = {"num_hidden_layers": 2, "layer_types": types, "sliding_window": 8}
+    geometry = ModelGeometry.of(SimpleNamespace(**LLAMA | two | told))
+    windows = zip(sizes, (0, 8), strict=True)
+    assert [geometry.layer(i) for i in (0, 1)] == [full(*size, window=window) for size, window in windows]
+
+
+def test_values_of_windows_have_a_size_of_their_own():
+    kind = {"layer_types": ["hybrid_sliding"], "num_hidden_layers": 1, "sliding_window": 8}
+    own = {"v_head_dim": 128, "swa_v_head_dim": 64}
+    geometry = ModelGeometry.of(SimpleNamespace(**LLAMA | kind | own))
+    assert geometry.layer(0) == LayerGeometry(8, 128, 64, window=8)
+
+
+class Model(SimpleNamespace):
+    """A model of attention modules, each with a layer and the query heads of a KV head."""
+
+    def modules(self):
+        return [self, *(SimpleNamespace(layer_idx=i, num_key_value_groups=n) for i, n in self.parts)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "heads"),
+    [
+        ([(0, 3), (1, 6)], [8, 4]),  # as the modules say
+        ([(0, 3), (1, 3)], [8, 8]),
+        ([(0, 1), (1, 1)], [8, 8]),  # what is the same everywhere is the configuration's matter
+        ([(0, 2), (1, 6)], [8, 8]),  # no layer is as the configuration says, so groups mean something else
+        ([(0, 3), (1, 7)], [8, 8]),  # as they do where query heads do not divide by them
+        ([(0, 3), (1, 6), (1, 3)], [8, 8]),  # which of the two has a cache is not known
+        ([(1, 6), (0, 3), (7, 3)], [8, 4]),  # a module beyond the layers is none of them
+        ([(None, 3), (0, 3), (1, 1.5)], [8, 8]),
+    ],
+)
+def test_heads_that_only_the_modules_of_a_model_tell(parts, heads):
+    config = SimpleNamespace(**LLAMA | {"num_hidden_layers": 2})
+    geometry = ModelGeometry.of(Model(config=config, parts=parts))
+    assert [geometry.layer(i).num_kv_heads for i in (0, 1)] == heads
+    assert geometry.num_kv_heads == 8
+
+
+def test_modules_do_not_correct_a_configuration_that_tells_layers_apart():
+    config = SimpleNamespace(**LLAMA | {"num_hidden_layers": 2, "num_key_value_heads": [8, 2]})
+    assert ModelGeometry.of(Model(config=config, parts=[(0, 3), (1, 6)])).layer(1).num_kv_heads == 2
+
+
+def test_layers_may_have_other_query_heads_and_the_same_kv_heads():
+    types = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+    windows = {"sliding_window": 8, "swa_num_attention_heads": 48}
+    config = SimpleNamespace(**LLAMA | types | windows)
+    geometry = ModelGeometry.of(Model(config=config, parts=[(0, 3), (1, 6)]))
+    assert [geometry.layer(i).num_kv_heads for i in (0, 1)] == [8, 8]
+
+
+def test_only_the_part_of_a_model_that_generates_is_asked():
+    config = SimpleNamespace(**LLAMA | {"num_hidden_layers": 2})
+    text = Model(parts=[(0, 3), (1, 6)])
+    whole = Model(config=config, parts=[(0, 1), (1, 1), (1, 2)], get_decoder=lambda: text)
+    assert ModelGeometry.of(whole).layer(1).num_kv_heads == 4
 
 
 def test_layers_that_read_the_cache_of_others_have_none():

@@ -10,6 +10,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     StaticCache,
     StaticIndexedLayer,
     StaticLayer,
@@ -143,7 +144,9 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
             size = layer.max_cache_len if type(layer) is StaticLayer else room
             new = PromptFirstStaticLayer(size) if layer_plan.is_raw else KVMixStaticLayer(size, layer_plan)
         elif hybrids and type(layer) is LinearAttentionAndStaticFullAttentionLayer:
-            new = KVMixHybridLayer(layer, layer_plan)
+            new = KVMixHybridLayer(layer, layer_plan, layer.max_cache_len)
+        elif windows and type(layer) is LinearAttentionAndStaticSlidingWindowAttentionLayer:
+            new = KVMixHybridLayer(layer, layer_plan, room)
         elif INDEXED_LATENTS and indexed and type(layer) is StaticIndexedLayer:
             new = KVMixIndexedLayer(layer, layer_plan)
         else:
@@ -168,9 +171,11 @@ def _exchanges_windows(cache: Cache, plan: KVPlan, capacity: int, known: bool) -
     if geometry is None or not plan.packs_fixed_windows(capacity):
         return False
     for i, layer in enumerate(cache.layers[: len(plan.layers)]):
-        if type(layer) is StaticSlidingWindowLayer:
+        if isinstance(layer, StaticSlidingWindowLayer):
             told = known or capacity > layer.max_cache_len or capacity < geometry.layer(i).window
-            if not told or _stored(layer) < layer.cumulative_length_int:
+            # there is no plain layer of ours that has states besides
+            kept = plan.layers[i].is_raw and type(layer) is not StaticSlidingWindowLayer
+            if kept or not told or _stored(layer) < layer.cumulative_length_int:
                 return False
     return True
 

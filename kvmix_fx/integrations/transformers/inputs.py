@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
@@ -56,10 +56,12 @@ from kvmix_fx.integrations.transformers.caches import (
     pack_static_layers,
 )
 from kvmix_fx.integrations.transformers.layers import (
+    KVMixHybridLayer,
     KVMixIndexedLayer,
     KVMixSlidingLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
+    count_apart,
     fixed_layers,
 )
 from kvmix_fx.integrations.transformers.prompts import PlainPrompt
@@ -203,6 +205,10 @@ class TokensCall(Call):
         return PlainPrompt(self.cache, self._model.plan, self._model.wide).run(
             forward, self.args, self.kwargs
         )
+
+    def in_pieces(self) -> None:
+        """As `Call.in_pieces`."""
+        count_apart(self.fixed)
 
     def explained(self) -> KVMixError | None:
         """A cache of another number of KV heads: of another model, or of another number of ranks."""
@@ -420,9 +426,7 @@ class TransformersCalls:
         if not any(layer.has_tokens for layer in call.fixed):
             # generate() built the mask for a plain StaticCache, which attends to all of its slots;
             # the first step of a packed one attends to its own tokens
-            windows = any(layer.is_sliding for layer in call.fixed)
-            indexed = any(isinstance(layer, KVMixIndexedLayer) for layer in call.fixed)
-            call.mask = _first_columns(call.mask, call.n, windows, indexed)
+            call.mask = _first_columns(call.mask, call.n, _masks_of(_layers(call.own_cache)))
         elif call.kwargs.get("position_ids") is not None:
             # without positions some models count the mask
             call.mask = _to_capacity(call.mask, call.fixed[0].max_cache_len)
@@ -656,12 +660,25 @@ def _to_capacity(mask: Any, capacity: int) -> Any:
     return mask
 
 
-def _first_columns(mask: Any, n: int, windows: bool, indexed: bool) -> Any:
-    """`windows`, `indexed`: whether those of windows and of sparse attention are for layers of ours, too."""
+def _masks_of(layers: Sequence[Any]) -> Callable[[str], bool]:
+    """Whether the mask of this name is for layers of ours.
+
+    Names are types of layers, but some models have their own: those are told only where all layers are ours,
+    or no windows are.
+    """
+    ours = [layer for layer in layers if isinstance(layer, PromptFirstStaticLayer)]
+    if not any(isinstance(layer, StaticLayer) for layer in layers if layer not in ours):
+        return lambda _: True
+    windows = any(layer.is_sliding for layer in ours)
+    known = {
+        "full_attention": True,
+        "indexed_attention": any(isinstance(layer, KVMixIndexedLayer) for layer in ours),
+        "hybrid": any(isinstance(layer, KVMixHybridLayer) and not layer.is_sliding for layer in ours),
+    }
+    return lambda name: known.get(name, windows)
+
+
+def _first_columns(mask: Any, n: int, is_ours: Callable[[str], bool]) -> Any:
     if isinstance(mask, dict):
-        ours = {"full_attention": True, "indexed_attention": indexed}
-        return {
-            name: _first_columns(m, n, windows, indexed) if ours.get(name, windows) else m
-            for name, m in mask.items()
-        }
+        return {name: _first_columns(m, n, is_ours) if is_ours(name) else m for name, m in mask.items()}
     return mask[..., :n] if isinstance(mask, Tensor) and mask.dim() in (2, 4) else mask

@@ -11,7 +11,6 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionLayer,
     StaticIndexedLayer,
     StaticLayer,
@@ -263,8 +262,11 @@ class PromptFirstStaticLayer(StaticLayer):
 
     def get_seq_length(self) -> Any:
         """Tokens stored: 0 for an empty cache, else a tensor on the device."""
-        # a number, so that the first step's mask and positions depend on no data
-        return self.cumulative_length if self.has_tokens else 0
+        if not self.has_tokens:
+            # a number, so that the first step's mask and positions depend on no data
+            return 0
+        # transformers counts windows by numbers, which writes that follow leave as they are
+        return self.cumulative_length.clone() if self.is_sliding else super().get_seq_length()
 
     def enlarge(self, capacity: int) -> None:
         """Make room for `capacity` tokens, keeping those stored."""
@@ -396,11 +398,11 @@ class KVMixStaticLayer(PromptFirstStaticLayer):
 class KVMixHybridLayer(LinearAttentionLayer, KVMixStaticLayer):
     """A packed layer of fixed capacity that has the states of a linear attention besides, as they are."""
 
-    def __init__(self, layer: LinearAttentionAndStaticFullAttentionLayer, layer_plan: LayerPlan) -> None:
-        """`layer`: transformers' own, whose states are taken over."""
+    def __init__(self, layer: LinearAttentionLayer, layer_plan: LayerPlan, max_cache_len: int) -> None:
+        """`layer`: transformers' own, whose states are taken over. `max_cache_len`: capacity in tokens."""
         LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
         vars(self).update({name: vars(layer)[name] for name in vars(self)})
-        KVMixStaticLayer.__init__(self, layer.max_cache_len, layer_plan)
+        KVMixStaticLayer.__init__(self, max_cache_len, layer_plan)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Keys and values come by position and states by name, as transformers tells them apart."""
@@ -544,6 +546,19 @@ def forget(layers: list[KVMixStaticLayer]) -> None:
             torch._foreach_zero_(tensors)
     for layer in layers:
         layer.forget_rest()
+
+
+def count_apart(layers: list[PromptFirstStaticLayer]) -> None:
+    """Give every packed layer a counter of its own, where layers of a cache share one."""
+    seen: set[int] = set()
+    for layer in layers:
+        if not isinstance(layer, KVMixStaticLayer) or not layer.is_initialized:
+            continue
+        live = layer.keys.live
+        if id(live) in seen:
+            live = live.clone()
+            layer.keys.live = layer.values.live = live
+        seen.add(id(live))
 
 
 def fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:

@@ -122,7 +122,8 @@ class PlainPrompt(TorchFunctionMode):
                 *(layer.keys.cached.tensors, layer.values.cached.tensors, keys, values, mask, None, 0),
                 *(both[0].encode(), both[1].encode(), *more),
             )
-            layer.keys.live.fill_(keys.shape[2])
+            for tensor in (layer.keys, layer.values):
+                tensor.live.fill_(keys.shape[2])
         else:
             roles = [role for number, role in self._wide if number == index]
             own = layer.layer_plan.widened(roles)

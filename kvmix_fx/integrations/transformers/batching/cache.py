@@ -125,7 +125,10 @@ class PackedCache(PagedAttentionCache):
         self.max_blocks_per_request = 0
         groups = layer_groups(config)
         ranks = distributed_helper.tp_size if distributed_helper.are_kv_heads_tp_ed() else 1
-        heads = ModelGeometry.shared_out(plan.geometry.num_kv_heads, ranks)
+        heads = {
+            kind: ModelGeometry.shared_out(plan.geometry.layer(numbers[0]).num_kv_heads, ranks)
+            for kind, numbers in groups.items()
+        }
         self.allow_block_sharing = continuous_batching_config.allow_block_sharing
         sliding: SlidingAttentionCacheAllocator | None = None
         layout = pages_for(plan, groups, ranks, dtype, continuous_batching_config.page_size, 0)
@@ -133,7 +136,7 @@ class PackedCache(PagedAttentionCache):
             sliding = SlidingAttentionCacheAllocator(
                 index=1,
                 config=config,
-                num_key_value_heads=heads,
+                num_key_value_heads=heads[SLIDING],
                 cache_dtype=dtype,
                 page_size=layout.tokens,
                 layer_indices=groups[SLIDING],
@@ -142,7 +145,7 @@ class PackedCache(PagedAttentionCache):
             layout = pages_for(plan, groups, ranks, dtype, layout.tokens, sliding.bytes_per_block)
         planned = {n: (plan.layers[n], plan.geometry.layer(n).head_dim) for n in groups[FULL]}
         self.packed = PackedAttentionAllocator(
-            0, groups[FULL], layout, plan_orders(planned, heads, device), self.allow_block_sharing
+            0, groups[FULL], layout, plan_orders(planned, heads[FULL], device), self.allow_block_sharing
         )
         self.cache_allocators: dict[str, CacheAllocator] = {FULL: self.packed}
         if sliding is not None:
