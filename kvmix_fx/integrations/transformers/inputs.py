@@ -65,7 +65,7 @@ from kvmix_fx.integrations.transformers.layers import (
     fixed_layers,
 )
 from kvmix_fx.integrations.transformers.prompts import PlainPrompt
-from kvmix_fx.parallel import check_placement, kv_heads_here, process_group_size
+from kvmix_fx.parallel import check_placement, kv_heads_here
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import Call, Lane
@@ -189,13 +189,12 @@ class TokensCall(Call):
             self._model.inside.release(self.cache)
 
     def reads_prompt(self) -> bool:
-        """Whether it is the first call on a cache that `prompts.takes`, in one process."""
+        """Whether it is the first call on a cache that `prompts.takes`."""
         return (
             self.n > 1
             and self.cache is not None
             and not self.kwargs.get("output_attentions")
             and _is_empty(self.cache)
-            and process_group_size() == 1
             and prompts.takes(self._model.model, self.cache, self._model.plan)
         )
 
