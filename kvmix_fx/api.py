@@ -130,7 +130,7 @@ def compile(
             about 2.4 bits without calibration.
         inner: compiler of the rewritten graph, a Dynamo backend name or callable. None is Inductor
             for decode steps on accelerators, else eager.
-        on_nothing: "raise" (NoSiteError if the first call finds nothing to rewrite) or "ignore".
+        on_nothing: "raise" (NoSiteError if the first graph has nothing to rewrite) or "ignore".
         torch_compile_options: `dynamic`, `fullgraph`, `mode`, `options` as for torch.compile;
             `fullgraph` defaults to True. On CUDA, decode steps over a fixed cache are replayed as CUDA
             graphs in every mode, unless options={"cuda_graphs": False}.

@@ -174,7 +174,7 @@ class CompiledStep:
 
         Raises:
             TrainingError: the model is in training mode, or gradients are asked for.
-            NoSiteError: the first call found nothing to rewrite.
+            NoSiteError: the first graph had nothing to rewrite.
         """
         if torch.compiler.is_dynamo_compiling():
             # somebody's torch.compile around this; a graph break, and compiled code of ours inside

@@ -57,7 +57,7 @@ class PlainPrompt(TorchFunctionMode):
     def __init__(self, cache: Cache, plan: KVPlan, wide: Collection[tuple[int | None, int]] = ()) -> None:
         """`cache`: empty, and `takes` takes it. `wide`: layers and roles with scales of single precision."""
         super().__init__()
-        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pending: tuple[int, Tensor, Tensor] | None = None
         self._peaks: list[Tensor] = []
         self._about: list[tuple[int, int, TensorFormat]] = []
         self._cache, self._before = cache, list(cache.layers)
@@ -79,9 +79,7 @@ class PlainPrompt(TorchFunctionMode):
         try:
             with self:
                 result = forward(*args, **kwargs)
-            # attention that is not torch's has been seen by nobody
-            for index, pending in self._pending.items():
-                self._pack(index, *pending, None, None)
+            self._pack(None, None)
             self._check_ranges()
         except BaseException:
             self._cache.layers[:] = self._before
@@ -96,27 +94,28 @@ class PlainPrompt(TorchFunctionMode):
 
     def take(self, layer: Packs, keys: Tensor, values: Tensor) -> None:
         """A layer's first tokens, [B, Hkv, n, D]: to be packed after their attention."""
+        # of a layer before it whose attention is not torch's, and was seen by nobody
+        self._pack(None, None)
         index = next(index for index, own in self._layers.items() if own is layer)
-        self._pending[index] = (keys, values)
+        self._pending = index, keys, values
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is functional.scaled_dot_product_attention and self._pending:
+        if func is functional.scaled_dot_product_attention and self._pending is not None:
             given = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
-            # one layer's at a time: the cache gets its tokens right before they are attended to
-            index, (keys, values) = self._pending.popitem()
             # latents are stored as they are, whatever reads them
-            known = given["key"].shape[2:] == keys.shape[2:]
-            about = (given["query"], given.get("attn_mask")) if known else (None, None)
-            self._pack(index, keys, values, *about)
+            known = given["key"].shape[2:] == self._pending[1].shape[2:]
+            self._pack(*((given["query"], given.get("attn_mask")) if known else (None, None)))
         return result
 
-    def _pack(
-        self, index: int, keys: Tensor, values: Tensor, query: Tensor | None, mask: Tensor | None
-    ) -> None:
+    def _pack(self, query: Tensor | None, mask: Tensor | None) -> None:
+        """Pack what is pending, if anything is."""
+        if self._pending is None:
+            return
+        (index, keys, values), self._pending = self._pending, None
         layer = self._layers[index]
         if isinstance(layer, KVMixStaticLayer):
             both = layer.keys.format, layer.values.format
