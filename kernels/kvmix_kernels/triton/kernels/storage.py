@@ -685,8 +685,8 @@ def _flush(
     else:
         # how many words a thread holds side by side. For keys few: it computes for each of its channels what
         # a code needs (not 1, by which Triton puts a warp's threads along the tokens). For values many: it
-        # computes the same for each of its tokens.
-        NEIGHBOURS: tl.constexpr = max(16 // FIELDS, WORDS_P // 8)
+        # computes the same for each of its tokens. Rotated ones all that it can: what it holds needs no exchange.
+        NEIGHBOURS: tl.constexpr = WORDS_P if X.TURNED == ROTATED else max(16 // FIELDS, WORDS_P // 8)
         word = tl.max_contiguous(tl.arange(0, WORDS_P), NEIGHBOURS)
         word_ok = word < WORDS
         row_ok = part * TOKENS + token < tile
