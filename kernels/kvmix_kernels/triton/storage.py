@@ -292,9 +292,9 @@ def append_(
             phases.insert(0, (RING_TILES, False, APPEND_WARPS, APPEND_ELEMENTS, 1))
     for flush, write, warps, elements, per_multiprocessor in phases:
         held = elements * warps
-        if flush is not FRESH_TILES and v.rotation:
+        if flush is not FRESH_TILES and (k.order or v.rotation):
             # programs of so many registers would be alone
-            held //= 2
+            held //= 4 if k.order else 2
         cut_k, cut_v = (_cut(f, size, held) for f, size in ((k, D), (v, Dv)))
         tiles = max(cut.parts * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
