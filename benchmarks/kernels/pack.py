@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernels.pack
 
-The buffers are compared with the reference on the same tokens first.
+The buffers are compared with the reference on the same tokens first. Kernels of another revision are timed
+where PYTHONPATH names that revision's `kernels` folder.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.decode_attention import formats
+from benchmarks.kernels.decode_attention import BY_TILE, formats
 from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import layout, ops
 from kvmix_kernels.triton import storage
 from kvmix_kernels.triton.timing import graph_time
 
 SHAPES = ((16, 8, 8192, 128), (1, 8, 131072, 128), (64, 8, 2048, 64), (16, 4, 8192, 256))
-PROVIDERS = ("k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32", "tiers 25/75", "tiers 25/50/25")
+CASES = {f"b{B} h{H} n{L} d{D}": (B, H, L, D) for B, H, L, D in SHAPES}
+PROVIDERS = (
+    "k2v2 g128", "k3v3 g128", "k4v4 g128", "k2v2 g32", "tiers 25/75", "tiers 25/50/25", "tiers 25/75 tile",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -29,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the rows")
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="repeatable; default: all")
-    parser.add_argument("--head-dim", type=int, action="append", help="repeatable; default: all")
+    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default: all")
     options = parser.parse_args()
     folder = options.output
     torch.manual_seed(0)
@@ -37,17 +41,18 @@ def main() -> int:
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
     rows = Rows("pack", folder)
     wrong = 0
-    for B, H, L, D in SHAPES:
-        if D not in (options.head_dim or [D]):
-            continue
-        name = f"b{B} h{H} n{L} d{D}"
+    for name in options.case or CASES:
+        B, H, L, D = CASES[name]
         # heads behind tokens, as models make them
         x = torch.randn(B, L, H, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         for provider in options.provider or PROVIDERS:
             for part, fmt in zip("KV", formats(provider, D), strict=True):
                 label = f"kvmix {provider} {part}"
                 order = None
-                if fmt.order:
+                if fmt.order and BY_TILE in provider.split():
+                    # chosen in the time that is taken
+                    fmt = fmt._replace(order=layout.ORDER_TILE_KEYS)
+                elif fmt.order:
                     # some order, not the time to choose one
                     fmt = fmt._replace(order=layout.ORDER_PLAN)
                     order = torch.rand(H, D, device="cuda").argsort(1).to(torch.int32)

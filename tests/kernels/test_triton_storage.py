@@ -24,7 +24,6 @@ from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.errors import CapacityError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
-from kvmix_kernels.triton import storage as launching
 from kvmix_kernels.triton.storage import flushes_ring
 from tests.depth import examples
 
@@ -153,25 +152,46 @@ def test_quantize_pack_gives_the_bits_of_the_reference(shard: int, data: st.Data
     assert_same(kernels.quantize_pack(*args), ops._quantize_pack(*on_cpu(args)))
 
 
+KINDS = {
+    64: (((4, 16), (2, 48)), "plan", "non-finite", "bool", torch.bfloat16, "byte"),
+    80: (((4, 24), (2, 40), (0, 16)), "prompt", "outlier channel", "none", torch.float32, "bfloat16"),
+    128: (((16, 8), (4, 32), (2, 88)), "tile", "non-finite", "additive", torch.float16, "byte"),
+    256: (((4, 64), (2, 192)), "tile_keys", "non-finite", "bool", torch.bfloat16, "float16"),
+    # places in the order have more than 8 bits
+    512: (((4, 128), (2, 384)), "plan", "gauss", "none", torch.bfloat16, "byte"),
+}
+"""Tiers of a head size, who orders its channels, and what keys are like."""
+
+
 @needs_fma
-def test_tiers_are_packed_alike_with_fewer_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few as where Triton lays the threads of a warp along tokens."""
-    monkeypatch.setattr(launching, "ALONG_TOKENS", True)
-    fmt = make_format(4, "channel", 32, 32, 3, 5, tiers=((4, 16), (2, 48)), order="prompt")
-    assert launching._crowding(fmt, 64) == 2
-    generator = torch.Generator().manual_seed(0)
-    x, query = (values("gauss", (1, 1, 75, 64), torch.bfloat16, generator) for _ in range(2))
-    args = (x, None, fmt.encode(), query)
+@pytest.mark.parametrize("D", KINDS)
+def test_channels_in_any_order_are_packed_as_the_reference_packs_them(D: int) -> None:
+    """By append, too: a prompt, and then tokens of which some share a tile with what is in the ring."""
+    tiers, order, family, kind, dtype, scale_dtype = KINDS[D]
+    fmt = make_format(4, "channel", 32, 32, 3, 5, scale_dtype, tiers=tiers, order=order)
+    raw, L = make_format(16), 75
+    generator = torch.Generator().manual_seed(D)
+    x = values(family, (1, L, 2, D), dtype, generator).transpose(1, 2)
+    mask = masks(kind, 1, 1, 2, L, generator)
+    query = torch.randn(1, 4, L, D, generator=generator).to(dtype).to(DEVICE)
+    hint = torch.rand(2, D, generator=generator).argsort(1).to(torch.int32) if order == "plan" else query
+    args = (x, mask, fmt.encode(), hint.to(DEVICE))
     packed = kernels.quantize_pack(*args)
     assert_same(packed, ops._quantize_pack(*on_cpu(args)))
-    # all of it again behind what is there, of which whole tiles are new
-    raw = make_format(16)
+    # a control: other places are other words
+    assert order != "plan" or not torch.equal(
+        packed[0], kernels.quantize_pack(*args[:3], hint.flip(1).to(DEVICE))[0]
+    )
+    if D > 256:
+        return
     caches = [
-        allocate(1, 1, 64, layout.fixed_tiles(f, 150), layout.fixed_slots(f, 150), f, x.dtype, DEVICE).tensors
+        allocate(
+            1, 2, D, layout.fixed_tiles(f, 2 * L), layout.fixed_slots(f, 2 * L), f, dtype, DEVICE
+        ).tensors
         for f in (fmt, raw)
     ]
     expected = on_cpu(tuple(caches))
-    for length in (0, 75):
+    for length in (0, L):
         step = (x, x, None, None, length, fmt.encode(), raw.encode(), query)
         kernels.append_(*caches, *step)
         ops._append_(*expected, *on_cpu(step))

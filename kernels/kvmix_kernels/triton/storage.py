@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from kvmix_kernels import layout
@@ -40,9 +39,6 @@ from kvmix_kernels.triton.launch_plan import form_plan
 
 PACK_ELEMENTS = 2048
 """Channels times tokens that a warp of `quantize_pack` holds at a time."""
-
-ALONG_TOKENS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
-"""Whether Triton lays the threads of a warp along tokens where they load channels from anywhere, as 3.6 does."""
 
 APPEND_ELEMENTS = 512
 """The same of `append_`, whose programs hold both tensors' code."""
@@ -89,9 +85,6 @@ def _cut(fmt: TensorFormat, D: int, elements: int) -> _Cut:
     group = form_plan(fmt, D).GROUP
     together = group if fmt.axis == AXIS_CHANNEL else fmt.tile
     held = max(count * padded, next_power_of_2(D))
-    if len(fmt.tiers) > 1 and D > 128:
-        # every field has pointers of its own, too many for the registers
-        held *= 2
     tokens = max(1, min(next_power_of_2(together), elements // held))
     parts = fmt.tile // group if fmt.axis == AXIS_CHANNEL else -(-fmt.tile // tokens)
     return _Cut(count, words, padded, tokens, parts)
@@ -113,15 +106,9 @@ def _packing(fmt: TensorFormat, D: int, cut: _Cut, prefix: str = "") -> dict[str
 def _pack_warps(fmt: TensorFormat, D: int) -> int:
     if fmt.is_raw or fmt.axis != AXIS_CHANNEL:
         return PACK_WARPS
-    return min(PACK_WARPS, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS))
-
-
-def _crowding(fmt: TensorFormat, D: int) -> int:
-    """By how much fewer tokens a program packs at a time where threads have the addresses of many channels.
-
-    With as many, registers spill: up to 1.3 KB. Of large heads `_cut` takes fewer anyway.
-    """
-    return 2 if ALONG_TOKENS and len(fmt.tiers) > 1 and D <= 128 else 1
+    # the product that packs tiers spills in one warp
+    least = 2 if len(fmt.tiers) > 1 else 1
+    return max(least, min(PACK_WARPS, next_power_of_2(fmt.group_size * D // WARP_ELEMENTS)))
 
 
 def flushes_ring(fmt: TensorFormat, length: int | None, count: int) -> bool:
@@ -220,7 +207,7 @@ def quantize_pack(
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
     warps = _pack_warps(fmt, D)
-    cut = _cut(fmt, D, PACK_ELEMENTS * warps // _crowding(fmt, D))
+    cut = _cut(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
     # without tokens there is none to read in place of those that are missing
     make = torch.empty if L else torch.zeros
@@ -306,12 +293,9 @@ def append_(
     for flush, write, warps, elements, per_multiprocessor in phases:
         held = elements * warps
         if flush is not FRESH_TILES and (k.order or v.rotation):
-            # with channels from everywhere, or exchanged, programs of so many registers would be alone
+            # programs of so many registers would be alone
             held //= 4 if k.order else 2
-        cut_k, cut_v = (
-            _cut(f, size, held // (_crowding(f, size) if flush is FRESH_TILES else 1))
-            for f, size in ((k, D), (v, Dv))
-        )
+        cut_k, cut_v = (_cut(f, size, held) for f, size in ((k, D), (v, Dv)))
         tiles = max(cut.parts * -(-Lq // f.tile) for cut, f in ((cut_k, k), (cut_v, v)))
         needed = B * H * max(tiles, -(-Lq // ROWS) if write else 0)
         programs = min(needed, per_multiprocessor * multiprocessors(new_keys))

@@ -612,12 +612,18 @@ def turn_scale(head_dim):
 @triton.jit
 def turn(x, STEP: tl.constexpr, AXIS: tl.constexpr):
     """Sum and difference of what lies 2**STEP apart along AXIS: one of the steps of `reference.scales.rotate`."""
-    place = tl.arange(0, x.shape[AXIS])
+    SIZE: tl.constexpr = x.shape[AXIS]
+    # [.., pairs, 2, 2**STEP, ..]
+    AHEAD: tl.constexpr = x.numel // SIZE if AXIS == 1 else 1
+    BEHIND: tl.constexpr = x.numel // SIZE // AHEAD * 2**STEP
+    bits = tl.reshape(x.to(tl.int32, bitcast=True), [AHEAD, SIZE >> (STEP + 1), 2, BEHIND])
+    # the other of a pair is the sum of both less the own: exact in integers, and one shuffle, as the compiler sees
+    other = tl.reshape(tl.sum(bits, 2, keep_dims=True) - bits, x.shape).to(tl.float32, bitcast=True)
+    place = tl.arange(0, SIZE)
     if len(x.shape) == 2:
         place = tl.expand_dims(place, 1 - AXIS)
-    place = tl.broadcast_to(place, x.shape)
     sign = tl.where((place & (1 << STEP)) == 0, 1.0, -1.0)
-    return tl.fma(x, sign, tl.gather(x, place ^ (1 << STEP), AXIS))
+    return tl.fma(x, tl.broadcast_to(sign, x.shape), other)
 
 
 @triton.jit

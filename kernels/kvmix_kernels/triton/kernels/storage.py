@@ -393,21 +393,19 @@ def _load_rotated(
 
 @triton.jit
 def _pack_group(
-    new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
-    P: tl.constexpr, DIGIT: tl.constexpr, FROM_RING: tl.constexpr,
+    new_ptr, new_stride, ring_ptr, qdata_ptr, scale_ptr, zero_ptr, fresh_from, first, ring,
+    P: tl.constexpr, FROM_RING: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a group of tokens by the scales and offsets at the pointers; with tiers of one digit alone."""
+    """Codes of a group of tokens by the scales and offsets at the pointers."""
     X: tl.constexpr = P.X
     D: tl.constexpr = X.D
-    WORDS: tl.constexpr = P.WORDS if DIGIT == 0 else plane_words(digit_bits(X.BITS, DIGIT), X.HIGH, 0)
-    WORDS_P: tl.constexpr = next_power_of_2(WORDS)
+    WORDS: tl.constexpr = P.WORDS
     token = tl.arange(0, P.TOKENS)
     # few neighbours in a thread: see `_flush`
-    word = tl.max_contiguous(tl.arange(0, WORDS_P), min(2, WORDS_P))
+    word = tl.max_contiguous(tl.arange(0, P.WORDS_P), min(2, P.WORDS_P))
     word_ok = word < WORDS
     zeros = ()
     divisors = ()
-    places = ()
     for f in tl.static_range(P.FIELDS):
         scale = tl.load(scale_ptr + f * WORDS + word, mask=word_ok, other=0)
         zero = scale
@@ -415,38 +413,98 @@ def _pack_group(
             zero = tl.load(zero_ptr + f * WORDS + word, mask=word_ok, other=0)
         step, zero = _numbers(scale, zero, X)
         zeros = zeros + (zero[None, :],)
-        if X.BITS == TIERED:
-            top = tl.where(f * WORDS + word < X.HIGH, 15.0, 3.0)
-            divisors = divisors + (_divisor(step[None, :], top[None, :], P.SCALE_DTYPE),)
-            place = tl.load(order_ptr + f * WORDS + word, mask=word_ok, other=0)
-            places = places + (place.to(tl.int32),)
-        else:
-            divisors = divisors + (_divisor(step[None, :], 2**X.BITS - 1, P.SCALE_DTYPE),)
+        divisors = divisors + (_divisor(step[None, :], 2**X.BITS - 1, P.SCALE_DTYPE),)
     for start in range(0, X.GROUP, P.TOKENS):
         at = start + token
         if X.GROUP % P.TOKENS != 0:
             at = tl.minimum(at, X.GROUP - 1)
-        if X.BITS == TIERED:
-            fields = ()
-            for f in tl.static_range(P.FIELDS):
-                fields = fields + _load_tokens(
-                    new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, places[f], word_ok,
-                    D, WORDS, 1, FROM_RING,
-                )  # fmt: skip
-        else:
-            fields = _load_tokens(
-                new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
-                D, WORDS, P.FIELDS, FROM_RING,
-            )  # fmt: skip
+        fields = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, word, word_ok,
+            D, WORDS, P.FIELDS, FROM_RING,
+        )  # fmt: skip
         codes = ()
         for f in tl.static_range(P.FIELDS):
             codes = codes + (_code_bits(fields[f], zeros[f], *divisors[f], P.SCALE_DTYPE),)
-        if X.BITS == TIERED:
-            row_ok = at >= 0
-            ok = row_ok[:, None] & word_ok[None, :]
-            _store_plane(qdata_ptr, codes, first + at, word, row_ok, ok, X, DIGIT, P.FIELDS, WORDS)
-        else:
-            _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, P)
+        _store_words(qdata_ptr, codes, first + at, word, at >= 0, word_ok, P)
+
+
+@triton.jit
+def _places(order_ptr, scale_ptr, zero_ptr, X: tl.constexpr):
+    """Where in the order each channel is: its inverse, by way of the group's scales and offsets, which are written later."""
+    channel = _channels(X)
+    channel_ok = channel < X.D
+    packed = tl.load(order_ptr + channel, mask=channel_ok, other=0).to(tl.int32)
+    # in two parts, as both may be bytes; as float32 first, for the interpreter's bfloat16
+    low = (channel % 128).to(tl.float32).to(scale_ptr.dtype.element_ty)
+    high = (channel // 128).to(tl.float32).to(zero_ptr.dtype.element_ty)
+    tl.store(scale_ptr + packed, low, mask=channel_ok)
+    tl.store(zero_ptr + packed, high, mask=channel_ok)
+    tl.debug_barrier()
+    low = tl.load(scale_ptr + channel, mask=channel_ok, other=0).to(tl.float32)
+    high = tl.load(zero_ptr + channel, mask=channel_ok, other=0).to(tl.float32)
+    # no scale is written before all places are read
+    tl.debug_barrier()
+    # an order that is none must not write beyond the row
+    place = tl.minimum(tl.maximum((high * 128 + low).to(tl.int32), 0), X.D - 1)
+    return tl.where(channel_ok, place, channel)
+
+
+@triton.jit
+def _word_weights(place, X: tl.constexpr, DIGIT: tl.constexpr):
+    """What a channel's digit counts in each word of its plane: float16 [channels, words], with as many as a dot takes."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    CHANNELS: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
+    WORDS: tl.constexpr = plane_words(OWN, CHANNELS, 0)
+    word = tl.arange(0, max(16, next_power_of_2(WORDS)))
+    field = tl.minimum(place // WORDS, 16 // OWN - 1)
+    # a digit keeps its place in the code
+    weight = (1 << (field * OWN)).to(tl.float32) * 2.0 ** -digit_above(X.BITS, DIGIT)
+    weight = tl.where(place < CHANNELS, weight, 0.0)
+    return tl.where((place % WORDS)[:, None] == word[None, :], weight[:, None], 0.0).to(tl.float16)
+
+
+@triton.jit
+def _store_digit(qdata_ptr, code, weight, row, X: tl.constexpr, DIGIT: tl.constexpr):
+    """The plane of a digit of codes, int16 [tokens, channels], by `_word_weights`."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    WORDS: tl.constexpr = plane_words(OWN, digit_channels(X.KEPT, X.HIGH, DIGIT), 0)
+    # half-precision numbers, subnormal, whose sums are exact: they have 16 bits
+    digit = (code & (((1 << OWN) - 1) << digit_above(X.BITS, DIGIT))).to(tl.float16, bitcast=True)
+    packed = (tl.dot(digit, weight) * 16777216.0).to(tl.int32)
+    word = tl.arange(0, weight.shape[1])
+    at = qdata_ptr + word_at(row, X.BITS, X.KEPT, X.HIGH, digit_plane(X.BITS, DIGIT), X.BLOCK)[:, None]
+    tl.store(at + word[None, :], packed.to(tl.int16), mask=(row >= 0)[:, None] & (word < WORDS)[None, :])
+
+
+@triton.jit
+def _pack_ordered(
+    new_ptr, new_stride, ring_ptr, qdata_ptr, place, step, zero, fresh_from, first, ring,
+    P: tl.constexpr, FROM_RING: tl.constexpr,
+):  # fmt: skip
+    """Codes of a group of tokens whose channels have places in an order, by float32 steps and offsets.
+
+    A word is a sum of digits times powers of 4, so words in any order are a product of the codes, as tokens lie, with
+    a matrix that has one number in a row.
+    """
+    X: tl.constexpr = P.X
+    channel = _channels(X)
+    top = tl.where(place < X.HIGH, 15.0, 3.0)
+    divisor = _divisor(step[None, :], top[None, :], P.SCALE_DTYPE)
+    weights = ()
+    for d in tl.static_range(digit_count(X.BITS)):
+        weights = weights + (_word_weights(place, X, d),)
+    # copied asynchronously, tokens would come from L2 again
+    for start in tl.range(0, X.GROUP, P.TOKENS, num_stages=1):
+        at = tl.minimum(start + tl.arange(0, P.TOKENS), X.GROUP - 1)
+        x = _load_tokens(
+            new_ptr, new_stride, ring_ptr, at, fresh_from, first, ring, channel, channel < X.D, X.D, X.D, 1, FROM_RING
+        )[0]  # fmt: skip
+        code = _code_bits(x, zero[None, :], *divisor, P.SCALE_DTYPE).to(tl.int16)
+        # with an index range in it, codes are computed as tokens are loaded, few channels to a thread, and not as the
+        # product takes them
+        code = tl.where((tl.arange(0, X.DP) < X.D)[None, :], code, 0)
+        for d in tl.static_range(digit_count(X.BITS)):
+            _store_digit(qdata_ptr, code, weights[d], first + at, X, d)
 
 
 @triton.jit
@@ -591,33 +649,34 @@ def _flush(
             new_ptr, new_stride, ring_ptr, valid_ptr, valid_stride, hidden_below, fresh_from, first, ring, sink, rows_held,
             X, TOKENS, VALID, FROM_RING,
         )  # fmt: skip
+        scale_ptr += first // GROUP * D
+        zero_ptr += first // GROUP * D
         if BITS == TIERED:
-            # from here on in the order in which channels are packed
-            place = tl.load(order_ptr + channel, mask=channel_ok, other=0).to(tl.int32)
-            low = tl.gather(low, place, 0)
-            high = tl.gather(high, place, 0)
+            place = _places(order_ptr, scale_ptr, zero_ptr, X)
             low_4, high_4 = _narrowed(low, high, P.MARGIN_HIGH)
             low_2, high_2 = _narrowed(low, high, P.MARGIN)
-            wide = channel < X.HIGH
+            wide = place < X.HIGH
             step = tl.where(wide, _steps(low_4, high_4, 4), _steps(low_2, high_2, 2))
             low = tl.where(wide, low_4, low_2)
             if X.KEPT < D:
-                mean = total / tl.maximum(counted, 1).to(tl.float64)
-                mean = tl.gather(mean.to(tl.float32), place, 0)
-                step = tl.where(channel < X.KEPT, step, 0.0)
-                low = tl.where(channel < X.KEPT, low, tl.where(channel < D - X.APART, mean, 0.0))
+                mean = (total / tl.maximum(counted, 1).to(tl.float64)).to(tl.float32)
+                step = tl.where(place < X.KEPT, step, 0.0)
+                low = tl.where(place < X.KEPT, low, tl.where(place < D - X.APART, mean, 0.0))
+            scale, zero = _store_scales(
+                scale_ptr, zero_ptr, place, step, low, channel_ok, SCALE_DTYPE, X.SYMMETRIC
+            )
+            step, zero = _numbers(scale, zero, X)
+            _pack_ordered(
+                new_ptr, new_stride, ring_ptr, x.qdata, place, step, zero, fresh_from, first, ring, P, FROM_RING
+            )  # fmt: skip
         else:
             low, high = _narrowed(low, high, P.MARGIN)
             step = _steps(low, high, BITS)
-        scale_ptr += first // GROUP * D
-        zero_ptr += first // GROUP * D
-        _store_scales(scale_ptr, zero_ptr, channel, step, low, channel_ok, SCALE_DTYPE, X.SYMMETRIC)
-        # read back by the threads that pack
-        tl.debug_barrier()
-        for d in tl.static_range(digit_count(BITS) if BITS == TIERED else 1):
+            _store_scales(scale_ptr, zero_ptr, channel, step, low, channel_ok, SCALE_DTYPE, X.SYMMETRIC)
+            # read back by the threads that pack
+            tl.debug_barrier()
             _pack_group(
-                new_ptr, new_stride, ring_ptr, x.qdata, scale_ptr, zero_ptr, order_ptr, fresh_from, first, ring,
-                P, d, FROM_RING,
+                new_ptr, new_stride, ring_ptr, x.qdata, scale_ptr, zero_ptr, fresh_from, first, ring, P, FROM_RING
             )  # fmt: skip
         if X.RAW > 0:
             _copy_exact(
@@ -626,8 +685,8 @@ def _flush(
     else:
         # how many words a thread holds side by side. For keys few: it computes for each of its channels what
         # a code needs (not 1, by which Triton puts a warp's threads along the tokens). For values many: it
-        # computes the same for each of its tokens.
-        NEIGHBOURS: tl.constexpr = max(16 // FIELDS, WORDS_P // 8)
+        # computes the same for each of its tokens. Rotated ones all that it can: what it holds needs no exchange.
+        NEIGHBOURS: tl.constexpr = WORDS_P if X.TURNED == ROTATED else max(16 // FIELDS, WORDS_P // 8)
         word = tl.max_contiguous(tl.arange(0, WORDS_P), NEIGHBOURS)
         word_ok = word < WORDS
         row_ok = part * TOKENS + token < tile
