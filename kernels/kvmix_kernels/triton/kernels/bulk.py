@@ -204,6 +204,13 @@ def _unhidden(score, mask, pages, first_position, token, S: tl.constexpr, PAGE: 
 
 
 @triton.jit
+def _skipped(skip_ptr, first, TOKENS: tl.constexpr, PORTABLE: tl.constexpr):
+    """What is taken off the scores of the tokens from row `first` on: infinity, or 0 where they count."""
+    four = skip_ptr + first + tl.arange(0, TOKENS // 4) * 4
+    return four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), PORTABLE).to(tl.float32)
+
+
+@triton.jit
 def _sweep(
     k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
     asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
@@ -317,6 +324,8 @@ def _sweep(
             if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
+            if S.SKIP:
+                score -= _skipped(mask.skip, k_first, TOKENS, P.PORTABLE)[:, None]
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
@@ -327,6 +336,8 @@ def _sweep(
                 score = capped(score, cap)
             if MASKED:
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
+            if S.SKIP:
+                score -= _skipped(mask.skip, k_first, TOKENS, P.PORTABLE)[:, None]
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)
