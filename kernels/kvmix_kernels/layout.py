@@ -22,8 +22,8 @@ and, with a high tier of Q slots (`HighTier`), in these behind them:
     positions   int32        [B, Hkv, Q]                      of the tokens in it
     scores      float32      [B, Hkv, Q]                      of keys: importance of the tokens in it
     waiting     float32      [B, Hkv, ring]                   of keys: importance of raw tokens, by ring slot
-    skipped     uint8        [B, Hkv, tiles * tile]           of keys: SKIPPED for packed tokens that are read
-                                                              from the high tier alone, else 0
+    skipped     uint8        [B, Hkv, tiles * tile]           of keys: 1 for packed tokens that are read from
+                                                              the high tier alone, else 0
     balance     float32      [B, Hkv, D]                      of balanced keys: factors, powers of two
 
 A slot holds a token if its position is at least `sink` and less than the end of the packed tokens, so
@@ -188,8 +188,6 @@ HIGH_BITS = (RAW_BITS, 8, 4)
 HIGH_NAMES = ("high_qdata", "high_scale", "high_zero_point", "high_residual", "positions")
 SCORE_NAMES = ("scores", "waiting")
 SKIPPED_NAME = "skipped"
-SKIPPED = 0xF8
-"""Read as a scale of one byte it is infinity, which a kernel takes off the score."""
 _HIGH_MARK = -1
 """What an encoded format begins with if it has a high tier."""
 

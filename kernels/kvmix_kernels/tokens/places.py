@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.layout import SKIPPED, SKIPPED_NAME, TensorFormat
+from kvmix_kernels.layout import SKIPPED_NAME, TensorFormat
 
 Count = Tensor | int
 
@@ -44,12 +44,12 @@ def skip(keys: Cached, length: Count) -> None:
     fmt, skipped = keys.format, keys.named(SKIPPED_NAME)
     assert fmt.high is not None
     if fmt.high.evicting:
-        skipped.fill_(SKIPPED)
+        skipped.fill_(1)
         return
     # one place more, for slots that hold nothing
     room = skipped.new_zeros(*skipped.shape[:2], skipped.shape[2] + 1)
     rows = (keys.positions.long() - fmt.sink).masked_fill(~in_tier(keys, length), skipped.shape[2])
-    room.scatter_(2, rows.clamp(max=skipped.shape[2]), SKIPPED)
+    room.scatter_(2, rows.clamp(max=skipped.shape[2]), 1)
     skipped.copy_(room[:, :, :-1])
 
 

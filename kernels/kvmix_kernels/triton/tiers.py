@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,6 @@ from kvmix_kernels.layout import SCORE_NAMES, SKIPPED_NAME
 from kvmix_kernels.tokens import append as plain_append
 from kvmix_kernels.tokens import attend as plain
 from kvmix_kernels.tokens import places
-from kvmix_kernels.tokens.places import balanced_keys, balanced_query
 from kvmix_kernels.triton import configs, storage
 from kvmix_kernels.triton.attention import Beside, Prepared, launch, parts, prepare
 from kvmix_kernels.triton.common import (
@@ -28,7 +28,7 @@ from kvmix_kernels.triton.common import (
 )
 from kvmix_kernels.triton.kernels import fields
 from kvmix_kernels.triton.kernels.exchange import exchange_kernel
-from kvmix_kernels.triton.kernels.high import finish_kernel, high_kernel
+from kvmix_kernels.triton.kernels.high import balance_kernel, finish_kernel, high_kernel
 from kvmix_kernels.triton.launch_plan import (
     MAX_BULK_COLUMNS,
     AttendPlan,
@@ -80,8 +80,7 @@ def attend_tiers(
             *(query, new_keys, new_values, k, v, mask, start, length, scale, softcap, sink_logits)
         )
     fmt, low, high = k.format, (k.low, v.low), (k.high, v.high)
-    query = balanced_query(query, k)
-    new_keys = None if new_keys is None else balanced_keys(new_keys, k)
+    query, new_keys = balanced(query, new_keys, k)
     step = prepare(query, new_keys, new_values, *low, mask, start, length, scale, softcap)
     high_plan = _high_plan(step, *high, config)
     plan, early, device = step.plan, starts_early(query), query.device
@@ -168,7 +167,8 @@ def append_tiers_(
     found = mass.contiguous() if counted and mass is not None else k.positions
     if policy.of_keys is not None:
         found = policy.of_keys(new_keys, count + torch.arange(n, device=new_keys.device)).contiguous()
-    new_keys, new_values = inner_dense(balanced_keys(new_keys, k)), inner_dense(new_values)
+    query, new_keys = balanced(query if fmt.asks_queries else None, new_keys, k)
+    new_keys, new_values = inner_dense(new_keys), inner_dense(new_values)
     high, early = fmt.high, starts_early(new_keys)
     assert high is not None
     ranks = torch.empty(B * H * (slots + fmt.tile), dtype=torch.int32, device=new_keys.device)
@@ -187,11 +187,30 @@ def append_tiers_(
             DV=Dv, DVP=next_power_of_2(Dv), BLOCK=EXCHANGED, EARLY=early,
             num_warps=8, launch_pdl=early,
         )  # fmt: skip
-    order = () if query is None or not fmt.asks_queries else (balanced_query(query, k),)
     storage.append_(
         *(k.low.tensors, v.low.tensors, new_keys, new_values, mask, start, length),
-        *(k.low.format.encode(), v.low.format.encode(), *order),
+        *(k.low.format.encode(), v.low.format.encode(), query),
     )
+
+
+def balanced(query: Tensor | None, new_keys: Tensor | None, keys: Cached) -> tuple[Any, Any]:
+    """Queries and keys of a step as the stored keys want them, in one launch; None stays None."""
+    high = keys.format.high
+    if high is None or not high.balanced or (query is None and new_keys is None):
+        return query, new_keys
+    factor = keys.named("balance")
+    given = [x if x is None else inner_dense(x) for x in (query, new_keys)]
+    some = next(x for x in given if x is not None)
+    out = [x if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
+    q, k, q_out, k_out = (some if x is None else x for x in (*given, *out))
+    rows = [0 if x is None else x.shape[0] * x.shape[1] * x.shape[2] for x in given]
+    D = some.shape[3]
+    with device_of(some):
+        balance_kernel[(sum(rows),)](
+            q, k, factor, q_out, k_out, *q.stride()[:3], *k.stride()[:3], *factor.stride()[:2],
+            rows[0], q.shape[1], q.shape[2], factor.shape[1], k.shape[2], D=D, DP=next_power_of_2(D), num_warps=1,
+        )  # fmt: skip
+    return out[0], out[1]
 
 
 def _high_plan(

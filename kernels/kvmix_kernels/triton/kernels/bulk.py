@@ -204,10 +204,13 @@ def _unhidden(score, mask, pages, first_position, token, S: tl.constexpr, PAGE: 
 
 
 @triton.jit
-def _skipped(skip_ptr, first, TOKENS: tl.constexpr, PORTABLE: tl.constexpr):
-    """What is taken off the scores of the tokens from row `first` on: infinity, or 0 where they count."""
-    four = skip_ptr + first + tl.arange(0, TOKENS // 4) * 4
-    return four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), PORTABLE).to(tl.float32)
+def _unskipped(score, skip_ptr, first, TOKENS: tl.constexpr):
+    """Scores of the tokens from row `first` on, a multiple of 4, without those that are skipped."""
+    token = tl.arange(0, TOKENS)
+    # bytes by words, which are copied asynchronously; each token its own, for a join beside bytes of a mask makes
+    # Triton 3.6 lay out operands for 4-bit numbers
+    four = tl.load((skip_ptr + first).to(tl.pointer_type(tl.int32), bitcast=True) + token // 4)
+    return tl.where((((four >> (token % 4 * 8)) & 0xFF) == 0)[:, None], score, -float("inf"))
 
 
 @triton.jit
@@ -325,7 +328,7 @@ def _sweep(
                 # what is hidden stays at minus infinity: `restore` is positive
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
             if S.SKIP:
-                score -= _skipped(mask.skip, k_first, TOKENS, P.PORTABLE)[:, None]
+                score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
@@ -337,7 +340,7 @@ def _sweep(
             if MASKED:
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
             if S.SKIP:
-                score -= _skipped(mask.skip, k_first, TOKENS, P.PORTABLE)[:, None]
+                score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)

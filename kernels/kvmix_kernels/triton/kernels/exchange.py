@@ -9,10 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kvmix_kernels import layout
 from kvmix_kernels.triton.kernels.fields import packed_end_of
-
-SKIPPED = tl.constexpr(layout.SKIPPED)
 
 NOBODY = tl.constexpr(-(1 << 31))
 """The rank of what can not be in the tier."""
@@ -213,10 +210,8 @@ def exchange_kernel(
         entered = tl.sum(number, 0)
         tl.store(entering_ptr + behind, tile_at, mask=enters)
         tl.store(entering_scores_ptr + behind, own_score, mask=enters)
-        if EVICTING:
-            tl.store(skipped_ptr + (position - sink), tl.full([TILE], SKIPPED, tl.uint8), mask=leaving)
-        else:
-            tl.store(skipped_ptr + (position - sink), (number * SKIPPED).to(tl.uint8), mask=leaving)
+        skips = enters | EVICTING
+        tl.store(skipped_ptr + (position - sink), skips.to(tl.uint8), mask=leaving)
         tl.debug_barrier()
 
         free_before = limit * 0

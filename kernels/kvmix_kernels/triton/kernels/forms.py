@@ -82,7 +82,7 @@ class Mask(NamedTuple):
     """The mask of one row and head.
 
     Pointer, offset of each column from the first, stride of tokens, columns in use; skip: bytes of the head's
-    packed tokens, `layout.SKIPPED` for those that do not count.
+    packed tokens, 0 for those that count.
     """
 
     ptr: Any

@@ -13,6 +13,36 @@ from kvmix_kernels.triton.kernels.merge import merge_row
 from kvmix_kernels.triton.kernels.rest import attend_rest
 
 
+@triton.jit(do_not_specialize=["query_rows", "query_heads", "query_length", "heads", "count"])
+def balance_kernel(
+    query_ptr, keys_ptr, factor_ptr, balanced_query_ptr, balanced_keys_ptr, query_sb, query_sh, query_sl, keys_sb, keys_sh, keys_sl,
+    factor_sb, factor_sh, query_rows, query_heads, query_length, heads, count, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """`tokens.places.balanced_query` and `balanced_keys`, the same bits. Grid: rows of queries, then those of keys."""
+    pid = tl.program_id(0)
+    channel = tl.arange(0, DP)
+    ok = channel < D
+    if pid < query_rows:
+        batch = (pid // query_length // query_heads).to(tl.int64)
+        head = pid // query_length % query_heads
+        factor_ptr += batch * factor_sb + head // (query_heads // heads) * factor_sh
+        x_ptr = query_ptr + batch * query_sb + head * query_sh + pid % query_length * query_sl
+        x = tl.load(x_ptr + channel, mask=ok, other=0.0).to(tl.float32)
+        # a power of two: this is exact, however it is done
+        x = x / tl.load(factor_ptr + channel, mask=ok, other=1.0)
+        out_ptr = balanced_query_ptr + pid.to(tl.int64) * D + channel
+        tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=ok)
+    else:
+        row = pid - query_rows
+        batch = (row // count // heads).to(tl.int64)
+        head = row // count % heads
+        x_ptr = keys_ptr + batch * keys_sb + head * keys_sh + row % count * keys_sl
+        x = tl.load(x_ptr + channel, mask=ok, other=0.0).to(tl.float32)
+        x = x * tl.load(factor_ptr + batch * factor_sb + head * factor_sh + channel, mask=ok, other=1.0)
+        out_ptr = balanced_keys_ptr + row.to(tl.int64) * D + channel
+        tl.store(out_ptr, x.to(out_ptr.dtype.element_ty), mask=ok)
+
+
 @triton.jit(
     do_not_specialize=[
         "kv_heads", "rows", "query_length", "length", "count", "tile", "sink", "window", "low_splits", "splits",
