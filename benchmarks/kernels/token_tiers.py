@@ -41,7 +41,7 @@ TILE, SHARE = 128, 20
 LIMIT = 2e-2
 SEARCHED = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
-    for warps, tokens, stages in ((4, 64, 3), (4, 64, 4), (2, 32, 4), (4, 128, 2))
+    for warps, tokens, stages in ((4, 64, 5), (4, 64, 3), (4, 32, 5), (2, 32, 5), (2, 32, 3))
     for programs in (264, 528, 1056, 2112)
 )
 

@@ -39,8 +39,11 @@ from kvmix_kernels.triton.launch_plan import (
 )
 from kvmix_kernels.triton.storage import valid_row
 
-FEW, MANY = (configs.AttendConfig(warps=4, programs=n, rest_tokens=64, rest_stages=3) for n in (264, 1056))
-"""Of the kernel that reads the high tier, for few KV heads of all sequences and for many. Not measured yet."""
+FEW, MANY = (configs.AttendConfig(warps=4, programs=n, rest_tokens=64, rest_stages=5) for n in (264, 1056))
+"""Of the kernel that reads the high tier, for few KV heads of all sequences and for many. Not measured yet.
+
+Which tokens it reads comes from positions, which are a step ahead of them: of five stages two are of tokens.
+"""
 
 BLOCK = 256
 """Tokens whose attention a warp sums up."""

@@ -185,6 +185,8 @@ def finish_kernel(
         behind = (place - slots - turned + ring) % ring
         raw = tl.where(place < slots + ring, behind, place - slots - ring + live - end)
         is_raw = (place >= slots) & (place < count) & ((place >= slots + ring) | (end + raw < live))
+        # new tokens that are sinks compete with nobody
+        is_raw &= raw >= 0
         weights_ptr += owner * count * rows
         tops_ptr += owner * tops_count * N
         # of raw tokens, steps are counted from the first token that the others' programs take
