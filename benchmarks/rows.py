@@ -39,6 +39,7 @@ SUITES = (
     "quality",
     "profile_cost",
     "token_tiers",
+    "token_tiers_step",
     "first_call",
     "serving",
     "endurance",

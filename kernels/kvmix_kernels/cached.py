@@ -176,6 +176,7 @@ def shapes(
         found.append(((slots,), torch.int32))
         if fmt.high.scored:
             found += [((slots,), torch.float32), ((fmt.ring,), torch.float32)]
+            found.append(((tiles * fmt.tile,), torch.uint8))
         if fmt.high.balanced:
             found.append(((head_dim,), torch.float32))
     return found

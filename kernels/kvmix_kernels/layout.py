@@ -22,11 +22,14 @@ and, with a high tier of Q slots (`HighTier`), in these behind them:
     positions   int32        [B, Hkv, Q]                      of the tokens in it
     scores      float32      [B, Hkv, Q]                      of keys: importance of the tokens in it
     waiting     float32      [B, Hkv, ring]                   of keys: importance of raw tokens, by ring slot
+    skipped     uint8        [B, Hkv, tiles * tile]           of keys: 1 for packed tokens that are read from
+                                                              the high tier alone, else 0
     balance     float32      [B, Hkv, D]                      of balanced keys: factors, powers of two
 
 A slot holds a token if its position is at least `sink` and less than the end of the packed tokens, so
-whatever shortens a tensor empties slots. Balanced keys are multiplied by their factor wherever they are
-stored, and queries divided by it: exact, for powers of two.
+whatever shortens a tensor empties slots. `skipped` says the same by token and follows from the positions:
+attention reads it in every step, and only packing a tile changes it. Balanced keys are multiplied by their
+factor wherever they are stored, and queries divided by it: exact, for powers of two.
 
 Words used throughout: a *segment* is tokens kept alike (sink, packed, window), a *tier* is channels with
 bits of their own (a uniform format has one), a *digit* is a part of a code that is stored by itself, a
@@ -184,6 +187,7 @@ HIGH_BITS = (RAW_BITS, 8, 4)
 """Bits that the tokens of a high tier can have: those whose rows can be exchanged one by one."""
 HIGH_NAMES = ("high_qdata", "high_scale", "high_zero_point", "high_residual", "positions")
 SCORE_NAMES = ("scores", "waiting")
+SKIPPED_NAME = "skipped"
 _HIGH_MARK = -1
 """What an encoded format begins with if it has a high tier."""
 
@@ -287,7 +291,7 @@ class TensorFormat(NamedTuple):
             names = (*names, "order", *apart, *(("seen",) if self.order == ORDER_TILE else ()))
         if self.high is None:
             return names
-        scores = SCORE_NAMES if self.high.scored else ()
+        scores = (*SCORE_NAMES, SKIPPED_NAME) if self.high.scored else ()
         return (*names, *HIGH_NAMES, *scores, *(("balance",) if self.high.balanced else ()))
 
     @property
@@ -838,16 +842,16 @@ def high_shape(fmt: TensorFormat, tiles: Any) -> tuple[Any, Any]:
 def _high_nbytes(fmt: TensorFormat, high: HighTier, head_dim: int, tiles: int, itemsize: int) -> int:
     slots = high.slots(tiles * fmt.tile)
     tokens = buffer_nbytes(fmt.high_format, head_dim, *high_shape(fmt, tiles), itemsize)
-    scores = (slots + fmt.ring) * SCORE_ITEMSIZE if high.scored else 0
+    scores = (slots + fmt.ring) * SCORE_ITEMSIZE + tiles * fmt.tile if high.scored else 0
     return tokens + slots * POSITION_ITEMSIZE + scores + high.balanced * head_dim * SCORE_ITEMSIZE
 
 
 def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
     """Bits of one packed element: its code and its share of scale and offset, and of the order of its tile.
 
-    A high tier that is a share of the tokens is counted with its share. What a sequence has once, such as an
-    order of its channels or a high tier of a fixed number, is not in it. `head_dim` is asked for groups that
-    span the head, and for positions.
+    A high tier that is a share of the tokens is counted with its share, and with what says who is in it. What
+    a sequence has once, such as an order of its channels or a high tier of a fixed number, is not in it.
+    `head_dim` is asked for groups that span the head, and for positions.
     """
     if fmt.is_raw:
         return float(RAW_BITS)
@@ -860,9 +864,10 @@ def bits_per_packed_element(fmt: TensorFormat, head_dim: int) -> float:
     group = fmt.group_size if fmt.axis == AXIS_CHANNEL else channel_group(fmt, head_dim)
     numbers = 1 if fmt.symmetric else 2
     packed = codes + numbers * 8 * SCALE_ITEMSIZE[fmt.scale_dtype] / group
-    return (
-        packed if fmt.high is None else packed + fmt.high.share / 100 * bits_per_high_element(fmt, head_dim)
-    )
+    if fmt.high is None:
+        return packed
+    skipped = fmt.high.scored * 8 / head_dim
+    return packed + skipped + fmt.high.share / 100 * bits_per_high_element(fmt, head_dim)
 
 
 def bits_per_high_element(fmt: TensorFormat, head_dim: int) -> float:

@@ -97,7 +97,9 @@ def own_tier(cached: Cached, flushes: bool = True) -> Cached:
     fmt = cached.format
     if fmt.high is None:
         return cached
-    written = (*(layout.HIGH_NAMES if flushes else ()), *(layout.SCORE_NAMES if fmt.high.scored else ()))
+    written = layout.HIGH_NAMES if flushes else ()
+    if fmt.high.scored:
+        written += (*layout.SCORE_NAMES, *((layout.SKIPPED_NAME,) if flushes else ()))
     return cached.replace(**{name: cached.named(name).clone() for name in written})
 
 

@@ -26,9 +26,10 @@ from kvmix_fx.dynamo import is_fake, mark_tokens
 from kvmix_fx.errors import CacheMutationError, CacheVersionError, CapacityError, TokenTierError
 from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate, shapes
-from kvmix_kernels.layout import BUFFER_NAMES, HIGH_NAMES, PLAIN_NUMBERS, TensorFormat
+from kvmix_kernels.layout import BUFFER_NAMES, HIGH_NAMES, PLAIN_NUMBERS, SKIPPED_NAME, TensorFormat
 from kvmix_kernels.reference import storage
 from kvmix_kernels.tokens.ops import dequantize
+from kvmix_kernels.tokens.places import nothing_skipped, skip
 
 
 class QuantizedKVTensor(torch.Tensor):
@@ -96,7 +97,7 @@ class QuantizedKVTensor(torch.Tensor):
             first = len(self.format.low.buffer_names)
             mark_tokens(*cached.tensors[first : first + len(HIGH_NAMES)])
             if self.format.high.scored:
-                mark_tokens(cached.named("scores"))
+                mark_tokens(cached.named("scores"), cached.named(SKIPPED_NAME))
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 
@@ -347,7 +348,10 @@ class QuantizedKVTensor(torch.Tensor):
     def to_state(self, prefix: str = "") -> dict[str, Any]:
         """Plain tensors by name, for pickling or safetensors; `from_state` restores."""
         named = zip(self.format.buffer_names, self.cached.tensors, strict=True)
-        state: dict[str, Any] = {prefix + name: buffer.contiguous() for name, buffer in named}
+        # who is skipped follows from the positions
+        state: dict[str, Any] = {
+            prefix + name: buffer.contiguous() for name, buffer in named if name != SKIPPED_NAME
+        }
         if self.live is not None:
             state[prefix + "live"] = self.live
         meta = [self.shape[2], *self.format.encode(), layout.VERSION]
@@ -372,9 +376,14 @@ class QuantizedKVTensor(torch.Tensor):
                 f"this cache was saved in version {version} of the packed layout, and version "
                 f"{layout.VERSION} is read here: use the package that wrote it, or fill it anew"
             )
-        cached = Cached(fmt, tuple(entry(state, prefix, name) for name in fmt.buffer_names))
+        buffers = {name: entry(state, prefix, name) for name in fmt.buffer_names if name != SKIPPED_NAME}
+        if SKIPPED_NAME in fmt.buffer_names:
+            buffers[SKIPPED_NAME] = nothing_skipped(buffers["qdata"])
+        cached = Cached(fmt, tuple(buffers[name] for name in fmt.buffer_names))
         live = entry(state, prefix, "live") if prefix + "live" in state else None
         check_buffers(cached, length, live)
+        if SKIPPED_NAME in buffers:
+            skip(cached, length if live is None else int(live))
         return cls(cached, length, live)
 
     @classmethod

@@ -215,6 +215,10 @@ class Tiers(RuleBasedStateMachine):
                 assert (there <= 1).all()
                 expected = tokens.reads()
                 span = slice(fmt.sink, fmt.sink + packed)
+                if fmt.high.scored:
+                    # kernels are told the same by token
+                    apart = there[:, :, span].bool() | bool(fmt.high.evicting)
+                    assert torch.equal(t.skipped[:, :, :packed], apart.to(torch.uint8))
                 chosen = there[:, :, span].unsqueeze(3).bool()
                 expected[:, :, span] = torch.where(chosen, high.to(t.dtype), expected[:, :, span])
                 expected = (expected / factor(t)).to(t.dtype)

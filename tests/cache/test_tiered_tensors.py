@@ -120,6 +120,10 @@ def test_copies_and_files_hold_both_tiers():
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     assert loaded[0].format == KEY
+    # as files from before it was there, it is made of the positions
+    assert "skipped" not in both[0].to_state()
+    assert both[0].skipped.any()
+    assert torch.equal(loaded[0].skipped, both[0].skipped)
     assert same(numbers(loaded), want)
     assert same(numbers(more(loaded, 50)), numbers(more(both, 50)))
     half = both[1].to(torch.float16)

@@ -19,6 +19,7 @@ from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached, allocate
 from kvmix_kernels.cpu import native
 from kvmix_kernels.errors import CapacityError, FormatError
+from kvmix_kernels.importance import policy_of
 from kvmix_kernels.layout import make_format, make_high, with_high
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.tokens import ops as token_ops
@@ -43,6 +44,15 @@ def formats(high=None, bits=2, axis="token", tile=16, window=8, sink=0, **key):
     fmt = make_format(bits, axis, 16, tile, sink, window, **key)
     value = make_format(bits, "token", 16, tile, sink, window)
     return with_high(fmt, high), with_high(value, high._replace(scored=0, balanced=0))
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where kernels run."""
+
+
+def there(x):
+    """A tensor on their device."""
+    return None if x is None else x.to(DEVICE)
 
 
 class Filled:
@@ -402,6 +412,127 @@ def test_opcheck():
     opcheck(token_ops.dequantize_tiers, (buffers[0], start, 200, cache.formats[0]))
     prompt = cache.queries, None, SCALE, 0.0, *cache.formats
     opcheck(token_ops.pack_tiers, (cache.keys, cache.values, *prompt))
+
+
+BULK = {"axis": "channel", "tile": 32, "sink": 2}
+STEPS = {
+    "kernel for packed tokens, padding": (formats(make_high(25, balanced=True), **BULK), {"hidden": 7}),
+    "its values rotated, a learned sink": (
+        (
+            with_high(make_format(4, "channel", 16, 32, 2, 8), make_high(25, policy="mean")),
+            with_high(
+                make_format(2, "token", layout.WHOLE_HEAD, 32, 2, 8, "byte", symmetric=True, rotation=True),
+                make_high(25, policy="mean")._replace(scored=0),
+            ),
+        ),
+        {"sinks": torch.tensor([1.0, 4.0]), "group": 2},
+    ),
+    "evicted, capped": (formats(make_high(25, evicting=True), **BULK), {"softcap": 20.0}),
+    "any packed tokens, several queries": (formats(make_high(25, bits=4)), {"n": 3, "group": 4}),
+    "a policy that counts nothing": (
+        formats(make_high(25, policy="norm"), **BULK),
+        {"added": True, "hidden": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_kernels_for_both_tiers_are_the_plain_ops(case, monkeypatch):
+    from kvmix_kernels import triton
+    from kvmix_kernels.tokens import attend
+    from kvmix_kernels.triton import tiers
+
+    both, more = STEPS[case]
+    hidden, n, softcap, sinks = (more.get(x) for x in ("hidden", "n", "softcap", "sinks"))
+    cache = Filled(both, B=1 + bool(hidden), Hkv=1, group=more.get("group", 1))
+    cache.step(76, causal(0, 76, cache.B, hidden or 0), softcap=softcap or 0.0, sinks=sinks)
+    n = n or 1
+    q, k, v = cache.normal(cache.Hq, n), cache.normal(1, n) * cache.spread, cache.normal(1, n)
+    mask = causal(76, n, cache.B, hidden or 0) if hidden or n > 1 or "added" in more else None
+    if "added" in more:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    place = (None, 76) if n > 1 else (torch.tensor(76), cache.capacity)
+    rest = SCALE, softcap or 0.0, sinks
+    want, of_want = attend.attend(q, k, v, cache.k, cache.v, mask, *place, *rest)
+
+    q, k, v, mask, start, sinks = (there(x) for x in (q, k, v, mask, place[0], sinks))
+    caches = [c.map(there) for c in cache.caches]
+
+    def fast():
+        found = tiers.attend_tiers(
+            *(q, k, v, caches[0].tensors, caches[1].tensors, mask, start, place[1], SCALE),
+            *(*cache.formats, softcap or 0.0, sinks),
+        )
+        return [x.cpu() for x in found]
+
+    out, mass = fast()
+    assert out.shape == want.shape
+    assert (out - want).abs().max() < 2e-2
+    assert mass.shape == of_want.shape
+    assert torch.allclose(mass, of_want, rtol=2e-2, atol=1e-3)
+    # what is left is how the kernels of one tier round
+    monkeypatch.setattr(ops, "attend_lse", triton.attend_lse)
+    found = attend.attend(q, k, v, *caches, mask, start, place[1], SCALE, softcap or 0.0, sinks)
+    want, of_want = (x.cpu() for x in found)
+    assert (out - want).abs().max() < 2e-5
+    assert torch.allclose(mass, of_want, rtol=2e-3, atol=1e-6)
+    # nobody skipped counts the tokens of the high tier twice
+    skipped = caches[0].named(layout.SKIPPED_NAME)
+    assert skipped.any()
+    skipped.zero_()
+    assert (fast()[0] - want).abs().max() > 2e-4
+
+
+EXCHANGES = {
+    "accumulated": (formats(make_high(25)), 0),
+    "mean, sinks": (formats(make_high(60, policy="mean", recent=0), sink=3), 0),
+    "faded, padding, no window": (formats(make_high(25, policy="last", recent=100), window=0), 37),
+    "chance, a number of them": (formats(make_high(0, 7, policy="random", balanced=True)), 0),
+    "evicted": (formats(make_high(25, evicting=True)), 0),
+}
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_the_kernel_of_a_step_stores_what_the_plain_ops_store(case, monkeypatch):
+    from kvmix_kernels.tokens import append
+    from kvmix_kernels.triton import tiers
+
+    both, hidden = EXCHANGES[case]
+    # several blocks of slots
+    monkeypatch.setattr(tiers, "EXCHANGED", 16)
+    cache = Filled(both, B=2, Hkv=1, group=1)
+    cache.step(55, causal(0, 55, 2, hidden))
+    kept, other = ([c.map(there) for c in cache.caches] for _ in range(2))
+    other = [c.map(torch.clone) for c in other]
+    first = kept[0].positions.clone()
+    for length in range(55, 67):
+        mask = there(causal(length, 1, 2, hidden)) if hidden else None
+        place = (there(torch.tensor(length)), 67) if length % 2 else (None, length)
+        new = there(cache.normal(1, 1)), there(cache.normal(1, 1))
+        columns = cache.k.positions.shape[2] + cache.k.format.ring + 1
+        # few different numbers: equals stay in their order
+        mass = there(torch.randint(3, (2, 1, columns), generator=cache.generator).float() / 7)
+        mass = mass if policy_of(cache.k.format).decay else None
+        append.append(*kept, *new, mask, *place, None, mass, SCALE, 0.0)
+        tiers.append_tiers_(
+            *(*(c.tensors for c in other), *new, mask, *place, *cache.formats, None, mass, SCALE)
+        )
+        for c, o in zip(kept, other, strict=True):
+            low = len(c.format.low.buffer_names)
+            for name, a, b in zip(c.format.buffer_names, c.tensors, o.tensors, strict=True):
+                high = c.format.buffer_names.index(name) >= low
+                assert torch.equal(a, b) if high else torch.allclose(a.float(), b.float(), atol=1e-5), name
+    assert not torch.equal(first, kept[0].positions)
+    before = other[0].map(torch.clone)
+    full = there(torch.tensor(67))
+    given = (*(c.tensors for c in other), *new, None, full, 67, *cache.formats, None, None, SCALE)
+    if full.is_cuda:
+        tiers.append_tiers_(*given)
+    else:
+        with pytest.raises(CapacityError):
+            tiers.append_tiers_(*given)
+    assert torch.equal(other[0].positions, before.positions)
+    assert torch.equal(other[0].residual, before.residual)
 
 
 def test_too_many_tokens_are_refused_before_anything_is_written():

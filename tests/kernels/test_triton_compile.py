@@ -50,6 +50,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
         allocate(64, 8, D, layout.fixed_tiles(fmt, 8192), layout.fixed_slots(fmt, 8192), fmt, **like).tensors
         for fmt in (k, v)
     ]
+    if case["op"] == "tiers":
+        return _steps_of_tiers(case, (k, v), query, new, mask, start)
     if case["op"] == "attend":
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -76,6 +78,42 @@ def launches(case: dict[str, Any]) -> list[Launch]:
             for fmt in (k, v):
                 storage.quantize_pack(torch.empty(1, 8, 4096, D, **like), None, fmt.encode())
     return found
+
+
+def _steps_of_tiers(
+    case: dict[str, Any],
+    both: tuple[Any, Any],
+    query: torch.Tensor,
+    new: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: torch.Tensor,
+) -> list[Launch]:
+    """Of a step over a cache with a high tier the kernels of its own; with "low" that of the low tier too."""
+    from kvmix_kernels import layout
+    from kvmix_kernels.cached import allocate
+    from kvmix_kernels.tokens import places
+    from kvmix_kernels.triton import attention, configs, storage, tiers
+
+    high = layout.make_high(20, bits=case["high"], balanced=case["capability"] == 90)
+    k, v = (
+        layout.with_high(f, h) for f, h in zip(both, (high, high._replace(scored=0, balanced=0)), strict=True)
+    )
+    D = case["head_dim"]
+    size = layout.fixed_tiles(k, 8192), layout.fixed_slots(k, 8192)
+    caches = [allocate(64, 8, D, *size, f, torch.bfloat16, "meta").tensors for f in (k, v)]
+    formats = k.encode(), v.encode()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        recorded(attention, "attend_kernel") as found,
+        recorded(tiers, "balance_kernel", "high_kernel", "finish_kernel", "exchange_kernel") as own,
+        recorded(storage, "append_kernel"),
+    ):
+        patch.setattr(configs, "gpu_of", lambda _: configs.Gpu(case["gpu"]))
+        patch.setattr(places, "count_of", lambda start, length: start)
+        _, mass = tiers.attend_tiers(query, new, new, *caches, mask, start, 8192, D**-0.5, *formats)
+        if case["high"] == layout.RAW_BITS:
+            tiers.append_tiers_(*caches, new, new, mask, start, 8192, *formats, None, mass, D**-0.5)
+    return [*found, *own] if case.get("low") else own
 
 
 def case(
@@ -161,6 +199,8 @@ CASES = [
     case("attend", 90, "mixkvq", gpu=HOPPER, spills_36=8),
     *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
     case("append_", 90, "kitty"),
+    *(case("tiers", gpu, 2, gpu="default", high=16) for gpu in (80, 100)),
+    case("tiers", 90, 2, gpu=HOPPER, high=16, mask=True, low=True),
 ]
 PROCESSES = max(6, os.cpu_count() or 1)
 """A process that imports torch costs as much as what one case compiles: more only where cores are idle."""

@@ -91,12 +91,14 @@ def test_tiers_that_do_not_fit_a_layer():
 def test_bits_count_codes_positions_and_scores():
     plan = KVPlan.preset("mikv", GEOMETRY)
     # 2 bits and half an element of scales for groups of 32, and a fifth of the tokens at 16 with positions
-    # in keys and values and a score in keys, 4 bytes each
-    assert plan.bits_per_element() == pytest.approx(2 + 32 / 32 + 0.2 * (16 + 8 * (8 + 4) / 2 / 64))
+    # in keys and values and a score in keys, 4 bytes each; of keys a byte that says who is in the tier
+    skipped = 8 / 2 / 64
+    assert plan.bits_per_element() == pytest.approx(2 + 32 / 32 + skipped + 0.2 * (16 + 8 * (8 + 4) / 2 / 64))
     fixed = KVPlan.uniform(GEOMETRY, 2).with_layers("all", token_tier=TokenTier(None, 64))
-    assert fixed.bits_per_element() == 3
+    assert fixed.bits_per_element() == 3 + skipped
     added = fixed.bits_per_element(1056) - KVPlan.uniform(GEOMETRY, 2).bits_per_element(1056)
-    assert added == pytest.approx(64 / 1056 * (16 + 8 * 12 / 2 / 64))
+    packed = fixed.layers[0].formats(64)[0].packed_tiles(1056) * fixed.layers[0].formats(64)[0].tile
+    assert added == pytest.approx(64 / 1056 * (16 + 8 * 12 / 2 / 64) + packed / 1056 * skipped)
 
 
 def test_presets():

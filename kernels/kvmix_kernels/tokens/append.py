@@ -59,12 +59,7 @@ def append(
             f"a high tier is chosen by a prompt that attends to itself, got {query.shape[2]} queries for {n} "
             "tokens: leave the high tier out where attention is across, or hand over no queries"
         )
-    if isinstance(count, int):
-        if start is not None and count + n > length:
-            raise CapacityError.exceeded(n, count, length)
-        for cached in (keys, values):
-            rows, slots = cached.qdata.shape[2], cached.residual.shape[2]
-            layout.check_room(cached.format, rows, slots, count, n)
+    check_room(keys, values, start, length, count, n)
     scores, waiting = keys.named("scores"), keys.named("waiting")
     own = count + torch.arange(n, device=new_keys.device)
     if isinstance(count, int) and count == 0:
@@ -94,12 +89,24 @@ def append(
     if isinstance(end, Tensor) or end > begin:
         _choose(keys, values, stored, new_values, found, mask, count, begin, end)
     _wait(waiting, found, fmt, count)
-    order = () if query is None else (balanced_query(query, keys),)
+    order = None if query is None or not fmt.asks_queries else balanced_query(query, keys)
     ops.append_(
         *(keys.low.tensors, values.low.tensors, stored, new_values, mask, start, length),
         *(keys.low.format.encode(), values.low.format.encode()),
-        *(order if fmt.asks_queries else ()),
+        *(() if order is None else (order,)),
     )
+
+
+def check_room(
+    keys: Cached, values: Cached, start: Tensor | None, length: int, count: Count, more: int
+) -> None:
+    """Raise CapacityError if the host can see that `more` tokens do not fit; arguments as of `append`."""
+    if not isinstance(count, int):
+        return
+    if start is not None and count + more > length:
+        raise CapacityError.exceeded(more, count, length)
+    for cached in (keys, values):
+        layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], count, more)
 
 
 def _balance(keys: Cached, new_keys: Tensor, query: Tensor | None, mask: Tensor | None) -> None:
@@ -157,7 +164,7 @@ def _choose(
     fresh = (positions - count).clamp(0, n - 1)
     pool = torch.cat([keys.named("waiting"), found], 2)
     entering = pool.index_select(2, torch.where(is_old, in_ring, fmt.ring + fresh))
-    places = torch.where(is_old, fmt.sink + in_ring, keys.residual.shape[2] + fresh)
+    raw = torch.where(is_old, fmt.sink + in_ring, keys.residual.shape[2] + fresh)
 
     old = keys.positions
     held = (old >= fmt.sink) & (old < begin)
@@ -184,10 +191,11 @@ def _choose(
     scores = keys.named("scores")
     scores.scatter_(2, slots, torch.where(moves, entering.gather(2, which), scores.gather(2, slots)))
     for cached, new in ((keys, new_keys), (values, new_values)):
-        rows = places.expand(B, H, -1).gather(2, which)
+        rows = raw.expand(B, H, -1).gather(2, which)
         tokens = _rows(torch.cat([cached.residual, new.to(cached.residual.dtype)], 2), rows)
         _exchange(cached.high, tokens, slots, moves)
         cached.positions.copy_(kept)
+    places.skip(keys, count + n)
 
 
 def _exchange(high: Cached, tokens: Tensor, slots: Tensor, moves: Tensor) -> None:

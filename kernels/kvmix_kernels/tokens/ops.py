@@ -1,5 +1,6 @@
-"""The ops over tensors with a high tier: `torch.ops.kvmix.*_tiers`, one implementation for all devices.
+"""The ops over tensors with a high tier: `torch.ops.kvmix.*_tiers`, in PyTorch over the plain ops.
 
+Of CUDA tensors steps of few tokens have kernels, in `kvmix_kernels.triton.tiers`; all else is done here.
 `keys` and `values` are the buffers of `TensorFormat.buffer_names`, those of the high tier included. The plain
 ops take no such format; `dequantize_tiers` is there because `dequantize` is theirs.
 """
@@ -169,6 +170,10 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{ops.NAMESPACE}::{_name}", _fake, lib=_library)
+
+# one device has kernels for a step
+for _name, _implementation in (("append_tiers_", _append_tiers_), ("attend_tiers", _attend_tiers)):
+    _library.impl(_name, ops._on_cuda(_name, "tiers", _implementation), "CUDA")
 
 pack_tiers = torch.ops.kvmix.pack_tiers.default
 append_tiers_ = torch.ops.kvmix.append_tiers_.default

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.layout import TensorFormat
+from kvmix_kernels.layout import SKIPPED_NAME, TensorFormat
 
 Count = Tensor | int
 
@@ -29,6 +29,28 @@ def in_tier(cached: Cached, length: Count) -> Tensor:
     """Which slots hold a token of a tensor of so many, bool [B, H, Q]."""
     positions = cached.positions
     return (positions >= cached.format.sink) & (positions < packed_end(cached.format, length))
+
+
+def nothing_skipped(qdata: Tensor) -> Tensor:
+    """A buffer `skipped` for packed tokens in these rows."""
+    return qdata.new_zeros(qdata.shape[:3], dtype=torch.uint8)
+
+
+def skip(keys: Cached, length: Count) -> None:
+    """Write down which packed tokens are read from the high tier alone, from the positions in it.
+
+    Nothing but a tile that is packed changes it, so a cache whose end moves back keeps it.
+    """
+    fmt, skipped = keys.format, keys.named(SKIPPED_NAME)
+    assert fmt.high is not None
+    if fmt.high.evicting:
+        skipped.fill_(1)
+        return
+    # one place more, for slots that hold nothing
+    room = skipped.new_zeros(*skipped.shape[:2], skipped.shape[2] + 1)
+    rows = (keys.positions.long() - fmt.sink).masked_fill(~in_tier(keys, length), skipped.shape[2])
+    room.scatter_(2, rows.clamp(max=skipped.shape[2]), 1)
+    skipped.copy_(room[:, :, :-1])
 
 
 def ring_positions(cached: Cached, length: Count) -> tuple[Tensor, Tensor]:

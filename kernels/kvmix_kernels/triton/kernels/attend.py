@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from kvmix_kernels.triton.kernels.bulk import attend_bulk
 from kvmix_kernels.triton.kernels.fields import as_form, packed_end_of, stored
-from kvmix_kernels.triton.kernels.forms import Mask, Places, Scores, Steps
+from kvmix_kernels.triton.kernels.forms import Kept, Mask, Places, Scores, Steps
 from kvmix_kernels.triton.kernels.masks import LOWEST
 from kvmix_kernels.triton.kernels.rest import attend_rest
 
@@ -35,35 +35,40 @@ def nothing(stats_ptr, N: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "length", "new_count", "rows", "query_length", "k_tile", "k_sink", "k_window", "k_ring",
-        "v_tile", "v_sink", "v_window", "v_ring", "bulk_splits", "splits", "column_blocks", "kv_heads",
+        "v_tile", "v_sink", "v_window", "v_ring", "bulk_splits", "splits", "parts", "column_blocks", "kv_heads",
     ]
 )  # fmt: skip
 def attend_kernel(
     query_ptr, new_k_ptr, new_v_ptr, k_buffers, v_buffers, mask_ptr, start_ptr, shifts_ptr, offset_ptr, partial_ptr, stats_ptr,
+    beside,
     query_sb, query_sh, query_sl, new_k_sb, new_k_sh, new_k_sl, new_v_sb, new_v_sh, new_v_sl,
-    k_strides, v_strides, mask_sb, mask_sh, mask_sl, mask_ss,
+    k_strides, v_strides, mask_sb, mask_sh, mask_sl, mask_ss, beside_sizes,
     kv_heads, rows, query_length, length, new_count,
     k_tile, k_sink, k_window, k_ring, v_tile, v_sink, v_window, v_ring,
-    bulk_splits, splits, column_blocks, room, scale, cap,
+    bulk_splits, splits, parts, column_blocks, room, scale, cap,
     BULK: tl.constexpr, ON_DEVICE: tl.constexpr, NEW: tl.constexpr,
     MASK: tl.constexpr, MASK_SHARED: tl.constexpr, CAPPED: tl.constexpr,
     K_FORM: tl.constexpr, V_FORM: tl.constexpr, REST_PACKED: tl.constexpr, N: tl.constexpr,
     BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
     PART: tl.constexpr, SINGLE: tl.constexpr, V_ALIGN: tl.constexpr, BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr, REST_STAGES: tl.constexpr, REST_DTYPE: tl.constexpr, REST_PRECISION: tl.constexpr,
-    PORTABLE: tl.constexpr, EARLY: tl.constexpr,
+    PORTABLE: tl.constexpr, EARLY: tl.constexpr, SKIP: tl.constexpr = False, KEPT: tl.constexpr = False,
 ):  # fmt: skip
     """Partial attention of one share of the tokens, for N query rows of one KV head.
 
     Grid: bulk splits, fastest, x column blocks x KV heads x batch, and behind all of these the other
     splits likewise: short programs last, or they would delay long ones. Writes
-    partial [batch * heads, column blocks, splits, N, DV] and stats [.., splits, 2, N]. EARLY: once all
-    programs have started, `combine_kernel` may take its place beside them.
+    partial [batch * heads, column blocks, parts, N, DV] and stats [.., parts, 2, N], the first `splits` of the
+    parts. EARLY: once all programs have started, the next kernel may take its place beside them.
+
+    Beside a high tier: SKIP leaves packed tokens out that are in it; KEPT stores weights of raw tokens behind the
+    packed ones, as `Kept`. `beside`: bytes of packed tokens, weights, maxima; `beside_sizes`: strides of the first
+    (batch, head), of the others first and count of a head.
     """
     K: tl.constexpr = as_form(K_FORM)
     V: tl.constexpr = as_form(V_FORM)
     K_GROUP: tl.constexpr = K.GROUP
-    S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED)
+    S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED, SKIP, False, KEPT)
     P: tl.constexpr = Steps(
         BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE, NO_PAGES
     )
@@ -84,7 +89,7 @@ def attend_kernel(
     live = length
     if ON_DEVICE:
         live = tl.minimum(tl.load(start_ptr).to(tl.int32), length)
-    place = owner.to(tl.int64) * splits + split
+    place = owner.to(tl.int64) * parts + split
     partial_ptr += place * (N * V.D)
     stats_ptr += place * (2 * N)
 
@@ -101,7 +106,10 @@ def attend_kernel(
             mask_at = (column // query_length - block * N // query_length) * mask_sh
             mask_at += (column % query_length - block * N % query_length) * mask_sl
 
-    mask = Mask(mask_ptr, mask_at, mask_ss, column_ok)
+    skip_ptr = beside[0]
+    if SKIP:
+        skip_ptr += batch * beside_sizes[0] + head * beside_sizes[1]
+    mask = Mask(mask_ptr, mask_at, mask_ss, column_ok, skip_ptr)
     k = stored(k_buffers, k_strides, batch, head, k_tile)
     v = stored(v_buffers, v_strides, batch, head, v_tile)
     k_end = packed_end_of(live, k_tile, k_sink, k_window)
@@ -136,12 +144,17 @@ def attend_kernel(
         share = (count + splits - bulk_splits - 1) // (splits - bulk_splits)
         share = (share + REST_TOKENS - 1) // REST_TOKENS * REST_TOKENS
         first = (split - bulk_splits) * share
+        kept = Kept(beside[1], beside[2], 0, rows)
+        if KEPT:
+            weights = (owner.to(tl.int64) * beside_sizes[3] + beside_sizes[2]) * rows
+            tops = (owner.to(tl.int64) * beside_sizes[5] + beside_sizes[4]) * N
+            kept = Kept(beside[1] + weights, beside[2] + tops, k_end - bulk_tokens, rows)
         if first >= count:
             nothing(stats_ptr, N)
         else:
             attend_rest(
                 query_ptr, k, v, Places(live, k_end, k_sink, k_ring), Places(live, v_end, v_sink, v_ring),
-                new_k_ptr, new_v_ptr, new_k_sl, new_v_sl, mask, partial_ptr, stats_ptr,
+                new_k_ptr, new_v_ptr, new_k_sl, new_v_sl, mask, k, kept, partial_ptr, stats_ptr,
                 first, tl.minimum(first + share, count), bulk_begin, bulk_tokens, scale, cap, K, V, S, N,
                 NEW, REST_PACKED, REST_TOKENS, REST_STAGES, REST_DTYPE, REST_PRECISION,
             )  # fmt: skip

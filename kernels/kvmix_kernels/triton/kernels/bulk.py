@@ -204,6 +204,16 @@ def _unhidden(score, mask, pages, first_position, token, S: tl.constexpr, PAGE: 
 
 
 @triton.jit
+def _unskipped(score, skip_ptr, first, TOKENS: tl.constexpr):
+    """Scores of the tokens from row `first` on, a multiple of 4, without those that are skipped."""
+    token = tl.arange(0, TOKENS)
+    # bytes by words, which are copied asynchronously; each token its own, for a join beside bytes of a mask makes
+    # Triton 3.6 lay out operands for 4-bit numbers
+    four = tl.load((skip_ptr + first).to(tl.pointer_type(tl.int32), bitcast=True) + token // 4)
+    return tl.where((((four >> (token % 4 * 8)) & 0xFF) == 0)[:, None], score, -float("inf"))
+
+
+@triton.jit
 def _sweep(
     k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
     asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
@@ -317,6 +327,8 @@ def _sweep(
             if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
+            if S.SKIP:
+                score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
@@ -327,6 +339,8 @@ def _sweep(
                 score = capped(score, cap)
             if MASKED:
                 score = _unhidden(score, mask, pages, first_position, first + token, S, P.PAGE)
+            if S.SKIP:
+                score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
             new_top = tl.maximum(top, tl.max(score, 0) - headroom)

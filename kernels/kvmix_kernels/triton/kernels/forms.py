@@ -79,20 +79,58 @@ class Places(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The mask of one row and head: pointer, offset of each column from the first, stride of tokens, columns in use."""
+    """The mask of one row and head.
+
+    Pointer, offset of each column from the first, stride of tokens, columns in use; skip: bytes of the head's
+    packed tokens, 0 for those that count.
+    """
 
     ptr: Any
     at: Any
     stride: Any
     column_ok: Any
+    skip: Any
 
 
 class Scores(NamedTuple):
-    """What happens to scores. KIND: 0 no mask, 1 a boolean one, 2 an additive one; SHARED: all columns have the same."""
+    """What happens to scores.
+
+    KIND: 0 no mask, 1 a boolean one, 2 an additive one; SHARED: all columns have the same; SKIP: whether packed
+    tokens can be skipped; PLACED: tokens are slots of a high tier; KEPT: weights are stored.
+    """
 
     KIND: Any
     SHARED: Any
     CAPPED: Any
+    SKIP: Any
+    PLACED: Any
+    KEPT: Any
+
+
+class Slots(NamedTuple):
+    """Slots of a high tier that a program takes: one step of them out of `splits`, from the `split`-th on.
+
+    positions: of the tokens in them; count: slots; sink, end: which positions are those of tokens.
+    """
+
+    positions: Any
+    count: Any
+    split: Any
+    splits: Any
+    sink: Any
+    end: Any
+
+
+class Kept(NamedTuple):
+    """Where weights of a head's tokens go, in half precision, and what they are relative to.
+
+    weights: [tokens, rows], from token `first` on; tops: the running maximum of each step, [steps, N].
+    """
+
+    weights: Any
+    tops: Any
+    first: Any
+    rows: Any
 
 
 class Steps(NamedTuple):

@@ -32,6 +32,45 @@ def _summed(
     return out
 
 
+@triton.jit
+def merge_row(
+    pid, partial_ptr, stats_ptr, out_ptr, sums_ptr, sinks_ptr, bulk_splits, splits, column_blocks, rows, kv_heads, query_length,
+    SINKS: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """What a program of `combine_kernel` does; `pid` is its number, of 64 bits."""
+    row = pid % rows
+    first = (pid // rows * column_blocks + row // N) * splits
+    column = row % N
+    stats_ptr += first * (2 * N) + column
+    partial_ptr += first * (N * DV) + column * DV
+    split = tl.arange(0, MAX_SPLITS)
+    channel = tl.arange(0, CHANNELS)
+    tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
+    totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
+    top = tl.max(tops, 0)
+    if SINKS:
+        head = pid // rows % kv_heads * (rows // query_length) + row // query_length
+        sink = tl.load(sinks_ptr + head).to(tl.float32)
+        if MASK != 2:
+            sink *= LOG2E
+        top = tl.maximum(top, sink)
+    total = tl.sum(exp(tops - top, MASK) * totals, 0)
+    if SINKS:
+        total += exp(sink - top, MASK)
+    if ROTATED:
+        turned = _summed(partial_ptr, stats_ptr, 0, bulk_splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
+        out = _summed(partial_ptr, stats_ptr, bulk_splits, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
+        out += rotate(turned, DV, 0)
+    else:
+        out = _summed(partial_ptr, stats_ptr, 0, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
+    out = out / tl.where(total == 0.0, 1.0, total)
+    if SUMS:
+        tl.store(sums_ptr + pid * 2, top)
+        tl.store(sums_ptr + pid * 2 + 1, total)
+    tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)
+
+
 @triton.jit(do_not_specialize=["bulk_splits", "splits", "column_blocks", "rows", "kv_heads", "query_length"])
 def combine_kernel(
     partial_ptr,
@@ -65,36 +104,10 @@ def combine_kernel(
     `attend_kernel` ends, and waits for it. SUMS: m and the sum of weights against it, a sink's included, are
     stored as well, as [batch * heads, rows, 2].
     """
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid % rows
-    first = (pid // rows * column_blocks + row // N) * splits
-    column = row % N
-    stats_ptr += first * (2 * N) + column
-    partial_ptr += first * (N * DV) + column * DV
-    split = tl.arange(0, MAX_SPLITS)
-    channel = tl.arange(0, CHANNELS)
     if EARLY:
         gdc_wait()
-    tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
-    totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
-    top = tl.max(tops, 0)
-    if SINKS:
-        head = pid // rows % kv_heads * (rows // query_length) + row // query_length
-        sink = tl.load(sinks_ptr + head).to(tl.float32)
-        if MASK != 2:
-            sink *= LOG2E
-        top = tl.maximum(top, sink)
-    total = tl.sum(exp(tops - top, MASK) * totals, 0)
-    if SINKS:
-        total += exp(sink - top, MASK)
-    if ROTATED:
-        turned = _summed(partial_ptr, stats_ptr, 0, bulk_splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
-        out = _summed(partial_ptr, stats_ptr, bulk_splits, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
-        out += rotate(turned, DV, 0)
-    else:
-        out = _summed(partial_ptr, stats_ptr, 0, splits, top, channel, MASK, N, DV, CHANNELS, CHUNK)
-    out = out / tl.where(total == 0.0, 1.0, total)
-    if SUMS:
-        tl.store(sums_ptr + pid * 2, top)
-        tl.store(sums_ptr + pid * 2 + 1, total)
-    tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)
+    merge_row(
+        tl.program_id(0).to(tl.int64), partial_ptr, stats_ptr, out_ptr, sums_ptr, sinks_ptr,
+        bulk_splits, splits, column_blocks, rows, kv_heads, query_length,
+        SINKS, MASK, N, DV, CHANNELS, MAX_SPLITS, CHUNK, ROTATED, SUMS,
+    )  # fmt: skip

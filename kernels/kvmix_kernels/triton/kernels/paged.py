@@ -236,11 +236,11 @@ def decode_kernel(
                 table, tl.where(split == 0, sink, 0), head, k_buffers, k_strides, v_buffers, v_strides
             )
             if BULK:
-                S: tl.constexpr = Scores(NO_MASK, SHARED, CAPPED)
+                S: tl.constexpr = Scores(NO_MASK, SHARED, CAPPED, False, False, False)
                 P: tl.constexpr = Steps(
                     TOKENS, SPREAD, PART, SINGLE, K_GROUP, STAGES, BULK_PRECISION, PORTABLE, PAGE
                 )
-                mask = Mask(query_ptr, column, 0, column_ok)
+                mask = Mask(query_ptr, column, 0, column_ok, query_ptr)
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (scratch * N)
                 attend_bulk(
                     query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + room * N, partial_ptr, stats_ptr,

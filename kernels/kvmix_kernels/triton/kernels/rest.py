@@ -38,13 +38,14 @@ def _by_tile(
 
 @triton.jit
 def attend_rest(
-    query_ptr, k, v, k_places, v_places, new_k_ptr, new_v_ptr, new_k_stride, new_v_stride, mask, partial_ptr,
+    query_ptr, k, v, k_places, v_places, new_k_ptr, new_v_ptr, new_k_stride, new_v_stride, mask, slots, kept, partial_ptr,
     stats_ptr, begin, end, gap_at, gap, scale, cap, K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     NEW: tl.constexpr, PACKED: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tokens begin..end-1 of those outside the bulk; token i is at position i, or i + gap behind gap_at.
 
+    Of a high tier they are turns, and tokens those of its `slots`.
     `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`. Packed tokens whose channels are not
     the model's are multiplied with queries turned likewise, and summed by themselves.
     """
@@ -74,9 +75,22 @@ def attend_rest(
     out = tl.zeros([V.DP, N], tl.float32)
     turned = tl.zeros([V.DP, N], tl.float32)
     for first in tl.range(begin, end, TOKENS, num_stages=STAGES):
-        index = first + token
-        ok = index < end
-        position = tl.where(index < gap_at, index, index + gap)
+        step = first
+        if S.PLACED:
+            # what is empty is mostly behind: all programs get some of it
+            step = first * slots.splits + slots.split * TOKENS
+        index = step + token
+        if S.PLACED:
+            position = index
+            seen_at = tl.load(slots.positions + index, mask=index < slots.count, other=-1)
+            ok = (seen_at >= slots.sink) & (seen_at < slots.end)
+        else:
+            ok = index < end
+            position = tl.where(index < gap_at, index, index + gap)
+            seen_at = position
+            if S.SKIP and PACKED:
+                low = ok & (position >= k_places.sink) & (position < k_places.end)
+                ok = ok & (tl.load(mask.skip + (position - k_places.sink), mask=low, other=0) == 0)
         key = stored_values(
             k, new_k_ptr, new_k_stride, position[:, None], channel[None, :],
             ok[:, None] & (channel < K.D)[None, :], k_places, K, NEW, PACKED and not K_APART, DTYPE,
@@ -101,12 +115,26 @@ def attend_rest(
         score = score * scale
         if S.CAPPED:
             score = capped(score, cap)
-        score = under_mask(score, mask, position, ok, S)
+        score = under_mask(score, mask, seen_at, ok, S)
         new_top = tl.maximum(top, tl.max(score, 0))
         fade = exp(top - new_top, S.KIND)
         weight = exp(score - new_top[None, :], S.KIND)
         total = total * fade + tl.sum(weight, 0)
         top = new_top
+        if S.KEPT:
+            column = tl.arange(0, N)
+            at = index - kept.first
+            inside = at >= 0
+            if S.PLACED:
+                inside &= index < slots.count
+            else:
+                inside &= index < end
+            tl.store(
+                kept.weights + at[:, None] * kept.rows + column[None, :],
+                weight.to(tl.float16),
+                mask=inside[:, None] & (column < kept.rows)[None, :],
+            )
+            tl.store(kept.tops + step // TOKENS * N + column, top)
         out = tl.dot(value, weight.to(DTYPE), out * fade[None, :], input_precision=PRECISION)
         if V_APART:
             packed = ok & (position >= v_places.sink) & (position < v_places.end)
