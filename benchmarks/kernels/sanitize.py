@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.kernels.append import equal_to_the_reference, step_arguments
 from benchmarks.kernels.decode_attention import formats
+from benchmarks.kernels.token_tiers import wrong as wrong_in_tiers
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.paged import attend as by_pages
@@ -56,6 +57,9 @@ TIERS = (
 
 PAGED = ("k2v2 g128", "k4v2 g32", "k3v3 g128", "tiers 25/75 tile_keys")
 """Formats of pages, of heads of 128 channels."""
+
+TIERED = ("b2 h2x4 n900 d128", "b1 h2x8 n400 d128")
+"""Cases of steps over tiers of tokens: attention with what tokens got, append, the exchange of a tile."""
 
 STEPS = ((131, 3, 0), (1, 300, 40), (1, 1, 1), (90, 1, 1))
 """Tokens of each of three sequences in one step after another."""
@@ -197,14 +201,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--form", type=int, action="append", help="place in FORMS, TIERS and PAGED; repeatable; default: all"
+        "--form", type=int, action="append", help="number of a form; repeatable; default: all"
     )
     parser.add_argument(
         "--tools", action="store_true", help="all forms, under each tool of compute-sanitizer"
     )
     options = parser.parse_args()
     if options.tools:
-        return under_tools(len(FORMS) + len(TIERS) + len(PAGED))
+        return under_tools(len(FORMS) + len(TIERS) + len(PAGED) + len(TIERED))
     chosen = options.form
     torch.manual_seed(0)
     failed = 0
@@ -231,6 +235,11 @@ def main() -> int:
             wrong = check_pages(name)
             failed += bool(wrong)
             print(f"pages {name}: {', '.join(wrong) or 'right'}", flush=True)
+    for index, name in enumerate(TIERED, len(forms) + len(PAGED)):
+        if not chosen or index in chosen:
+            wrong = list(wrong_in_tiers(Case.parse(name)))
+            failed += bool(wrong)
+            print(f"tiers of tokens {name}: {', '.join(wrong) or 'right'}", flush=True)
     torch.cuda.synchronize()
     return int(failed > 0)
 

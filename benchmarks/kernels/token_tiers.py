@@ -128,7 +128,7 @@ class Step:
                 start,
             ),
             *(length, self.scale, both[0].format.encode(), both[1].format.encode()),
-            config=(tiers.FEW if self.case.batch * self.case.heads <= configs.FEW_HEADS else tiers.MANY)
+            config=(tiers.FEW if self.case.batch * self.case.heads <= tiers.FEW_HEADS else tiers.MANY)
             if high
             else None,
         )

@@ -39,11 +39,16 @@ from kvmix_kernels.triton.launch_plan import (
 )
 from kvmix_kernels.triton.storage import valid_row
 
-FEW, MANY = (configs.AttendConfig(warps=4, programs=n, rest_tokens=64, rest_stages=5) for n in (264, 1056))
-"""Of the kernel that reads the high tier, for few KV heads of all sequences and for many. Not measured yet.
+FEW, MANY = (
+    configs.AttendConfig(warps=4, programs=programs, rest_tokens=64, rest_stages=stages)
+    for programs, stages in ((528, 3), (264, 5))
+)
+"""Of the kernel that reads the high tier, for at most `FEW_HEADS` KV heads of all sequences and for more.
 
 Which tokens it reads comes from positions, which are a step ahead of them: of five stages two are of tokens.
 """
+
+FEW_HEADS = 32
 
 BLOCK = 256
 """Tokens whose attention a warp sums up."""
@@ -226,6 +231,6 @@ def _high_plan(
     heads, slots = B * Hkv, keys.residual.shape[2] if keys.format.is_raw else keys.qdata.shape[2]
     half = step.query.dtype in (torch.float16, torch.bfloat16)
     alike = {keys.residual.dtype, values.residual.dtype} == {step.query.dtype} and not fields.INTERPRET
-    config = config or (FEW if heads <= configs.FEW_HEADS else MANY)
+    config = config or (FEW if heads <= FEW_HEADS else MANY)
     one = Step(heads, Hq // Hkv * Lq, D, values.head_dim, slots, 0, True, half, alike)
     return attend_plan(keys.format, values.format, one, configs.gpu_of(step.query), config)

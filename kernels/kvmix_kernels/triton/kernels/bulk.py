@@ -46,7 +46,16 @@ from kvmix_kernels.triton.kernels.fields import (
     word_at,
     words_per_token,
 )
-from kvmix_kernels.triton.kernels.masks import LN2, LOWEST, MAX_LOOK, capped, exp, reach, under_mask
+from kvmix_kernels.triton.kernels.masks import (
+    LN2,
+    LOWEST,
+    MAX_LOOK,
+    capped,
+    exp,
+    reach,
+    rounded_product,
+    under_mask,
+)
 
 TINY = tl.constexpr(1e-30)
 
@@ -500,7 +509,7 @@ def _store_digit(
             else:
                 out = tl.where((f * CHANNELS + column < g * X.GROUP)[:, None], out, summed)
         if SPREAD > 1:
-            out = tl.sum(tl.reshape(out * share[None, :], [WIDTH, SPREAD, ROWS]), 1)
+            out = tl.sum(tl.reshape(rounded_product(out, share[None, :]), [WIDTH, SPREAD, ROWS]), 1)
             ok = (column < CHANNELS)[:, None]
         else:
             ok = (column < CHANNELS)[:, None] & column_ok[None, :]
@@ -670,7 +679,7 @@ def attend_bulk(
     if SPREAD > 1:
         whole_top = tl.max(tl.reshape(top, [SPREAD, ROWS]), 0)
         share = exp(tl.reshape(top, [SPREAD, ROWS]) - whole_top[None, :], S.KIND)
-        sums = tl.sum(tl.reshape(sums, [SPREAD, ROWS]) * share, 0)
+        sums = tl.sum(rounded_product(tl.reshape(sums, [SPREAD, ROWS]), share), 0)
         share = tl.reshape(share, [N])
         top = whole_top
     unit = 16777216.0

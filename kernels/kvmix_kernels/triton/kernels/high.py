@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels.triton.kernels.fields import as_form, packed_end_of, stored
 from kvmix_kernels.triton.kernels.forms import Kept, Mask, Places, Scores, Slots
-from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp
+from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp, rounded_product
 from kvmix_kernels.triton.kernels.merge import merge_row
 from kvmix_kernels.triton.kernels.rest import attend_rest
 
@@ -121,7 +121,7 @@ def _mass(
     seen = ok[:, None] & (row < rows)[None, :]
     weight = tl.load(weights_ptr + token[:, None] * rows + row[None, :], mask=seen, other=0.0).to(tl.float32)
     was = tl.load(tops_ptr + step[:, None] * N + row[None, :], mask=seen, other=LOWEST)
-    return tl.sum(weight * exp(was - top[None, :], MASK) * factor[None, :], 1)
+    return tl.sum(rounded_product(weight * exp(was - top[None, :], MASK), factor[None, :]), 1)
 
 
 @triton.jit(
@@ -171,7 +171,7 @@ def finish_kernel(
             if MASK != 2:
                 learned *= LOG2E
             top = tl.maximum(top, learned)
-        total = tl.sum(exp(tops - top[None, :], MASK) * totals, 0)
+        total = tl.sum(rounded_product(totals, exp(tops - top[None, :], MASK)), 0)
         if SINKS:
             total += exp(learned - top, MASK)
         factor = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))

@@ -16,6 +16,13 @@ MAX_LOOK = tl.constexpr(128)
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x * y, rounded. A plain product that is added to the one of another lane is contracted: each lane with its
+    own, so lanes that hold the same sum would differ in its last bit."""
+    return tl.fma(x, tl.broadcast_to(y, x.shape), tl.zeros_like(x))
+
+
+@triton.jit
 def exp(x, KIND: tl.constexpr):
     """exp of scores under a mask of this kind."""
     # an additive mask may hold the lowest finite number, which must not be scaled: scores then
