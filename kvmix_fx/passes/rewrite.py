@@ -36,7 +36,7 @@ from kvmix_fx.passes.sites import (
     Update,
 )
 from kvmix_fx.passes.sizes import size_evaluator
-from kvmix_fx.runtime.boundary import Adopted, Grown, Plain, PlainCache, Recipe
+from kvmix_fx.runtime.boundary import Adopted, Counted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.tokens import ops as token_ops
@@ -171,6 +171,11 @@ class _Rewriter:
             {index[base]: size_evaluator(self.extra.get(base, 0), self.values) for base in self.packed},
             {index[base]: len(b) + (base in self.counters) for base, b in self.buffers.items()},
             {index[base] for base in self.counters},
+            frozenset(
+                i
+                for i, node in enumerate(n for n in self.graph.nodes if n.op == "placeholder")
+                if not node.users and dynamo.is_symbolic(example(node))
+            ),
             outputs,
             [index[base] for base in self.extra if self.packed[base].is_fixed],
             live_output,
@@ -389,9 +394,9 @@ class _Rewriter:
         with self.graph.inserting_before(site.call.node):
             return (self.graph.get_attr(name),)
 
-    def _outputs(self) -> tuple[list[Grown | Adopted | Plain], int | None]:
+    def _outputs(self) -> tuple[list[Grown | Adopted | Plain | Counted], int | None]:
         flat: list[Any] = []
-        recipes: list[Grown | Adopted | Plain] = []
+        recipes: list[Grown | Adopted | Plain | Counted] = []
         index = {node: i for i, node in enumerate(self.inputs)}
         for value in self.output.args[0]:  # type: ignore[union-attr]
             if value in self.grown:
@@ -402,6 +407,10 @@ class _Rewriter:
                 length = size_evaluator(example(value).shape[2], self.values)
                 recipes.append(Adopted(len(flat), length, fmt))
                 flat.extend(items)
+            elif isinstance(value, fx.Node) and dynamo.is_symbolic(example(value)):
+                # a recording would give back the number it was made with
+                recipes.append(Counted(size_evaluator(example(value), self.values)))
+                self.dead.append(value)
             else:
                 recipes.append(Plain(len(flat)))
                 flat.append(value)

@@ -23,6 +23,13 @@ def size_evaluator(size: Any, values: Sequence[Any]) -> Size:
     readers = {symbol: _reader(symbol, values) for symbol in expression.free_symbols}
     if expression.is_Symbol:
         return readers[expression]
+    if len(readers) == 1:
+        [(symbol, read)] = readers.items()
+        more = expression - symbol
+        if more.is_number:
+            # a step counts so: without sympy at each one
+            number = int(more)
+            return lambda args: read(args) + number
     return lambda args: int(expression.xreplace({s: read(args) for s, read in readers.items()}))
 
 

@@ -52,6 +52,13 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """A graph output that is a number known from the inputs: what a layer counts on the host."""
+
+    value: Size
+
+
+@dataclass(frozen=True)
 class PlainCache:
     """Input indices of plain fixed buffers, their formats once packed, and the keys' order of channels."""
 
@@ -68,6 +75,7 @@ class Recipe:
     inputs: number of original inputs. packed: original input index -> number of tokens the graph appends.
     buffers: likewise -> number of buffers that stand in its place. counted: those of fixed capacity whose
     counter stands behind their buffers, for the graph reads them and does not know their length by then.
+    unread: inputs of the rewriting that are numbers and that nothing in it reads.
     outputs: one entry per original output. fixed: inputs of fixed capacity that are written.
     live_output: flat output that holds the new token count of fixed caches. plain: buffers that may be
     packed after the step. peaks: flat output with the largest elements of tensors that are packed for the
@@ -78,7 +86,8 @@ class Recipe:
     packed: dict[int, Size]
     buffers: dict[int, int]
     counted: set[int]
-    outputs: list[Grown | Adopted | Plain]
+    unread: frozenset[int]
+    outputs: list[Grown | Adopted | Plain | Counted]
     fixed: list[int]
     live_output: int | None
     plain: list[PlainCache]
@@ -109,7 +118,9 @@ class Boundary:
             widens: whether somebody traces the graph anew when scales turn out to have too small a range.
         """
         # `again` gives outputs back as they are
-        self._note = note if all(isinstance(output, Plain) for output in recipe.outputs) else None
+        self._note = note if all(isinstance(output, Plain | Counted) for output in recipe.outputs) else None
+        self._unread = recipe.unread
+        self._counts = sum(isinstance(output, Counted) for output in recipe.outputs)
         self._inner = inner
         self._model = model
         self._plain = list(recipe.plain)
@@ -122,7 +133,9 @@ class Boundary:
         self._step: Callable[..., Any] = self._run
         if record is not None:
             buffers = set(places)
-            self._step = Replayed(self._run, lambda i: i in buffers or i >= self._width, record)
+            self._step = Replayed(
+                self._run, lambda i: i in buffers or i >= self._width, record, recipe.unread
+            )
         self._outputs = recipe.outputs
         self._peaks, self._ranged, self._widens = recipe.peaks, recipe.ranged, widens
 
@@ -157,7 +170,7 @@ class Boundary:
             self._pack_plain(self._model, args, results[self._live_output])
         outputs = [self._repack(output, args, results, prepared) for output in self._outputs]
         if self._note is not None:
-            self._note(Noted(self._again, flat, outputs))
+            self._note(Noted(self._again, flat, outputs, self._unread, self._counts))
         return outputs
 
     def _check_ranges(self, peaks: list[float]) -> None:
@@ -176,9 +189,12 @@ class Boundary:
         warnings.warn(str(error), NarrowScalesWarning, stacklevel=2)
 
     def _again(self, flat: Sequence[Any]) -> list[Any]:
-        """A step on inputs that have been taken apart, which those of a fixed cache are once and for all."""
+        """A step on inputs that have been taken apart, which those of a fixed cache are once and for all.
+
+        Who calls this counts tokens himself.
+        """
         results = self._step(*flat)
-        return [results[output.index] for output in self._outputs]
+        return [results[out.index] if isinstance(out, Plain) else None for out in self._outputs]
 
     def _run(self, *flat: Any) -> Any:
         """The graph on `flat`'s first inputs; the counters behind them get the new number of tokens."""
@@ -189,7 +205,7 @@ class Boundary:
 
     def _repack(
         self,
-        output: Grown | Adopted | Plain,
+        output: Grown | Adopted | Plain | Counted,
         args: Arguments,
         results: Sequence[Any],
         prepared: dict[int, tuple[Cached, Any, int]],
@@ -200,7 +216,7 @@ class Boundary:
         if isinstance(output, Adopted):
             buffers = results[output.first : output.first + len(output.format.buffer_names)]
             return QuantizedKVTensor(Cached(output.format, tuple(buffers)), output.length(args))
-        return results[output.index]
+        return output.value(args) if isinstance(output, Counted) else results[output.index]
 
     def _pack_plain(self, model: torch.nn.Module, args: Arguments, end: torch.Tensor) -> None:
         """Exchange plain buffers of the model for packed ones; afterwards they are packed inputs."""

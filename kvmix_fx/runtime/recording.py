@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,17 +60,25 @@ class Replayed:
     all others of equal shape; any other call runs as usual. Outputs are copies: they outlive the next step.
     """
 
-    def __init__(self, run: Run, pinned: Callable[[int], bool], record: Record = record_cuda) -> None:
+    def __init__(
+        self,
+        run: Run,
+        pinned: Callable[[int], bool],
+        record: Record = record_cuda,
+        unread: Collection[int] = (),
+    ) -> None:
         """Start without recordings.
 
         Args:
             run: a step; does its work on the current stream without waiting for the device.
             pinned: whether an input index belongs to the cache, which is never copied.
             record: how to record; tests on machines without a GPU give their own.
+            unread: input indices of numbers that `run` does not read, so that any will do.
         """
         self._run = run
         self._pinned = pinned
         self._record = record
+        self._unread = unread
         self._entries: list[_Entry] = []
         self._last: Sequence[Any] | None = None
         self._given_up = False
@@ -110,13 +118,13 @@ class Replayed:
             self._given_up = True
             return results
         self._entries = [entry for entry in self._entries if entry.alive()][: MAX_ENTRIES - 1]
-        self._entries.insert(0, _Entry(recording, own, fixed, written))
+        self._entries.insert(0, _Entry(recording, own, fixed, written, self._unread))
         return results
 
     def _repeats(self, last: Sequence[Any], inputs: Sequence[Any]) -> bool:
         """Whether both calls used the same cache in the same way."""
         return len(last) == len(inputs) and all(
-            a() is b if self._pinned(i) else same_form(a, b)
+            a() is b if self._pinned(i) else i in self._unread or same_form(a, b)
             for i, (a, b) in enumerate(zip(last, inputs, strict=True))
         )
 
@@ -135,7 +143,12 @@ class _Entry:
     """One recording, and which inputs it serves."""
 
     def __init__(
-        self, recording: Recording, own: Sequence[Any], fixed: Sequence[bool], written: Sequence[int]
+        self,
+        recording: Recording,
+        own: Sequence[Any],
+        fixed: Sequence[bool],
+        written: Sequence[int],
+        unread: Collection[int],
     ) -> None:
         self._recording: Recording | None = recording
         places = list(enumerate(zip(own, fixed, strict=True)))
@@ -144,7 +157,7 @@ class _Entry:
         self._fixed = [weakref.ref(own[i]) for i in self._places]
         self._addresses = [own[i].data_ptr() for i in self._places]
         self._moving = [(i, x) for i, (x, same) in places if isinstance(x, Tensor) and not same]
-        self._constants = [(i, x) for i, x in enumerate(own) if not isinstance(x, Tensor)]
+        self._constants = [(i, x) for i, x in enumerate(own) if not isinstance(x, Tensor) and i not in unread]
         self._written = [(i, own[i]) for i in written]
         self._count = len(own)
         inputs = {id(x): i for i, x in enumerate(own) if isinstance(x, Tensor)}

@@ -10,11 +10,13 @@ from torch import Tensor
 def same_object(a: Any, b: Any) -> bool:
     """Whether `b` can take the place of `a` without anybody asking what is inside it.
 
-    Tensors: of one shape, dtype and device. All else: the very same object, because equal caches or
-    configs may behave differently.
+    Tensors: of one shape, dtype and device. Dicts, as of masks: of the same keys and such values. All else:
+    the very same object, because equal caches or configs may behave differently.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    if type(a) is dict and type(b) is dict:
+        return a.keys() == b.keys() and all(same_object(x, b[key]) for key, x in a.items())
     return a is b
 
 

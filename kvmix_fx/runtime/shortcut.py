@@ -3,13 +3,13 @@
 Guards find out whether the model, its settings and its inputs are still what a graph was compiled for. With
 32 layers that takes over a millisecond, in which the GPU waits. Within one generate() call only the inputs
 change, so from the third decode step on they are all that is compared: every argument must be the very object
-of the step before, or a tensor of the same shape, dtype and device, which is handed on.
+of the step before, or a tensor of the same shape, dtype and device, which is handed on, or a dict of such.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,11 +20,17 @@ from kvmix_fx.runtime.same import same_object
 
 
 class Noted(NamedTuple):
-    """What a graph was called with and gave back, and the way to call it again."""
+    """What a graph was called with and gave back, and the way to call it again.
+
+    unread: places of inputs that are numbers and do not matter. counts: outputs that count tokens for
+    somebody; `again` has none of them.
+    """
 
     again: Callable[[Sequence[Any]], Sequence[Any]]
     inputs: Sequence[Any]
     outputs: Sequence[Any]
+    unread: Collection[int] = ()
+    counts: int = 0
 
 
 Note = Callable[[Noted], None]
@@ -49,7 +55,7 @@ class Shortcut(threading.local):
         """Forget everything, and let go of the cache."""
         self._last: Noted | None = None
         self._arguments: dict[str, Any] = {}
-        self._sources: list[tuple[int, str]] = []
+        self._sources: list[tuple[int, tuple[str, ...]]] = []
         self._result: Any = None
         self._fields: list[tuple[str, int]] = []
         self._held: list[tuple[Any, Any, Any]] = []
@@ -63,17 +69,20 @@ class Shortcut(threading.local):
         """Hear of a graph call of this step."""
         self._noted.append(noted)
 
-    def learn(self, arguments: Mapping[str, Any], result: Any, generating: bool) -> None:
-        """After a step that went the long way; only steps of one call of generate() teach anything."""
+    def learn(self, arguments: Mapping[str, Any], result: Any, generating: bool, counts: int = 0) -> None:
+        """After a step that went the long way; only steps of one call of generate() teach anything.
+
+        `counts`: numbers of the cache that whoever takes the short way goes on counting himself.
+        """
         last = self._last
         noted = self._noted[0] if generating and len(self._noted) == 1 else None
         self._noted.clear()
         self.forget()
-        if noted is None or not isinstance(result, dict):
+        if noted is None or noted.counts != counts or not isinstance(result, dict):
             return
         if any(isinstance(value, QuantizedKVTensor) for value in arguments.values()):
             return  # among the inputs there are its buffers, and who brings another one could not tell
-        names = {id(value): name for name, value in arguments.items() if isinstance(value, Tensor)}
+        names = {id(value): path for path, value in _tensors(arguments)}
         places = {id(value): i for i, value in enumerate(noted.outputs) if isinstance(value, Tensor)}
         for name, value in result.items():
             if isinstance(value, Tensor):
@@ -86,7 +95,7 @@ class Shortcut(threading.local):
         self._sources = [(i, names[id(x)]) for i, x in enumerate(noted.inputs) if id(x) in names]
         layers = getattr(given_cache(arguments), "layers", [])
         self._held = [(layer, layer.keys, layer.values) for layer in layers]
-        moving = {i for i, _ in self._sources}
+        moving = {i for i, _ in self._sources} | set(noted.unread)
         self._ready = (
             last is not None
             and last.again == noted.again
@@ -110,11 +119,24 @@ class Shortcut(threading.local):
         """The step, for arguments that it serves."""
         assert self._last is not None
         inputs = list(self._last.inputs)
-        for i, name in self._sources:
-            inputs[i] = _laid_out(arguments[name], inputs[i])
+        for i, path in self._sources:
+            found: Any = arguments
+            for name in path:
+                found = found[name]
+            inputs[i] = _laid_out(found, inputs[i])
         outputs = self._last.again(inputs)
         changed = {name: outputs[place] for name, place in self._fields}
         return type(self._result)(**{name: changed.get(name, value) for name, value in self._result.items()})
+
+
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """The tensors among arguments, and in dicts among them, with the names that lead there."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield (name,), value
+        elif type(value) is dict:
+            for path, inner in _tensors(value):
+                yield (name, *path), inner
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:

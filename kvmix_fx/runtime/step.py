@@ -45,13 +45,15 @@ class Call:
     """One call of a model.
 
     args, kwargs: what the model gets. lane: which way it goes. generating: whether it is a step of a
-    library's own loop, in which nothing but the arguments changes.
+    library's own loop, in which nothing but the arguments changes. counts: numbers of the cache that grow
+    with each step on the host, and that `finish` counts itself after a short one; -1 if none may be short.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool = False) -> None:
         """A call that goes the long way."""
         self.args, self.kwargs, self.generating = args, kwargs, generating
         self.lane = Lane.TRACED
+        self.counts = 0
 
     def finish(self) -> None:
         """What to do after the call has succeeded."""
@@ -252,7 +254,7 @@ class CompiledStep:
             self._check(result)
             # tracing leaves reference cycles that would keep the cache's memory
             gc.collect()
-        self._shortcut.learn(call.kwargs, result, call.generating)
+        self._shortcut.learn(call.kwargs, result, call.generating, call.counts)
         return result
 
     def _with_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,6 +6,8 @@ import gc
 
 import pytest
 import torch
+import transformers
+from transformers.cache_utils import StaticSlidingWindowLayer
 
 import kvmix_fx
 from kvmix_fx import dynamo, parallel
@@ -124,8 +126,9 @@ def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recor
 
 def generate(model, ids, **kwargs):
     out = model.generate(
-        ids, do_sample=False, max_new_tokens=12, output_logits=True, return_dict_in_generate=True, **kwargs
-    )
+        ids, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        **{"max_new_tokens": 12, **kwargs},
+    )  # fmt: skip
     return torch.stack(out.logits), out
 
 
@@ -156,6 +159,45 @@ def test_generate_gets_a_fixed_cache_and_replays_its_steps(on_cpu, monkeypatch):
     assert [graph.replay == "" for graph in report.graphs] == [True]
     assert "replayed as a CUDA graph" in str(report)
     assert cache
+
+
+@pytest.mark.parametrize(("length", "replays"), [(40, [21]), (8, [6, 13])])
+def test_steps_beside_windows_that_stay_plain_are_replayed(on_cpu, monkeypatch, length, replays):
+    """Those count their tokens on the host, as an input and an output of the graph.
+
+    A window that is not full is written by a graph of its own, and no step of that one is short.
+    """
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=16, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
+    ids = torch.randint(1, 60, (2, length))
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24}
+    kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
+    want, _ = generate(model, ids, **settings)
+    guarded = []
+    monkeypatch.setattr(dynamo, "unwrapped", lambda *a, **kw: guarded.append(1) or unwrapped(*a, **kw))
+    kvmix_fx.compile(model, plan)
+    got, out = generate(model, ids, **settings)
+    torch.testing.assert_close(got, want)
+    assert on_cpu.recorded == len(replays)
+    assert on_cpu.replayed == sum(replays)
+    short = replays[-1]
+    assert len(guarded) == 24 - short  # the prompt is traced
+    window = out.past_key_values.layers[0]
+    assert type(window) is StaticSlidingWindowLayer
+    assert window.cumulative_length_int == length + 23
+    # the short steps have counted: the conversation goes on with a prompt, and from another cache
+    more = torch.cat([out.sequences, ids[:, :5]], 1)
+    again, _ = generate(model, more, past_key_values=out.past_key_values)
+    kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
+    _, cache = generate(model, ids, **settings)
+    same, _ = generate(model, more, past_key_values=cache.past_key_values)
+    torch.testing.assert_close(again, same)
 
 
 def test_one_row_without_padding_needs_no_mask(on_cpu):

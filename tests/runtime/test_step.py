@@ -124,6 +124,16 @@ def test_each_step_of_generate_asks_once_and_is_short_from_the_third_token_on(as
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits))
 
 
+def test_no_step_asks_again_whether_windows_are_packed(on_cpu, monkeypatch):
+    """That asks every layer of the plan for its bytes, while the GPU waits."""
+    looked = []
+    whole = kvmix_fx.KVPlan.packs_fixed_windows
+    monkeypatch.setattr(kvmix_fx.KVPlan, "packs_fixed_windows", lambda *a: looked.append(1) or whole(*a))
+    model = kvmix_fx.compile(llama(), PLAN)
+    model.generate(IDS, do_sample=False, max_new_tokens=6)
+    assert len(looked) <= 2
+
+
 def test_a_masked_step_handed_a_cache_of_the_users_is_short_too(asked):
     """Its mask [B, tokens] grows; the lane is chosen when it has been brought to one shape."""
     from kvmix_fx.integrations.transformers import KVMixStaticCache

@@ -119,6 +119,17 @@ def pack_sliding_layers(cache: Cache, plan: KVPlan) -> None:
             cache.layers[i] = KVMixSlidingLayer.over(layer, layer_plan)
 
 
+_EXCHANGED = frozenset(
+    (
+        StaticLayer,
+        StaticSlidingWindowLayer,
+        StaticIndexedLayer,
+        LinearAttentionAndStaticFullAttentionLayer,
+        LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    )
+)
+
+
 def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) -> None:
     """Exchange the plain layers of a StaticCache for packed ones, with the tokens they hold.
 
@@ -127,6 +138,8 @@ def pack_static_layers(cache: Cache, plan: KVPlan, capacity: int | None = None) 
 
     `capacity`: of the cache, in tokens; None if only its layers tell.
     """
+    if _EXCHANGED.isdisjoint(map(type, cache.layers)):
+        return  # in every step but the first
     fixed = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     room = max(fixed, default=0) if capacity is None else capacity
     windows = _exchanges_windows(cache, plan, room, capacity is not None)

@@ -34,7 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from kvmix_fx import dynamo
@@ -63,6 +70,7 @@ from kvmix_fx.integrations.transformers.layers import (
     PromptFirstStaticLayer,
     count_apart,
     fixed_layers,
+    of_kind,
 )
 from kvmix_fx.integrations.transformers.prompts import PlainPrompt
 from kvmix_fx.parallel import check_placement, kv_heads_here
@@ -112,7 +120,7 @@ class TokensCall(Call):
 
     tokens: ids [B, n] or embeddings [B, n, width]. batch, n: the first two sizes. mask_name: the argument
     that hides some of them. cache: the one it is given, if it is a Cache. fixed: its layers of fixed
-    capacity. sliding: its packed layers of a window.
+    capacity. sliding: its packed layers of a window. windows: its plain ones of fixed capacity.
     """
 
     def __init__(
@@ -127,6 +135,7 @@ class TokensCall(Call):
         self.cache: Cache | None = None
         self.fixed: list[PromptFirstStaticLayer] = []
         self.sliding: list[KVMixSlidingLayer] = []
+        self.windows: list[StaticSlidingWindowLayer] = []
         self._grown: list[Grown] = []
         self._updated: dict[int, bool] = {}
 
@@ -156,6 +165,9 @@ class TokensCall(Call):
             raise
         for layer in self.fixed:
             layer.host_length += self.n
+        if self.lane is Lane.SHORT:
+            for plain in self.windows:
+                plain.cumulative_length_int += self.n
         self.release()
 
     def begin(self) -> None:
@@ -224,7 +236,7 @@ class Grown:
     def __init__(self, cache: Cache) -> None:
         """Keep references."""
         self._cache, self._count = cache, len(cache.layers)
-        self._held = [(layer, dict(vars(layer))) for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        self._held = [(layer, dict(vars(layer))) for layer in of_kind(cache.layers, DynamicLayer)]
 
     def restore(self) -> None:
         """Give them back, and forget layers that are new."""
@@ -416,7 +428,7 @@ class TransformersCalls:
         cache = call.own_cache
         if cache is not None:
             pack_sliding_layers(cache, self.plan)
-            call.sliding = [layer for layer in cache.layers if isinstance(layer, KVMixSlidingLayer)]
+            call.sliding = of_kind(cache.layers, KVMixSlidingLayer)
 
     def _fit_mask(self, call: TokensCall) -> None:
         if not call.fixed:
@@ -431,7 +443,14 @@ class TransformersCalls:
             call.mask = _to_capacity(call.mask, call.fixed[0].max_cache_len)
 
     def _choose_lane(self, call: TokensCall) -> None:
-        if call.generating and not call.args and self.shortcut.serves(call.kwargs):
+        if not call.generating or call.args:
+            return
+        if call.own_cache is not None:
+            call.windows = of_kind(call.own_cache.layers, StaticSlidingWindowLayer)
+        # a window that is not full is written by another graph
+        full = all(window.cumulative_length_int >= window.max_cache_len for window in call.windows)
+        call.counts = len(call.windows) if full else -1
+        if full and self.shortcut.serves(call.kwargs):
             call.lane = Lane.SHORT
 
     def _check_plan(self, call: TokensCall) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from kvmix_fx.cache.orders import key_order
 from kvmix_fx.dynamo import mark_dimension
 from kvmix_fx.errors import CacheMutationError
 from kvmix_fx.plan import LayerPlan
+
+OfKind = TypeVar("OfKind")
 
 
 class Prompt(Protocol):
@@ -563,7 +565,13 @@ def count_apart(layers: list[PromptFirstStaticLayer]) -> None:
 
 def fixed_layers(cache: Cache) -> list[PromptFirstStaticLayer]:
     """The layers of a cache that have a fixed capacity of ours, packed or not."""
-    return [layer for layer in cache.layers if isinstance(layer, PromptFirstStaticLayer)]
+    return of_kind(cache.layers, PromptFirstStaticLayer)
+
+
+def of_kind(layers: Sequence[Any], kind: type[OfKind]) -> list[OfKind]:
+    """Those of a class. Every step asks this of every layer, and an abstract class answers in Python."""
+    kinds = {found for found in set(map(type, layers)) if issubclass(found, kind)}
+    return [layer for layer in layers if type(layer) in kinds]
 
 
 def capacity_of(layers: list[Any]) -> int:
