@@ -131,11 +131,11 @@ class Boundary:
         places = _buffer_places(self._order, [recipe.buffers[i] for i in self._order])
         self._width = recipe.inputs + len(places) - len(self._order)
         self._step: Callable[..., Any] = self._run
+        self._step_again = self._step
         if record is not None:
             buffers = set(places)
-            self._step = Replayed(
-                self._run, lambda i: i in buffers or i >= self._width, record, recipe.unread
-            )
+            replayed = Replayed(self._run, lambda i: i in buffers or i >= self._width, record, recipe.unread)
+            self._step, self._step_again = replayed, replayed.again
         self._outputs = recipe.outputs
         self._peaks, self._ranged, self._widens = recipe.peaks, recipe.ranged, widens
 
@@ -193,7 +193,7 @@ class Boundary:
 
         Who calls this counts tokens himself.
         """
-        results = self._step(*flat)
+        results = self._step_again(*flat)
         return [results[out.index] if isinstance(out, Plain) else None for out in self._outputs]
 
     def _run(self, *flat: Any) -> Any:
