@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import kvmix_fx
+from benchmarks.memory import steps as endurance
 from kvmix_fx.plan import TokenTier
 from kvmix_fx.testing.models import tiny_llama
 from tests.kernels import steps
@@ -204,6 +205,22 @@ def test_a_model_that_records_on_another_stream(side: torch.cuda.Stream) -> None
                     found.append(answer(12))
             torch.cuda.synchronize()
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_many_steps_take_no_memory_of_the_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are filled, cut back, emptied and exchanged; `benchmarks.memory.steps` does 100,000."""
+    monkeypatch.setattr(endurance, "ROUNDS", 4)
+    run, found = endurance.Steps(kind, steps.DEVICE), []
+    # up to a new cache, and up to the next one
+    for _ in range(2):
+        rounds = run.rounds + endurance.ROUNDS
+        while run.rounds < rounds:
+            run.step()
+        gc.collect()
+        torch.cuda.synchronize()
+        found.append(torch.cuda.memory_allocated())
+    assert found[1] <= found[0] + (1 << 20), found
 
 
 def blocking(*selection: str) -> None:

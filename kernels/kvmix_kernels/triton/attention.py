@@ -170,7 +170,8 @@ def prepare(
     B, Hq, Lq, D = query.shape
     Hkv, Dv = k.residual.shape[1], v.head_dim
     check_places(length + Lq, D, Dv)
-    query = near(query)
+    # places of heads are 64-bit numbers here
+    query = inner_dense(query) if Lq == 1 else near(query)
     if new_keys is None or new_values is None:
         new_keys = new_values = None
     else:

@@ -33,8 +33,8 @@ def inner_dense(x: Tensor) -> Tensor:
 def near(x: Tensor) -> Tensor:
     """`inner_dense` of a step's queries or keys: places of its heads and tokens are 32-bit numbers."""
     x = inner_dense(x)
-    far = any(x.shape[i] * x.stride(i) >= PLACES for i in (1, 2))
-    return x.contiguous() if far else x
+    sizes, steps = x.shape, x.stride()
+    return x.contiguous() if max(sizes[1] * steps[1], sizes[2] * steps[2]) >= PLACES else x
 
 
 def check_places(tokens: int, *head_dims: int) -> None:
