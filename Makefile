@@ -9,7 +9,7 @@ TORCH ?= $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo "torch>=2.1
 # e.g. an --index-url that serves CPU builds
 TORCH_PIP_ARGS ?=
 
-.PHONY: setup demo lint test tests soak fuzz oldest oldest-triton lm-eval gpu-test docs release-check clean
+.PHONY: setup demo lint test tests soak fuzz oldest oldest-triton lm-eval gpu-test sanitize docs release-check clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -77,9 +77,16 @@ lm-eval: setup
 	$(BIN)/python -m pip install --quiet -e ".[lm-eval]"
 	$(BIN)/python -m pytest -q tests/integrations/test_lm_eval.py
 
-# on a machine with a GPU whose Python already has torch, transformers, pytest and hypothesis
+# all tests, on a machine with a GPU whose Python already has torch, transformers, pytest, pytest-timeout and
+# hypothesis: kernels are compiled instead of interpreted, and what needs a GPU is not skipped; with GPU_TESTS, some
+# files. Takes up to 40 GB of its memory
+GPU_TESTS ?=
 gpu-test:
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest $(GPU_TESTS)
+
+# there, with the CUDA toolkit's compute-sanitizer: every form of every kernel under its four tools
+sanitize:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.kernels.sanitize --tools
 
 # docstrings are read, not imported, so this needs neither torch nor $(VENV)
 $(DOCS_VENV)/.ready: pyproject.toml

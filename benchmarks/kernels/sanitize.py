@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels.sanitize                   # compiles; results against the reference
     python -m benchmarks.kernels.sanitize --tools           # then also under every tool of compute-sanitizer
+    make sanitize                                           # the same
 
 Without the caching allocator every tensor is an allocation of its own, so that a step past its end is
 seen. Shapes are small and odd: tokens beyond whole tiles, a window, a batch of ragged masks, sequences of
-other lengths over pages. With `--tools` forms run side by side, as many as there are cores; exit status 1 if
-a result or a tool's verdict is bad.
+other lengths over pages, a step that exchanges tokens of a high tier. With `--tools` forms run side by
+side, as many as there are cores; exit status 1 if a result or a tool's verdict is bad.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ import torch
 
 from benchmarks.kernels.append import equal_to_the_reference, step_arguments
 from benchmarks.kernels.decode_attention import formats
-from benchmarks.kernels.token_tiers import wrong as wrong_in_tiers
 from kvmix_kernels import layout, ops
-from kvmix_kernels.layout import TensorFormat, make_format
+from kvmix_kernels.cached import Cached, allocate
+from kvmix_kernels.layout import TensorFormat, make_format, make_high, with_high
 from kvmix_kernels.paged import attend as by_pages
 from kvmix_kernels.paged import reference
 from kvmix_kernels.paged.pages import LayerShape, PagePool, page_layout
 from kvmix_kernels.paged.step import Request, Step
 from kvmix_kernels.paged.tables import tables_for
-from kvmix_kernels.triton import attention, paged, reading, storage
-from kvmix_kernels.triton.timing import Case, decode_inputs
+from kvmix_kernels.tokens import append as tokens_append
+from kvmix_kernels.tokens import attend as tokens_attend
+from kvmix_kernels.tokens import ops as ops_of_tokens
+from kvmix_kernels.triton import attention, paged, reading, storage, tiers
+from kvmix_kernels.triton.timing import Case, decode_inputs, random_cache
 
 LIMIT = 2e-2
 FORMS: tuple[tuple[int, int, int, int, str, str], ...] = (
@@ -58,8 +62,13 @@ TIERS = (
 PAGED = ("k2v2 g128", "k4v2 g32", "k3v3 g128", "tiers 25/75 tile_keys")
 """Formats of pages, of heads of 128 channels."""
 
-TIERED = ("b2 h2x4 n900 d128", "b1 h2x8 n400 d128")
-"""Cases of steps over tiers of tokens: attention with what tokens got, append, the exchange of a tile."""
+TOKENS = {
+    "k2v2 g128": make_high(25, balanced=True),
+    "tiers 25/75": make_high(25, policy="mean"),
+    "k4v2 g32": make_high(0, 40, policy="last", evicting=True),
+    "k4v4 g64": make_high(25, bits=4, policy="norm"),
+}
+"""Formats with a high tier of tokens, of heads of 128 channels."""
 
 STEPS = ((131, 3, 0), (1, 300, 40), (1, 1, 1), (90, 1, 1))
 """Tokens of each of three sequences in one step after another."""
@@ -100,12 +109,32 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
     step = step_arguments(args)
     if not equal_to_the_reference(step):
         wrong.append("append_")
+    prompt = [
+        torch.randn(case.batch, case.tokens, heads, case.head_dim, dtype=torch.bfloat16, device="cuda")
+        for heads in (case.heads, case.heads, case.heads * case.group)
+    ]
+    new_keys, new_values, query = (x.transpose(1, 2) for x in prompt)
+    caches = (random_cache(case, fmt, case.tokens, torch.bfloat16).tensors for fmt in (k, v))
+    start = torch.zeros((), dtype=torch.int64, device="cuda")
+    step = [*caches, new_keys, new_values, None, start, case.tokens, k.encode(), v.encode()]
+    # an order from the prompt stays as it is where the host does not know that there is none yet
+    step.append(query if k.by_tile else None)
+    if not equal_to_the_reference(step):
+        wrong.append("append_ of a prompt")
+    places = torch.arange(case.head_dim, device="cuda")
     for fmt in (k, v):
         shape = (case.batch, case.tokens, case.heads, case.head_dim)
         x = torch.randn(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         got, want = storage.quantize_pack(x, None, fmt.encode()), ops._quantize_pack(x, None, fmt.encode())
         if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
             wrong.append("quantize_pack")
+        if fmt.order:
+            # what chooses an order from queries: its sums may differ from the reference's in their last bits
+            hint = torch.randn(case.batch, case.heads * case.group, *x.shape[2:], device="cuda").bfloat16()
+            given = hint if fmt.asks_queries else None
+            order = Cached.of(storage.quantize_pack(x, None, fmt.encode(), given), fmt.encode()).order
+            if order is None or not torch.equal(order.long().sort(-1).values, places.expand(order.shape)):
+                wrong.append("order of channels")
         part = (got, None, case.tokens, fmt.encode())
         # the last rounding may differ
         if not torch.allclose(reading.dequantize(*part), ops._dequantize(*part), rtol=1e-2, atol=1e-2):
@@ -170,6 +199,52 @@ def check_pages(name: str) -> list[str]:
     return wrong
 
 
+def check_tokens(name: str) -> list[str]:
+    """What differs from the plain ops in two steps over a high tier, of which the first packs a tile."""
+    high, size, scale = TOKENS[name], 128, 128**-0.5
+    batch, heads, group, length = 2, 2, 4, 4 + 32 + 3 * 128 - 1
+    k, v = (fmt._replace(sink=4, window=32) for fmt in formats(name, size))
+    pair = with_high(k, high), with_high(v, high._replace(scored=0, balanced=0))
+    encoded, capacity = [fmt.encode() for fmt in pair], length + 40
+
+    def draw(count: int, heads: int) -> torch.Tensor:
+        return torch.randn(batch, heads, count, size).bfloat16()
+
+    caches = [
+        allocate(
+            *(batch, heads, size, layout.fixed_tiles(fmt, capacity), layout.fixed_slots(fmt, capacity)),
+            *(fmt, torch.bfloat16, "cpu"),
+        )
+        for fmt in pair
+    ]
+    prompt = draw(length, heads), draw(length, heads)
+    ops_of_tokens.append_tiers_(
+        *(*(c.tensors for c in caches), *prompt, None, None, 0, *encoded),
+        *(draw(length, heads * group), None, scale),
+    )
+    plain = [c.map(lambda x: x.cuda()) for c in caches]
+    fast = [c.map(torch.clone) for c in plain]
+    wrong = []
+    for count in range(length, length + 2):
+        start = torch.tensor(count, device="cuda")
+        q, *new = (draw(1, n).cuda() for n in (heads * group, heads, heads))
+        buffers = [c.tensors for c in fast]
+        out, mass = tiers.attend_tiers(q, *new, *buffers, None, start, capacity, scale, *encoded)
+        want, of_want = tokens_attend.attend(q, *new, *plain, None, start, capacity, scale, 0.0, None)
+        if not (out.float() - want.float()).norm() / want.float().norm() < LIMIT:
+            wrong.append(f"attend_tiers, {count} tokens")
+        if not torch.allclose(mass, of_want, rtol=LIMIT, atol=1e-3):
+            wrong.append(f"attention to tokens, {count} tokens")
+        tokens_append.append(*plain, *new, None, start, capacity, q, mass, scale, 0.0)
+        tiers.append_tiers_(*buffers, *new, None, start, capacity, *encoded, q, mass, scale)
+        for one, other in zip(plain, fast, strict=True):
+            low = len(one.format.low.buffer_names)
+            pairs = zip(one.tensors[low:], other.tensors[low:], strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                wrong.append(f"append_tiers_, {count} tokens")
+    return wrong
+
+
 def under_tools(count: int) -> int:
     """All forms as they are, which compiles their kernels, then under each tool; 1 if any is not clean."""
     bad, began = 0, time.monotonic()
@@ -201,14 +276,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--form", type=int, action="append", help="number of a form; repeatable; default: all"
+        "--form",
+        type=int,
+        action="append",
+        help="number of a form; repeatable; default: all",
     )
     parser.add_argument(
         "--tools", action="store_true", help="all forms, under each tool of compute-sanitizer"
     )
     options = parser.parse_args()
     if options.tools:
-        return under_tools(len(FORMS) + len(TIERS) + len(PAGED) + len(TIERED))
+        return under_tools(len(FORMS) + len(TIERS) + len(PAGED) + len(TOKENS))
     chosen = options.form
     torch.manual_seed(0)
     failed = 0
@@ -230,16 +308,13 @@ def main() -> int:
             wrong = check(case, k, v)
             failed += bool(wrong)
             print(f"{case.name} {name}: {', '.join(wrong) or 'right'}", flush=True)
-    for index, name in enumerate(PAGED, len(forms)):
+    others = [("pages", check_pages, name) for name in PAGED]
+    others += [("tokens", check_tokens, name) for name in TOKENS]
+    for index, (kind, check_one, name) in enumerate(others, len(forms)):
         if not chosen or index in chosen:
-            wrong = check_pages(name)
+            wrong = check_one(name)
             failed += bool(wrong)
-            print(f"pages {name}: {', '.join(wrong) or 'right'}", flush=True)
-    for index, name in enumerate(TIERED, len(forms) + len(PAGED)):
-        if not chosen or index in chosen:
-            wrong = list(wrong_in_tiers(Case.parse(name)))
-            failed += bool(wrong)
-            print(f"tiers of tokens {name}: {', '.join(wrong) or 'right'}", flush=True)
+            print(f"{kind} {name}: {', '.join(wrong) or 'right'}", flush=True)
     torch.cuda.synchronize()
     return int(failed > 0)
 

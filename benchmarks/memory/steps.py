@@ -1,6 +1,7 @@
-"""Does host memory stay flat over many decode steps? A tiny model, its cache filled and cut back again.
+"""Does memory stay flat over many decode steps? A tiny model, its cache filled and cut back again.
 
-    python -m benchmarks.memory.steps --steps 100000
+    python -m benchmarks.memory.steps --steps 100000                    # of the host
+    python -m benchmarks.memory.steps --steps 100000 --device cuda      # and of the GPU
 
 Each kind of cache goes from 64 to 512 tokens, is cut back or emptied, and is exchanged for a new one every
 20th time. Resident memory is read when the first twentieth of the steps is done, by when everything has been
@@ -41,13 +42,14 @@ def resident() -> int:
 class Steps:
     """Decode steps of one compiled model, with caches of one kind."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, device: str = "cpu") -> None:
         self.kind = kind
-        self.model = tiny_llama(num_hidden_layers=1)
+        self.model = tiny_llama(num_hidden_layers=1).to(device)
         plan = kvmix_fx.KVPlan.uniform(self.model, 2, window=8, group_size=16)
         kvmix_fx.compile(self.model, plan, inner="eager")
         self.plan = kvmix_fx.compiled(self.model).plan
-        self.ids = torch.randint(1, 128, (1, LONG), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(1, 128, (1, LONG), generator=torch.Generator().manual_seed(0))
+        self.ids = ids.to(device)
         self.rounds = self.done = 0
         self.start()
 
@@ -89,25 +91,28 @@ class Steps:
                 raise RuntimeError(f"step {self.done}: the cache holds {held} tokens of {self.length}")
 
 
-def measure(kind: str, steps: int) -> list[Row]:
-    """Memory after the first twentieth, and after all of them."""
+def measure(kind: str, steps: int, device: str) -> list[Row]:
+    """Memory after the first twentieth, and after all; of a GPU that of tensors, and all it has given."""
     torch.set_num_threads(1)
-    run = Steps(kind)
+    run = Steps(kind, device)
     found, start = [], time.monotonic()
     for part in (steps // 20, steps - steps // 20):
         for _ in range(part):
             run.step()
         gc.collect()
-        found.append(resident())
-        print(
-            f"{kind}: {run.done} steps, {time.monotonic() - start:.0f} s, {found[-1] / 2**20:.1f} MiB",
-            flush=True,
-        )
+        sizes = {"resident": resident()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+            sizes["allocated on the GPU"] = torch.cuda.memory_allocated()
+            sizes["reserved on the GPU"] = torch.cuda.memory_reserved()
+        found.append(sizes)
+        text = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
+        print(f"{kind}: {run.done} steps, {time.monotonic() - start:.0f} s, {text}", flush=True)
     case = f"{steps} steps of {SHORT} to {LONG} tokens"
-    names = "resident after a twentieth", "resident at the end"
     return [
-        make_row("endurance", case, f"kvmix {kind}", name, size / 2**20, "MiB")
-        for name, size in zip(names, found, strict=True)
+        make_row("endurance", case, f"kvmix {kind}", f"{name} {when}", size / 2**20, "MiB")
+        for when, sizes in zip(("after a twentieth", "at the end"), found, strict=True)
+        for name, size in sizes.items()
     ]
 
 
@@ -118,9 +123,10 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=100_000, help="of each kind of cache")
     parser.add_argument("--kind", choices=("growing", "fixed"), action="append")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     for kind in options.kind or ("growing", "fixed"):
-        save(measure(kind, options.steps))
+        save(measure(kind, options.steps, options.device))
     return 0
 
 

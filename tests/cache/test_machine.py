@@ -25,6 +25,8 @@ from tests.cache.plain import Tokens, attention
 HEADS, GROUP, D = 2, 2, 32
 FAMILIES = ("normal", "normal", "outlier channels", "constant", "tiny", "offset", "signed zeros")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ELSEWHERE = "cuda" if torch.cuda.is_available() else "cpu"
+"""A device that tensors are moved to and back."""
 COUNTS = st.sampled_from((1, 1, 1, 2, 3, 8, 17, 40))
 
 
@@ -236,7 +238,7 @@ class Machine(RuleBasedStateMachine):
             lambda t: pickle.loads(pickle.dumps(t)),
             saved,
             lambda t: QuantizedKVTensor.from_state(load(save(t.to_state("a.key."))), "a.key."),
-            lambda t: t.to("cpu", copy=True),
+            lambda t: t.to(ELSEWHERE, copy=True).to("cpu"),
             copied_over,
             # one that shares its data may not be written by two
             torch.clone if pair.keys.is_fixed else torch.detach,

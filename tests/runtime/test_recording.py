@@ -124,6 +124,50 @@ def test_a_step_that_cannot_be_recorded_is_done_once_and_the_next_ones_run(recor
     torch.testing.assert_close(result, torch.full((2,), 3.0))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_is_raised_while_a_step_is_recorded(monkeypatch, recorder, error):
+    """Work that is recorded has been done: its results are given, or the cache is as before the step."""
+    model = llama()
+    plan = kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4)
+    ids = torch.randint(1, 60, (1, 56))
+
+    def step(cache, first, last):
+        with torch.no_grad():
+            return model(ids[:, first:last], past_key_values=cache).logits[:, -1]
+
+    def new():
+        return integration.KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 128)
+
+    asked, caught = [], []
+
+    def fails(run, inputs):
+        asked.append(run)
+        if len(asked) == 1:
+            raise error("in the middle")
+        return recorder(run, inputs)
+
+    kvmix_fx.compile(model, plan, options={"cuda_graphs": False})
+    cache = new()
+    want = [step(cache, 0, 50), *(step(cache, i, i + 1) for i in range(50, 56))]
+    monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(recording, "record_cuda", fails)
+    kvmix_fx.compile(model, plan)
+    cache, got = new(), []
+    for first, last in ((0, 50), *((i, i + 1) for i in range(50, 56))):
+        held = int(cache.get_seq_length())
+        assert held == first
+        try:
+            got.append(step(cache, first, last))
+        except error:
+            caught.append(first)
+            assert int(cache.get_seq_length()) == held
+            got.append(step(cache, first, last))
+    torch.testing.assert_close(torch.stack(got), torch.stack(want))
+    # without memory for a recording, steps go on as they are; an interrupted one is made later
+    assert (len(asked), len(caught)) == ((2, 1) if error is KeyboardInterrupt else (1, 0))
+    assert (recorder.replayed > 0) is (error is KeyboardInterrupt)
+
+
 def generate(model, ids, **kwargs):
     out = model.generate(
         ids, do_sample=False, output_logits=True, return_dict_in_generate=True,

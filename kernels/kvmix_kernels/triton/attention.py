@@ -15,11 +15,14 @@ from kvmix_kernels.cached import Cached
 from kvmix_kernels.reference import attention as reference
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import (
+    PLACES,
     buffers,
     check_grids,
+    check_places,
     device_of,
     inner_dense,
     model_dtype,
+    near,
     portable,
     starts_early,
     strides,
@@ -52,7 +55,7 @@ def _as_mask(mask: Tensor | None, queries: int) -> _Mask:
         return _Mask(None, (0, 0, 0, 0), 0, True)
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
-    if mask.shape[3] * mask.stride(3) >= 1 << 31:
+    if mask.shape[3] * mask.stride(3) >= PLACES:
         mask = mask.contiguous()  # places in a row are 32-bit numbers
     b, h, q, s = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
     shared = h == 0 and (q == 0 or queries == 1)
@@ -160,13 +163,15 @@ def prepare(
     """Check and plan; arguments as of `attend`.
 
     Raises:
-        CacheShapeError: scales and offsets do not lie alike.
+        CacheShapeError: scales and offsets do not lie alike. CapacityError: a head has too many numbers.
     """
     check_grids(k)
     check_grids(v)
     B, Hq, Lq, D = query.shape
     Hkv, Dv = k.residual.shape[1], v.head_dim
-    query = inner_dense(query)
+    check_places(length + Lq, D, Dv)
+    # places of heads are 64-bit numbers here
+    query = inner_dense(query) if Lq == 1 else near(query)
     if new_keys is None or new_values is None:
         new_keys = new_values = None
     else:

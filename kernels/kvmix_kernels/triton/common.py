@@ -10,9 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvmix_kernels.cached import RESIDUAL, Cached
-from kvmix_kernels.errors import CacheShapeError
+from kvmix_kernels.errors import CacheShapeError, CapacityError
 from kvmix_kernels.layout import APART
 from kvmix_kernels.triton.kernels import fields
+
+PLACES = 1 << 31
+"""Of the numbers of one head in a buffer."""
 
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -25,6 +28,24 @@ def model_dtype(dtype: torch.dtype) -> tl.dtype:
 def inner_dense(x: Tensor) -> Tensor:
     """`x` itself if its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def near(x: Tensor) -> Tensor:
+    """`inner_dense` of a step's queries or keys: places of its heads and tokens are 32-bit numbers."""
+    x = inner_dense(x)
+    sizes, steps = x.shape, x.stride()
+    return x.contiguous() if max(sizes[1] * steps[1], sizes[2] * steps[2]) >= PLACES else x
+
+
+def check_places(tokens: int, *head_dims: int) -> None:
+    """Raise CapacityError if one head has more numbers than kernels have places for; heads lie anywhere."""
+    channels = max(head_dims)
+    if tokens * channels >= PLACES:
+        raise CapacityError(
+            f"{tokens} tokens of {channels} channels are 2**31 numbers or more in one head, whose places are "
+            f"32-bit numbers: at most {(PLACES - 1) // channels} tokens fit; set KVMIX_KERNELS=reference before the "
+            "import to do without these kernels"
+        )
 
 
 def check_rows(cached: Cached) -> None:

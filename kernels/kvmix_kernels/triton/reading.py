@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvmix_kernels.cached import Cached
-from kvmix_kernels.triton.common import buffers, check_grids, device_of, model_dtype, strides
+from kvmix_kernels.triton.common import buffers, check_grids, check_places, device_of, model_dtype, strides
 from kvmix_kernels.triton.kernels.fields import next_power_of_2
 from kvmix_kernels.triton.kernels.read import dequantize_kernel
 from kvmix_kernels.triton.launch_plan import form_plan
@@ -23,6 +23,7 @@ def dequantize(cached: Sequence[Tensor], start: Tensor | None, length: int, form
     if out.numel() == 0:
         return out
     check_grids(one)
+    check_places(length, D)
     tokens = max(1, 4096 // next_power_of_2(D))
     blocks = -(-length // tokens)
     with device_of(residual):

@@ -17,6 +17,7 @@ from kvmix_kernels.reference import storage as reference
 from kvmix_kernels.triton.common import (
     buffers,
     check_grids,
+    check_places,
     check_rows,
     device_of,
     inner_dense,
@@ -206,6 +207,7 @@ def quantize_pack(
     """The op `quantize_pack`: one launch, x is read once. Orders of channels are chosen ahead of it."""
     fmt = TensorFormat.decode(format)
     B, H, L, D = x.shape
+    check_places(L, D)
     warps = _pack_warps(fmt, D)
     cut = _cut(fmt, D, PACK_ELEMENTS * warps)
     tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
@@ -270,6 +272,7 @@ def append_(
     Dv = new_values.shape[3]
     if B * H * Lq == 0:
         return
+    check_places(length if start is not None else length + Lq, D, Dv)
     if start is None:
         for cached in caches:
             layout.check_room(cached.format, cached.qdata.shape[2], cached.residual.shape[2], length, Lq)

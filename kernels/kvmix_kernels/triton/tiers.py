@@ -23,6 +23,7 @@ from kvmix_kernels.triton.common import (
     device_of,
     inner_dense,
     model_dtype,
+    near,
     starts_early,
     strides,
 )
@@ -207,7 +208,7 @@ def balanced(query: Tensor | None, new_keys: Tensor | None, keys: Cached) -> tup
     if high is None or not high.balanced or (query is None and new_keys is None):
         return query, new_keys
     factor = keys.named("balance")
-    given = [x if x is None else inner_dense(x) for x in (query, new_keys)]
+    given = [x if x is None else near(x) for x in (query, new_keys)]
     some = next(x for x in given if x is not None)
     out = [x if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in given]
     q, k, q_out, k_out = (some if x is None else x for x in (*given, *out))

@@ -981,7 +981,11 @@ def _query_sizes(
             counts &= (entry != 0) if VALID == 1 else (entry.to(tl.float32) > hidden_below)
         at = query_ptr + token.to(tl.int64)[:, None] * query_sl + channel[None, :]
         for head in range(group):
-            q = tl.load(at + head * query_sh, mask=counts[:, None] & (channel < D)[None, :], other=0.0)
+            q = tl.load(
+                at + head * tl.cast(query_sh, tl.int64),
+                mask=counts[:, None] & (channel < D)[None, :],
+                other=0.0,
+            )
             total += tl.sum(tl.abs(q.to(tl.float32)).to(tl.float64), 0)
     return tl.where(total < float("inf"), total, 0.0)
 
