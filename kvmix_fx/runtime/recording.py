@@ -81,14 +81,15 @@ class Replayed:
         self._unread = unread
         self._entries: list[_Entry] = []
         self._last: Sequence[Any] | None = None
-        self._served: _Entry | None = None
+        # weak: entries are dropped when their cache is
+        self._served: weakref.ref[_Entry] | None = None
         self._given_up = False
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """One step."""
         for entry in self._entries:
             if entry.matches(inputs):
-                self._served = entry
+                self._served = weakref.ref(entry)
                 return entry.replay(inputs)
         self._served = None
         if self._given_up:
@@ -130,7 +131,7 @@ class Replayed:
         They are not compared one by one: two tensors that exist are not in one place. Where they lie is,
         since what a tensor refers to may have been exchanged.
         """
-        entry = self._served
+        entry = self._served and self._served()
         if entry is not None and entry.lies_at(inputs):
             return entry.replay(inputs)
         return self(*inputs)
