@@ -130,7 +130,15 @@ def test_a_mask_of_each_head_and_one_that_is_not_causal():
     mask = torch.rand(2, 4, 40, 56, device=DEVICE) < 0.5
     # all see the last query's tokens or not alike, so that no row is padding
     mask[:, :, -1] = True
-    for seen in (mask, torch.where(mask, 0.0, -torch.inf), mask[:1, :1]):
+    row = torch.rand(1, 1, 1, 40, device=DEVICE) < 0.5
+    row[..., 0] = True
+    for seen in (
+        mask,
+        torch.where(mask, 0.0, -torch.inf),
+        mask[:1, :1],
+        mask[0, 0],
+        row.expand(1, 1, 40, 40),
+    ):
         found = importance.of_prompt(query, keys, seen, 0.125, 0.0, EVERY_QUERY, None, *BLOCKS)
         plain = scores.of_prompt(query.float(), keys.float(), seen, 0.125, 0.0, EVERY_QUERY)
         assert torch.allclose(found, plain, atol=1e-5)

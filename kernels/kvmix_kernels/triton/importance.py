@@ -77,6 +77,7 @@ def of_prompt(
     lse = torch.empty(2 if seen.kind == 2 else 1, B * Hq, L - begin, dtype=torch.float32, device=query.device)
     out = torch.empty(B, Hq, L, dtype=torch.float32, device=query.device)
     given = query if seen.tensor is None else seen.tensor
+    ahead = query if mask is None else _sees_ahead(mask, begin, L)
     counted = query if real is None else real.contiguous().view(torch.uint8)
     strides = *query.stride()[:3], *keys.stride()[:3], *seen.strides
     sizes = B * Hq, Hq, Hq // Hkv, L, begin, scale * unit, softcap * unit
@@ -85,12 +86,24 @@ def of_prompt(
     kind = {"MASK": seen.kind, "CAPPED": softcap > 0, "DTYPE": dtype, "D": D, "DP": DP}
     with device_of(query):
         rows_kernel[(B * Hq * -(-(L - begin) // rows.kept),)](
-            query, keys, given, counted, query if sink_logits is None else sink_logits.contiguous(), lse,
+            query, keys, given, ahead, counted, query if sink_logits is None else sink_logits.contiguous(), lse,
             *strides, 0 if real is None else counted.stride(0), *sizes,
             **kind, SINKS=sink_logits is not None, **rows.options,
         )  # fmt: skip
         columns_kernel[(B * Hq * -(-L // columns.kept),)](
-            query, keys, given, lse, out, *strides, *sizes,
+            query, keys, given, ahead, lse, out, *strides, *sizes,
             **kind, **columns.options,
         )  # fmt: skip
     return out if Hq == Hkv else out.unflatten(1, (Hkv, -1)).sum(2)
+
+
+def _sees_ahead(mask: Tensor, begin: int, length: int) -> Tensor:
+    """Whether any query from `begin` on may attend to what comes after it, uint8 [] on the device.
+
+    Of an additive mask only -inf hides: under the lowest finite number a row may attend to all tokens alike.
+    """
+    # a row that all queries share is that of the first
+    first = begin if mask.shape[-2] > 1 else 0
+    part = mask[..., first:, :length]
+    visible = part if part.dtype == torch.bool else part > -torch.inf
+    return visible.triu(first + 1).any().view(torch.uint8)

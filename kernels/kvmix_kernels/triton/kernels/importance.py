@@ -85,7 +85,7 @@ def _sum_up(
 
 @triton.jit(do_not_specialize=["owners", "heads", "group", "length", "begin"])
 def rows_kernel(
-    query_ptr, keys_ptr, mask_ptr, real_ptr, sinks_ptr, lse_ptr, query_sb, query_sh, query_sl, keys_sb, keys_sh, keys_sl,
+    query_ptr, keys_ptr, mask_ptr, ahead_ptr, real_ptr, sinks_ptr, lse_ptr, query_sb, query_sh, query_sl, keys_sb, keys_sh, keys_sl,
     mask_sb, mask_sh, mask_sl, mask_ss, real_sb, owners, heads, group, length, begin, scale, cap,
     MASK: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
@@ -95,6 +95,7 @@ def rows_kernel(
     Grid: batch x query heads, fastest, x blocks of M rows, those with most keys first. A score counts `scale`,
     in units of log 2 where no additive mask forbids it. Under an additive mask the maximum is written, and
     behind those of all rows log2 of the sum relative to it: one number can not hold both next to the lowest.
+    ahead: whether a mask lets any query see what comes after it.
     """
     pid = tl.program_id(0)
     owner = pid % owners
@@ -122,8 +123,11 @@ def rows_kernel(
         )  # fmt: skip
     else:
         mask_ptr += batch * mask_sb + head.to(tl.int64) * mask_sh
+        end = length
+        if tl.load(ahead_ptr) == 0:
+            end = tl.minimum(first + M, length)
         top, total = _sum_up(
-            q, keys_ptr, keys_sl, mask_ptr, mask_sl, mask_ss, row, 0, length, length, top, total, scale, cap,
+            q, keys_ptr, keys_sl, mask_ptr, mask_sl, mask_ss, row, 0, end, length, top, total, scale, cap,
             MASK, CAPPED, DTYPE, D, DP, N, STAGES,
         )  # fmt: skip
         ok = ok & (tl.load(real_ptr + batch * real_sb + row, mask=ok, other=0) != 0)
@@ -178,7 +182,7 @@ def _add_up(
 
 @triton.jit(do_not_specialize=["owners", "heads", "group", "length", "begin"])
 def columns_kernel(
-    query_ptr, keys_ptr, mask_ptr, lse_ptr, out_ptr, query_sb, query_sh, query_sl, keys_sb, keys_sh, keys_sl,
+    query_ptr, keys_ptr, mask_ptr, ahead_ptr, lse_ptr, out_ptr, query_sb, query_sh, query_sl, keys_sb, keys_sh, keys_sl,
     mask_sb, mask_sh, mask_sl, mask_ss, owners, heads, group, length, begin, scale, cap,
     MASK: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
@@ -201,9 +205,9 @@ def columns_kernel(
     key = first + tl.arange(0, M)
     k = _tile(keys_ptr, first, keys_sl, length, DTYPE, D, DP, M, True)
     total = tl.zeros((M,), tl.float32)
+    start = begin + tl.maximum(first - begin, 0) // N * N
     if MASK == 0:
         # rows from the first key's own on: some of the keys, all of them, and what is no whole block
-        start = begin + tl.maximum(first - begin, 0) // N * N
         free = tl.minimum(begin + tl.cdiv(tl.maximum(first + M - 1 - begin, 0), N) * N, length)
         rest = tl.maximum(begin + rows // N * N, free)
         total = _add_up(
@@ -220,8 +224,10 @@ def columns_kernel(
         )  # fmt: skip
     else:
         mask_ptr += batch * mask_sb + head.to(tl.int64) * mask_sh
+        if tl.load(ahead_ptr) != 0:
+            start = begin
         total = _add_up(
-            k, query_ptr, query_sl, mask_ptr, mask_sl, mask_ss, lse_ptr, sums_ptr, key, begin, length, length, total,
+            k, query_ptr, query_sl, mask_ptr, mask_sl, mask_ss, lse_ptr, sums_ptr, key, start, length, length, total,
             scale, cap, MASK, CAPPED, DTYPE, D, DP, N, STAGES,
         )  # fmt: skip
     tl.store(out_ptr + owner.to(tl.int64) * length + key, total, mask=key < length)
