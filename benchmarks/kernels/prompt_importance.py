@@ -127,18 +127,22 @@ def part(prompt: Prompt, which: str, blocks: Blocks | None = None) -> None:
 
 
 def attention(prompt: Prompt, clock: Clock) -> tuple[str, Timing]:
-    """The fastest causal attention in 16 bits."""
+    """The fastest causal attention in 16 bits, with KV heads as they are or repeated."""
+    group = prompt.query.shape[1] // prompt.keys.shape[1]
+    repeated = [x.repeat_interleave(group, 1) for x in prompt[1:]]
+
+    def call(backend: SDPBackend, both: Sequence[Tensor]) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(prompt.query, *both, is_causal=True, enable_gqa=True)
+
     found: list[tuple[str, Timing]] = []
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-
-        def call(backend: SDPBackend = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)
-
-        try:
-            found.append((f"sdpa-{name} causal", clock([call])))
-        except RuntimeError as problem:
-            print(f"  sdpa-{name}: {str(problem)[:80]}")
+        for how, both in (("", prompt[1:]), (", repeated", repeated)):
+            provider = f"sdpa-{name} causal{how}"
+            try:
+                found.append((provider, clock([functools.partial(call, backend, both)])))
+            except RuntimeError as problem:
+                print(f"  {provider}: {str(problem)[:80]}")
     return min(found, key=lambda one: one[1].median)
 
 

@@ -144,7 +144,11 @@ def test_a_mask_of_each_head_and_one_that_is_not_causal():
         assert torch.allclose(found, plain, atol=1e-5)
 
 
-def test_what_has_no_kernel_takes_pytorch():
+def test_what_has_no_kernel_takes_pytorch_and_all_else_the_kernel():
+    prompt = drawn(1, 1, 2, 20, 64, torch.float16)
+    dispatched = append._of_prompt(*prompt, None, 0.125, 0.0, EVERY_QUERY, None)
+    assert torch.equal(dispatched, importance.of_prompt(*prompt, None, 0.125, 0.0, EVERY_QUERY))
+    assert not torch.equal(dispatched, scores.of_prompt(*prompt, None, 0.125, 0.0, EVERY_QUERY))
     query, keys = drawn(1, 1, 2, 20, 64, torch.float32)
     given = (None, 0.125, 0.0, EVERY_QUERY)
     assert torch.equal(importance.of_prompt(query, keys, *given), scores.of_prompt(query, keys, *given))
