@@ -16,13 +16,14 @@ from benchmarks.rows import load
 from kvmix_kernels.triton.timing import Case, Timing
 
 CASE = Case(1, 1, 2, 40, 32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_a_wrong_kernel_gets_no_rows(monkeypatch):
-    assert list(benchmark.wrong(CASE, "cpu")) == []
+    assert list(benchmark.wrong(CASE, DEVICE)) == []
     real = benchmark.importance.of_prompt
     monkeypatch.setattr(benchmark.importance, "of_prompt", lambda *args: real(*args) * 1.01)
-    assert len(list(benchmark.wrong(CASE, "cpu"))) == 5
+    assert len(list(benchmark.wrong(CASE, DEVICE))) == 5
 
 
 def test_every_part_is_timed_and_searched(tmp_path, capsys):
@@ -34,11 +35,11 @@ def test_every_part_is_timed_and_searched(tmp_path, capsys):
         ran.append(len(calls))
         return Timing(float(len(ran)), 1.0, 1.0)
 
-    benchmark.timed(CASE, Rows("token_tiers_step", tmp_path), "cpu", clock)
+    benchmark.timed(CASE, Rows("token_tiers_step", tmp_path), DEVICE, clock)
     found = {row.provider: row for row in load("token_tiers_step", folder=tmp_path)}
     assert len(found) == 10
     assert all(row.ratio for name, row in found.items() if not name.startswith("sdpa"))
-    best = benchmark.search(CASE, "cpu", clock)
+    best = benchmark.search(CASE, DEVICE, clock)
     # this clock says that each takes longer than the one before
     assert best == {"rows": benchmark.ROWS[0], "columns": benchmark.COLUMNS[0]}
     assert capsys.readouterr().out.count(" us\n") >= len(benchmark.ROWS) + len(benchmark.COLUMNS)
@@ -58,5 +59,5 @@ def test_a_part_is_one_launch(which, monkeypatch):
 
     for name in (which, other):
         monkeypatch.setattr(benchmark.importance, f"{name}_kernel", Noted(name))
-    benchmark.part(benchmark.Prompt.random(CASE, "cpu"), which)
+    benchmark.part(benchmark.Prompt.random(CASE, DEVICE), which)
     assert started == [which]
