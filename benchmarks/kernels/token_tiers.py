@@ -1,6 +1,6 @@
 """What each part of a decode step over a cache with a high tier takes, by CUDA-graph replay (median).
 
-    python -m benchmarks.kernels.token_tiers [--case ...] [--search] [--output FOLDER]
+    python -m benchmarks.kernels.token_tiers [--case ...] [--search] [--prompt] [--output FOLDER]
 
 The cache has 2-bit codes and, of 20 % of its tokens, 16 bits. First the kernels are compared with the
 plain ops on the same inputs; what is wrong gets no row. "of copy" is the time that copying as many bytes as
@@ -13,7 +13,8 @@ attention reads takes, over its own: the bar is 1 / 1.15. What is beside attenti
 * "store": append and exchange of a step in which no tile is due; "store, due": of one in which it is;
   "append": of the low tier alone.
 
-`--search` tries launch parameters of the kernel that reads the high tier.
+`--search` tries launch parameters of the kernel that reads the high tier. `--prompt` measures the importance
+of a prompt's tokens instead of steps: `benchmarks.kernels.prompt_importance`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import prompt_importance
 from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import layout, ops
 from kvmix_kernels.layout import TensorFormat, make_format, make_high, with_high
@@ -241,8 +243,11 @@ def main() -> int:
     )
     parser.add_argument("--case", action="append")
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--prompt", action="store_true")
     parser.add_argument("--output", type=Path, help="folder of the rows")
     options = parser.parse_args()
+    if options.prompt:
+        return prompt_importance.run(options.case or [prompt_importance.CASE], options.search, options.output)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")

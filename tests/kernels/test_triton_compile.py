@@ -50,6 +50,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
         allocate(64, 8, D, layout.fixed_tiles(fmt, 8192), layout.fixed_slots(fmt, 8192), fmt, **like).tensors
         for fmt in (k, v)
     ]
+    if case["op"] == "importance":
+        return _of_a_prompt(case)
     if case["op"] == "tiers":
         return _steps_of_tiers(case, (k, v), query, new, mask, start)
     if case["op"] == "attend":
@@ -114,6 +116,21 @@ def _steps_of_tiers(
         if case["high"] == layout.RAW_BITS:
             tiers.append_tiers_(*caches, new, new, mask, start, 8192, *formats, None, mass, D**-0.5)
     return [*found, *own] if case.get("low") else own
+
+
+def _of_a_prompt(case: dict[str, Any]) -> list[Launch]:
+    """The importance of a prompt's tokens."""
+    from kvmix_kernels.importance.policy import EVERY_QUERY
+    from kvmix_kernels.triton import importance
+
+    D, like = case["head_dim"], {"dtype": torch.bfloat16, "device": "meta"}
+    mask, sinks = case.get("mask"), torch.empty(32, **like) if case.get("sinks") else None
+    if mask is not None:
+        mask = torch.empty(4, 1, 8192, 8192, dtype=getattr(torch, mask), device="meta")
+    query, keys = torch.empty(4, 32, 8192, D, **like), torch.empty(4, 8, 8192, D, **like)
+    with recorded(importance, "rows_kernel", "columns_kernel") as found:
+        importance.of_prompt(query, keys, mask, D**-0.5, case.get("softcap", 0.0), EVERY_QUERY, sinks)
+    return found
 
 
 def case(
@@ -201,6 +218,11 @@ CASES = [
     case("append_", 90, "kitty"),
     *(case("tiers", gpu, 2, gpu="default", high=16) for gpu in (80, 100)),
     case("tiers", 90, 2, gpu=HOPPER, high=16, mask=True, low=True),
+    *(case("importance", gpu, 16) for gpu in (80, 90, 100)),
+    case("importance", 89, 16, head_dim=256),
+    case("importance", 90, 16, head_dim=80, softcap=50.0, sinks=True),
+    case("importance", 90, 16, mask="bool"),
+    case("importance", 90, 16, mask="bfloat16", softcap=50.0, sinks=True),
 ]
 PROCESSES = max(6, os.cpu_count() or 1)
 """A process that imports torch costs as much as what one case compiles: more only where cores are idle."""
@@ -235,6 +257,8 @@ def spills_of(chosen: dict[str, Any]) -> dict[str, int]:
     for index, launch in enumerate(launches(chosen)):
         binary = compiled(launch, chosen["capability"])
         assert fits_products(binary), f"{launch.kernel.__name__} of {chosen} multiplies other numbers"
+        if chosen["op"] == "importance" and chosen["capability"] == 90:
+            assert "wgmma.mma_async" in binary.asm["ptx"], f"{launch.kernel.__name__} has slow products"
         over = max(0, binary.metadata.shared - SHARED[chosen["capability"]])
         found[f"{index} {launch.kernel.__name__}"] = spilled_bytes(binary) + over
     return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from kvmix_kernels.reference.storage import valid_tokens
 from kvmix_kernels.tokens import places
 from kvmix_kernels.tokens.places import Count, balanced_keys, balanced_query, packed_end
 from kvmix_kernels.tokens.scores import of_prompt
+
+_of_prompt: Callable[..., Any] = ops._on_cuda("of_prompt", "importance", of_prompt)
+"""The same by kernels, for CUDA tensors."""
 
 
 def append(
@@ -67,7 +73,8 @@ def append(
         waiting.zero_()
         _balance(keys, new_keys, query, mask)
         if policy.queries and query is not None:
-            found = of_prompt(query, new_keys, mask, scale, softcap, policy.queries, sink_logits)
+            count_attention = _of_prompt if query.is_cuda else of_prompt
+            found = count_attention(query, new_keys, mask, scale, softcap, policy.queries, sink_logits)
         else:
             found = mass
     elif mass is not None and mass.shape[2]:

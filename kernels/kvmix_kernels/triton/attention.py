@@ -41,7 +41,7 @@ def shift_table(keys: Form, values: Form, device: torch.device) -> Tensor:
     return torch.tensor(table, dtype=torch.int16, device=device)
 
 
-class _Mask(NamedTuple):
+class Mask(NamedTuple):
     """A mask as the kernel takes it; kinds and `shared` as in `kernels.forms.Scores`."""
 
     tensor: Tensor | None
@@ -50,9 +50,10 @@ class _Mask(NamedTuple):
     shared: bool
 
 
-def _as_mask(mask: Tensor | None, queries: int) -> _Mask:
+def as_mask(mask: Tensor | None, queries: int) -> Mask:
+    """A mask that broadcasts to [B, Hq, queries, S]."""
     if mask is None:
-        return _Mask(None, (0, 0, 0, 0), 0, True)
+        return Mask(None, (0, 0, 0, 0), 0, True)
     while mask.dim() < 4:
         mask = mask.unsqueeze(0)
     if mask.shape[3] * mask.stride(3) >= PLACES:
@@ -60,8 +61,8 @@ def _as_mask(mask: Tensor | None, queries: int) -> _Mask:
     b, h, q, s = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
     shared = h == 0 and (q == 0 or queries == 1)
     if mask.dtype == torch.bool:
-        return _Mask(mask.view(torch.uint8), (b, h, q, s), 1, shared)
-    return _Mask(mask, (b, h, q, s), 2, shared)
+        return Mask(mask.view(torch.uint8), (b, h, q, s), 1, shared)
+    return Mask(mask, (b, h, q, s), 2, shared)
 
 
 def attend(
@@ -139,7 +140,7 @@ class Prepared(NamedTuple):
     new_values: Tensor | None
     keys: Cached
     values: Cached
-    seen: _Mask
+    seen: Mask
     start: Tensor | None
     length: int
     new_count: int
@@ -185,7 +186,7 @@ def prepare(
         alike and not fields.INTERPRET,
     )
     plan = attend_plan(k.format, v.format, step, configs.gpu_of(query), config)
-    seen = _as_mask(mask, Lq)
+    seen = as_mask(mask, Lq)
     # scores are in units of log 2 where no additive mask forbids it
     unit = 1.0 if seen.kind == 2 else math.log2(math.e)
     return Prepared(
