@@ -47,8 +47,8 @@ TILE, SHARE = 128, 20
 
 ROWS = (
     importance.ROWS,
-    *(Blocks(128, 64, 4, stages) for stages in (2, 3)),
-    *(Blocks(128, 128, *rest) for rest in ((4, 2), (8, 3))),
+    Blocks(128, 64, 4, 3),
+    *(Blocks(128, 128, *rest) for rest in ((4, 2), (8, 2), (8, 3))),
     *(Blocks(256, 64, 8, stages) for stages in (2, 3)),
     Blocks(256, 128, 8, 2),
     Blocks(64, 128, 4, 2),

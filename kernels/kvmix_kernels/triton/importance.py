@@ -38,9 +38,9 @@ class Blocks(NamedTuple):
         return {"M": self.kept, "N": self.step, "STAGES": self.stages, "num_warps": self.warps, **limit}
 
 
-ROWS, COLUMNS = Blocks(128, 128, 8, 2), Blocks(128, 64, 4, 2)
-"""Of heads up to 128 channels without a mask. Two or three programs share a multiprocessor, so that products of one
-hide exponentials of the others. Not measured yet."""
+ROWS = COLUMNS = Blocks(128, 64, 4, 2)
+"""Of heads up to 128 channels without a mask. Three programs share a multiprocessor, so that products of one hide
+exponentials of the others."""
 
 SMALL = Blocks(64, 64, 4, 2)
 """Of wider heads, and under masks, whose tiles need registers. 96 KB of shared memory, which every GPU has."""
