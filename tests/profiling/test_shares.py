@@ -64,8 +64,12 @@ def test_a_share_costs_what_a_packed_cache_loses(given: tuple[str, int, float]) 
         assert max(losses) > 1.1 * min(losses)
 
 
-def test_a_share_costs_what_a_compiled_model_loses() -> None:
-    model, ids = tiny_llama(), tokens()
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_a_share_costs_what_a_compiled_model_loses(name: str) -> None:
+    """MPT's mask is not causal alone: it has a bias for how far tokens are apart."""
+    alibi = "MptConfig", {"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, "eager"
+    model = tiny_llama() if name == "llama" else tiny_architecture(*alibi)
+    ids = tokens()
     plan = uniform(model)
     (tier,) = tiers("accumulated", 16, 0.5, 0.3)
     found = measure_shares(model, plan, (tier,), ids)
@@ -75,7 +79,8 @@ def test_a_share_costs_what_a_compiled_model_loses() -> None:
         cache = model(ids[:, :FIRST], use_cache=True).past_key_values
         packed = model(ids[:, FIRST:], past_key_values=cache).logits[0].log_softmax(-1)
     loss = float((exact.exp() * (exact - packed)).sum(-1).mean())
-    assert found.losses[1][1] == pytest.approx(loss, rel=1e-3)
+    # differences of nearly equal numbers in float32
+    assert found.losses[1][1] == pytest.approx(loss, rel=1e-3, abs=2e-7)
     assert found.losses[1][0] > 1.1 * loss
 
 
