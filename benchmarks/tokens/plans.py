@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,11 @@ def compared(geometry: ModelGeometry) -> Iterator[tuple[str, KVPlan]]:
     yield "tiers 2.4 s4, 5 % at 4 last", tiered(over, 0.05)
     for share in BUDGETS:
         if chosen_file(share).exists():
-            yield f"tiers 2.4 s4, shares for {share:.0%} at 4 last", KVPlan.load(chosen_file(share))
+            chosen = KVPlan.load(chosen_file(share))
+            yield f"tiers 2.4 s4, shares for {share:.0%} at 4 last", chosen
+            # the control: as many bits, in layers of chance
+            order = random.Random(0).sample(chosen.layers, len(chosen.layers))
+            yield f"tiers 2.4 s4, shares for {share:.0%} at 4 last, shuffled", replace(chosen, layers=order)
     for policy in ("accumulated", "last", "oracle"):
         tier = TokenTier(SHARE, None, 16, policy=policy)
         yield f"tiers 2.4 s4, 20 % at 16 {policy}", over.with_layers("all", token_tier=tier)
