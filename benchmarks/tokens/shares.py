@@ -40,8 +40,8 @@ def main() -> None:
         budget = Budget(bits=tiered(plan, share).bits_per_element())
         chosen = found.choose(budget)
         said = chosen.provenance["token_tiers"]
-        print(f"{budget}: {chosen.bits_per_element():.3f} bits, loss {sum(said['losses']):.6f}")
-        print(said["shares"])
+        print(f"{budget}: {chosen.bits_per_element():.3f} bits, loss {said['predicted_loss']:.6f}")
+        print(chosen)
         chosen_file(share).parent.mkdir(exist_ok=True)
         chosen.save(chosen_file(share))
 

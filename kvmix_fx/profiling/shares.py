@@ -88,8 +88,8 @@ def choose_shares(
 
     Returns:
         `plan` with a `TokenTier` in the layers that get a share. Its provenance has an entry "token_tiers":
-        policy and bits, what was offered and chosen, the divergence that each layer is predicted to bring
-        (nats per prediction), the budget and the text.
+        policy and bits, the shares offered, the divergence predicted with them and without (sums over the
+        layers, nats per prediction), the budget and the text.
 
     Raises:
         PlanFieldError: the plan has tiers of tokens, no share is offered, or a field of the tier is none.
@@ -157,8 +157,8 @@ class ShareLosses:
             "signal": "kl",
             **{name: getattr(tier, name) for name in ("policy", "bits", "group_size", "recent")},
             "offered": [0.0, *(one.share for one in self.tiers)],
-            "shares": [chosen[n].share if n in chosen else 0.0 for n in range(len(choice))],
-            "losses": [row[place] for row, place in zip(self.losses, choice, strict=True)],
+            "predicted_loss": sum(row[place] for row, place in zip(self.losses, choice, strict=True)),
+            "loss_without": sum(row[0] for row in self.losses),
             "budget": budget.to_dict(),
             "data": dict(self.data),
         }

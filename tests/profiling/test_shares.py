@@ -121,7 +121,7 @@ def test_the_layer_that_matters_gets_the_share() -> None:
         assert found.layers[layer].token_tier == tier
         assert found.layers[idle].token_tier is None
         said = found.provenance["token_tiers"]
-        assert said["shares"][layer] == 0.2
+        assert said["predicted_loss"] < 0.95 * said["loss_without"]
         assert said["data"]["tokens"] == LENGTH
         assert KVPlan.from_json(found.to_json()) == found
 
@@ -153,7 +153,9 @@ def test_the_least_loss_within_the_budget_is_chosen(
     assert limit.allows(cost(found))
     possible = [p for p in itertools.product(range(3), repeat=3) if limit.allows(cost(shared(p)))]
     best = min(sum(losses[layer][n] for layer, n in enumerate(places)) for places in possible)
-    assert sum(found.provenance["token_tiers"]["losses"]) == pytest.approx(best, abs=1e-8)
+    assert found.provenance["token_tiers"]["predicted_loss"] == pytest.approx(best, abs=1e-8)
+    places = [0 if one.token_tier is None else 1 + offered.index(one.token_tier) for one in found.layers]
+    assert sum(losses[layer][n] for layer, n in enumerate(places)) == pytest.approx(best, abs=1e-8)
     assert found == known.choose(limit)
     with pytest.raises(BudgetError, match="below"):
         known.choose(budget(0.9 * least))
