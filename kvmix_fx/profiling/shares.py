@@ -99,10 +99,10 @@ def choose_shares(
         ProfileError: no layer can have a tier.
         CalibrationError, NoSiteError, HeadSplitError, PlacementError: as `kvmix_fx.profile`.
     """
-    tiers = _tiers(policy, bits, group_size, recent, shares)
+    tiers = tiers_of(policy, bits, group_size, recent, shares)
     plan = plan.for_model(model)
     _check_plan(plan, tiers)
-    _check_budget(plan, budget)
+    check_budget(plan, budget)
     found = measure_shares(
         model, plan, tiers, data, tokenizer=tokenizer, prompts=prompts, length=length, progress=progress
     )
@@ -134,7 +134,7 @@ class ShareLosses:
         Raises:
             BudgetError: the budget is below what the plan costs, or above an unquantized cache.
         """
-        base = _check_budget(self.plan, budget)
+        base = check_budget(self.plan, budget)
         costs: dict[object, tuple[float, ...]] = {}
         offered: list[tuple[Offer, ...]] = []
         for index, (layer, losses) in enumerate(zip(self.plan.layers, self.losses, strict=True)):
@@ -376,17 +376,31 @@ def _formats(
     return tiered._formats() if head_dim is None else tiered.formats(head_dim, value_dim)
 
 
-def _tiers(
-    policy: Policy, bits: int, group_size: int | Literal["head"], recent: float, shares: Sequence[float]
+def tiers_of(
+    policy: Policy = "last",
+    bits: int = 4,
+    group_size: int | Literal["head"] = "head",
+    recent: float = 0.0,
+    shares: Sequence[float] = SHARES,
 ) -> tuple[TokenTier, ...]:
-    """One for each share above 0, ascending."""
+    """One for each share above 0, ascending. Arguments and errors as of `choose_shares`."""
     if isinstance(shares, str) or not isinstance(shares, Sequence):
         raise PlanFieldError(f"shares must be numbers such as (.05, .1, .2), got {shares!r}", "shares")
     made = [TokenTier(s, None, bits, group_size, policy, recent) for s in shares if s != 0]
     if not made:
         raise PlanFieldError("shares must have one above 0 to choose from, such as (.05, .1, .2)", "shares")
+    _check_policy(policy)
     by_share = {tier.share or 0.0: tier for tier in made}
     return tuple(by_share[share] for share in sorted(by_share))
+
+
+def _check_policy(policy: str) -> None:
+    if policy in CONTROLS:
+        raise PlanFieldError(
+            f"importance by policy {policy!r} cannot be measured ahead: {CONTROLS[policy]}. Take "
+            "accumulated, mean, last or norm",
+            "policy",
+        )
 
 
 def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
@@ -395,19 +409,14 @@ def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
     if len({replace(tier, share=0.5, tokens=None) for tier in tiers}) > 1 or any(t.tokens for t in tiers):
         raise PlanFieldError("tiers to choose from have a share, and differ in nothing else", "tiers")
     first = tiers[0]
-    if first.policy in CONTROLS:
-        raise PlanFieldError(
-            f"importance by policy {first.policy!r} cannot be measured ahead: {CONTROLS[first.policy]}. Take "
-            "accumulated, mean, last or norm",
-            "policy",
-        )
+    _check_policy(first.policy)
     if first.balancer or first.evict:
         raise PlanFieldError("shares are measured without a balancer and without eviction", "tiers")
     for index, layer in enumerate(plan.layers):
         if layer.token_tier is not None:
             raise PlanFieldError(
-                f"layer {index} of the plan has a tier of tokens already: pass the plan without, with "
-                "token_tier=None in its layers",
+                f"layer {index} of the plan has a tier of tokens already: pass the plan without; "
+                "dataclasses.replace(layer, token_tier=None) makes such layers",
                 "token_tier",
             )
         if not (layer.key.is_raw or layer.value.is_raw):
@@ -415,8 +424,12 @@ def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
                 _formats(layer, tier)
 
 
-def _check_budget(plan: KVPlan, budget: Budget) -> float:
-    """What the plan costs, in the budget's unit, if that is within it."""
+def check_budget(plan: KVPlan, budget: Budget) -> float:
+    """What the plan costs, in the budget's unit.
+
+    Raises:
+        BudgetError: the budget is below that, or above an unquantized cache.
+    """
     base = budget.cost(plan)
     assert plan.geometry is not None
     budget.check(base, plan.geometry)
@@ -433,4 +446,4 @@ def _why_not(observer: Observer, index: int, layer: LayerPlan) -> str:
     return "" if index in observer.layers else NO_SITE
 
 
-__all__ = ["ShareLosses", "choose_shares", "measure_shares"]
+__all__ = ["ShareLosses", "check_budget", "choose_shares", "measure_shares", "tiers_of"]
