@@ -27,20 +27,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--provider", action="append", help="only those whose names contain this; repeatable")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        help="only the one of this name, or those whose names contain it; repeatable",
+    )
     parser.add_argument("--chunks", type=int, default=6, help="of each text, at most 12")
+    parser.add_argument(
+        "--apart", default="", help="added to the names of cases, for other numbers of chunks"
+    )
     parser.add_argument("--held-out-only", action="store_true", help="leave the other chunks out")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, tokenizer = load_smollm2()
-    plans = list(compared(ModelGeometry.of(model)))
-    cases = (("smollm2 {} tokens held out", HELD_OUT), ("smollm2 {} tokens", 0))
+    plans = dict(compared(ModelGeometry.of(model)))
+    cases = (
+        (f"smollm2 {{}} tokens held out{given.apart}", HELD_OUT),
+        (f"smollm2 {{}} tokens{given.apart}", 0),
+    )
     for case, shift in cases[:1] if given.held_out_only else cases:
         ids = torch.cat([chunks(tokenizer, name, shift)[: given.chunks] for name in TEXTS])
         evaluate = Evaluator(model, ids, PROMPT, STEP)
-        for provider, plan in plans:
-            if given.provider and not any(part in provider for part in given.provider):
+        for provider, plan in plans.items():
+            if given.provider and not any(
+                part == provider if part in plans else part in provider for part in given.provider
+            ):
                 continue
             started = time.perf_counter()
             loss = evaluate(plan)

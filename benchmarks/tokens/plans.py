@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from benchmarks.rows import RESULTS
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier
+from kvmix_fx.plan.token_tier import Policy
 
 TILE = 128
 """Of every plan, so that all have the same tokens packed."""
 SHARE = 0.2
+BUDGETS = (0.05, 0.1)
+"""Shares of all layers that cost what `benchmarks.tokens.shares` has to spend on shares of its own."""
 
 
 def compared(geometry: ModelGeometry) -> Iterator[tuple[str, KVPlan]]:
@@ -38,14 +44,32 @@ def compared(geometry: ModelGeometry) -> Iterator[tuple[str, KVPlan]]:
     for bits in (2.4, 2.6, 3.1):
         yield f"tiers {bits} s4", KVPlan.preset("tiers", geometry, bits=bits)
     over = KVPlan.preset("tiers", geometry)
-    for policy in ("accumulated", "last", "random", "oracle"):
-        tier = TokenTier(0.1, None, 4, policy=policy, recent=0.0)
-        yield f"tiers 2.4 s4, 10 % at 4 {policy}", over.with_layers("all", token_tier=tier)
+    policies: tuple[Policy, ...] = ("accumulated", "last", "random", "oracle")
+    for policy in policies:
+        yield f"tiers 2.4 s4, 10 % at 4 {policy}", tiered(over, 0.1, policy)
+    yield "tiers 2.4 s4, 5 % at 4 last", tiered(over, 0.05)
+    for share in BUDGETS:
+        if chosen_file(share).exists():
+            chosen = KVPlan.load(chosen_file(share))
+            yield f"tiers 2.4 s4, shares for {share:.0%} at 4 last", chosen
+            # the control: as many bits, in layers of chance
+            order = random.Random(0).sample(chosen.layers, len(chosen.layers))
+            yield f"tiers 2.4 s4, shares for {share:.0%} at 4 last, shuffled", replace(chosen, layers=order)
     for policy in ("accumulated", "last", "oracle"):
         tier = TokenTier(SHARE, None, 16, policy=policy)
         yield f"tiers 2.4 s4, 20 % at 16 {policy}", over.with_layers("all", token_tier=tier)
     tier = TokenTier(SHARE, None, 16, policy="last", balancer=True)
     yield "tiers 2.4 s4, 20 % at 16 last balanced", over.with_layers("all", token_tier=tier)
+
+
+def tiered(plan: KVPlan, share: float, policy: Policy = "last") -> KVPlan:
+    """A share of the tokens at 4 bits in all layers, none for being new."""
+    return plan.with_layers("all", token_tier=TokenTier(share, None, 4, policy=policy, recent=0.0))
+
+
+def chosen_file(share: float) -> Path:
+    """The plan whose layers have shares of their own, for what `share` costs in all of them."""
+    return RESULTS / "tokens" / f"shares-{share}.json"
 
 
 def true_bits(plan: KVPlan) -> float:

@@ -23,6 +23,7 @@ from kvmix_fx.cli import (
     profile,
     serve,
     solve,
+    tokens,
     tune,
 )
 
@@ -40,6 +41,7 @@ app.command("profile")(profile.profile)
 app.command("eval")(evaluate.evaluate)
 plan.app.command("auto")(auto.auto)
 plan.app.command("solve")(solve.solve)
+plan.app.command("tokens")(tokens.tokens)
 plan.app.command("compare")(compare.compare)
 app.add_typer(plan.app, name="plan")
 app.command("tune")(tune.tune)

@@ -214,9 +214,9 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.buffers, site.reason = None, NO_PROMPT
     if site.action == LEAVE:
         return
-    no_tier = _no_tier(site) if layer.token_tier is not None else ""
-    if no_tier:
-        site.action, site.reason = LEAVE, no_tier
+    why_not = no_tier(site) if layer.token_tier is not None else ""
+    if why_not:
+        site.action, site.reason = LEAVE, why_not
         return
     if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
         site.action, site.reason = LEAVE, raw_window(1 - site.tail, layer.window.length, layer.tile_length)
@@ -228,7 +228,7 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
         site.action, site.reason = LEAVE, str(error)
 
 
-def _no_tier(site: Site) -> str:
+def no_tier(site: Site) -> str:
     """Why the plain keys and values of a site cannot have a high tier; '' if they can."""
     if site.tail is not None:
         return NO_TIER_IN_WINDOW

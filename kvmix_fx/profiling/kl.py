@@ -106,7 +106,7 @@ def _one_by_one(
         observer.listeners = Listeners(
             cached=lambda layer, role, x, into=cached: into.update({(layer, role): x})
         )
-        reference = _log_probabilities(observer.read(ids, keep=True), first, length)
+        reference = log_probabilities(observer.read(ids, keep=True), first, length)
         step()
         observer.listeners = Listeners()
         valid = (torch.arange(ids.shape[1], device=device) < length)[None]
@@ -118,8 +118,8 @@ def _one_by_one(
                 for n, spec in enumerate(offered[role]):
                     if not spec.is_raw:
                         observer.replacements = {(layer, role): changed(layer, x, spec, valid)}
-                        moved = _log_probabilities(observer.read_from(layer, ids), first, length)
-                        costs[n] = _divergence(reference, moved)
+                        moved = log_probabilities(observer.read_from(layer, ids), first, length)
+                        costs[n] = divergence(reference, moved)
                     step()
                 found.setdefault((layer, role), []).append(costs)
         finally:
@@ -159,7 +159,7 @@ def scale_prices(
     with torch.no_grad():
         for row, length in zip(calibration.ids, calibration.lengths, strict=True):
             ids = row[None].to(device)
-            reference = _log_probabilities(observer.read(ids), first, length)
+            reference = log_probabilities(observer.read(ids), first, length)
             step()
             for role in ROLES:
                 for n, spec in enumerate(_formats(prices.menu, role)):
@@ -168,7 +168,7 @@ def scale_prices(
                     moved = read_in_formats(
                         observer, ids, length, {(layer, role): spec for layer in observer.layers}
                     )
-                    sums[role][n] += _divergence(reference, _log_probabilities(moved, first, length))
+                    sums[role][n] += divergence(reference, log_probabilities(moved, first, length))
                     step()
     total = sum(length - first for length in calibration.lengths)
     tables = []
@@ -217,10 +217,12 @@ def _formats(menu: Menu, role: str) -> tuple[QuantSpec, ...]:
     return menu.keys if role == "key" else menu.values
 
 
-def _divergence(reference: Tensor, moved: Tensor) -> float:
+def divergence(reference: Tensor, moved: Tensor) -> float:
+    """The sum of KL(reference || moved) over predictions, nats, from log-probabilities [n, vocabulary]."""
     # rows first: summing all of them in float64 takes longer than the rest
     return float((reference.exp() * (reference - moved)).sum(-1).sum(dtype=torch.float64))
 
 
-def _log_probabilities(logits: Tensor, first: int, length: int) -> Tensor:
+def log_probabilities(logits: Tensor, first: int, length: int) -> Tensor:
+    """Log-probabilities [n, vocabulary], float32, of the tokens `first` to `length` of logits [1, L, ...]."""
     return logits[0, first:length].detach().float().log_softmax(-1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,7 @@ from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.find.views import heads_root
-from kvmix_fx.passes.manager import raw_window
+from kvmix_fx.passes.manager import no_tier, raw_window
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, LEAVE, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry, QuantSpec
@@ -36,6 +36,7 @@ from kvmix_fx.profiling.projections import Projection, find_projection
 from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.profiling.segments import SegmentedGraph
 from kvmix_kernels import layout
+from kvmix_kernels.ops import default_scale
 
 ROLES = ("key", "value")
 
@@ -58,6 +59,19 @@ class ProjectionInfo:
     is_affine: bool
 
 
+class Scoring(NamedTuple):
+    """How queries find the keys that they attend to.
+
+    mask: boolean or additive, broadcastable to [B, Hq, L, L]; None is causal. scale: factor of the scores;
+    softcap: their bound, 0 for none; sinks: logits of a learned sink, Hq numbers, or None.
+    """
+
+    mask: Tensor | None
+    scale: float
+    softcap: float
+    sinks: Tensor | None
+
+
 @dataclass
 class Listeners:
     """What is called while a prompt is read; None where nobody listens.
@@ -66,13 +80,14 @@ class Listeners:
     gradient(layer, role, x, g): x as above, and the gradient of its far copy, in the backward.
     projected(layer, role, h, g): the projection's input [B, L, in] and the gradient of the outputs that make
     this tensor [B, L, n], in the backward.
-    asked(layer, q, k): queries [B, Hq, L, D] and the keys that they are asked of, in the forward.
+    asked(layer, q, k, scoring): queries [B, Hq, L, D], the keys that they are asked of, and how, in the
+    forward.
     """
 
     cached: Callable[[int, str, Tensor], None] | None = None
     gradient: Callable[[int, str, Tensor, Tensor], None] | None = None
     projected: Callable[[int, str, Tensor, Tensor], None] | None = None
-    asked: Callable[[int, Tensor, Tensor], None] | None = None
+    asked: Callable[[int, Tensor, Tensor, Scoring], None] | None = None
 
     @property
     def differentiate(self) -> bool:
@@ -91,7 +106,11 @@ class Observer:
         checkpointing: keep only what enters a layer for the backward, and compute the rest again.
         listeners: who is told.
         replacements: far copies to use instead, by layer and role, or what makes them from the exact ones.
+        readers: which far copy each query reads, by layer, bool [Hkv, L, n * L]; the replacements of the
+            layer are then n copies one after the other along the tokens. What a query reads in none of them
+            it reads in the near copy. Layers that are not in it have one, of what is packed.
         skipped: layers that the pass would leave at 16 bits, with the reason.
+        no_tiers: layers that can be packed and cannot have a tier of tokens, with the reason.
         orders: of the channels of each layer's keys, the most important first, int [Hkv, D] of this rank's
             heads; for formats with tiers, and empty until somebody has measured them.
         geometry: of the observed layers.
@@ -103,7 +122,9 @@ class Observer:
     checkpointing: bool = False
     listeners: Listeners = field(default_factory=Listeners)
     replacements: dict[tuple[int, str], Replacement] = field(default_factory=dict)
+    readers: dict[int, Tensor] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
+    no_tiers: dict[int, str] = field(default_factory=dict)
     sink_length: int = 0
     orders: dict[int, Tensor] = field(default_factory=dict)
 
@@ -227,6 +248,8 @@ class Observer:
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None
         }
+        reasons_by_layer = {site.layer: no_tier(site) for site in usable if site.layer is not None}
+        self.no_tiers = {layer: reason for layer, reason in reasons_by_layer.items() if reason}
         if not usable:
             given = {site.reason for site in sites} | {one.miss.reason for one in matched.missed}
             reasons = "; ".join(sorted(given - {""})) or "no attention was found"
@@ -324,20 +347,28 @@ class _TappedAttention(nn.Module):
         listeners = observer.listeners
         L = q.shape[2]
         if listeners.asked is not None and observer._recording:
-            listeners.asked(self._layer, q.detach(), k.detach())
+            scale = default_scale(q.shape[3]) if self._scale is None else self._scale
+            seen = mask if mask is not None or self._is_causal else _everything(q)
+            scoring = Scoring(seen, scale, self._softcap or 0.0, sinks)
+            listeners.asked(self._layer, q.detach(), k.detach(), scoring)
         k, v = (_leaf(x) if listeners.differentiate else x for x in (k, v))
         far = [self._far(role, x) for role, x in zip(ROLES, (k, v), strict=True)]
         if far[0] is None and far[1] is None:
             return self._attend(q, k, v, mask, self._is_causal, sinks)
-        packed = _packed(L, observer._schedule, q.device)
+        readers = observer.readers.get(self._layer)
+        if readers is None:
+            packed = near = _packed(L, observer._schedule, q.device)
+        else:
+            packed = readers.repeat_interleave(q.shape[1] // k.shape[1], 0)
+            near = packed.unflatten(-1, (-1, L)).any(-2)
         if mask is None:
-            seen = torch.ones(L, L, dtype=torch.bool, device=q.device)
-            mask = seen.tril() if self._is_causal else seen
+            mask = _everything(q).tril() if self._is_causal else _everything(q)
+        far_mask = mask.repeat(*[1] * (mask.dim() - 1), packed.shape[-1] // L)
         if mask.dtype == torch.bool:
-            both = torch.cat((mask & packed, mask & ~packed), -1)
+            both = torch.cat((far_mask & packed, mask & ~near), -1)
         else:
             both = torch.cat(
-                (mask.masked_fill(~packed, -torch.inf), mask.masked_fill(packed, -torch.inf)), -1
+                (far_mask.masked_fill(~packed, -torch.inf), mask.masked_fill(near, -torch.inf)), -1
             )
         keys, values = (
             torch.cat((x if copy is None else copy, x), 2) for copy, x in zip(far, (k, v), strict=True)
@@ -451,6 +482,11 @@ def _leaf(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
+def _everything(q: Tensor) -> Tensor:
+    """A mask that hides nothing, bool [L, L]."""
+    return torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+
+
 def _packed(length: int, schedule: layout.TensorFormat, device: torch.device) -> Tensor:
     """Whether query t finds token j packed, bool [L, L]: the cache as it stood before t was read."""
     ends = torch.tensor([schedule.packed_end(t) for t in range(length)], device=device)
@@ -486,4 +522,4 @@ def observing(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-__all__ = ["ROLES", "Listeners", "Observer", "ProjectionInfo", "observing"]
+__all__ = ["ROLES", "Listeners", "Observer", "ProjectionInfo", "Scoring", "observing"]

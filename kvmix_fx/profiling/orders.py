@@ -17,7 +17,7 @@ from kvmix_fx.profiling.calibration import (
     load_calibration,
     tokenizer_of,
 )
-from kvmix_fx.profiling.observe import Listeners, Observer, observing
+from kvmix_fx.profiling.observe import Listeners, Observer, Scoring, observing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def measure_orders(
     spreads: dict[int, list[Tensor]] = {}
     reading = calibration.lengths[0]
 
-    def asked(layer: int, query: Tensor, keys: Tensor) -> None:
+    def asked(layer: int, query: Tensor, keys: Tensor, _scoring: Scoring) -> None:
         B, heads, _, D = keys.shape
         size = min(group_size, reading)
         whole = reading // size * size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import NamedTuple
 
-from kvmix_fx.plan.allocators.problem import Choice, Pair, Problem, frontier, hull_steps, saving
+from kvmix_fx.plan.allocators.problem import Choice, Ladders, Pair, Problem, frontier, hull_steps, saving
 
 _ROUNDING = 1e-9
 """Relative: sums of floats in different orders must not prune the optimum."""
@@ -20,7 +20,7 @@ class _State(NamedTuple):
     before: _State | None
 
 
-def exact(problem: Problem) -> Choice:
+def exact(problem: Problem | Ladders) -> Choice:
     """Dynamic programme over the layers (a multiple-choice knapsack).
 
     After each layer it keeps the partial choices that no other beats in cost and loss, and of these only such
@@ -60,7 +60,7 @@ def exact(problem: Problem) -> Choice:
     return choice[::-1]
 
 
-def _greedy(problem: Problem) -> tuple[float, float]:
+def _greedy(problem: Problem | Ladders) -> tuple[float, float]:
     """The saving per cost at which the budget is exhausted, and the loss of a plan that fits it."""
     choice: Choice = list(problem.cheapest)
     cost = problem.total_cost(choice)

@@ -108,6 +108,10 @@ class Problem:
             for layer in range(self.num_layers)
         ]
 
+    def row(self, layer: int) -> tuple[tuple[float, ...], ...]:
+        """What tells a layer from others: its predicted losses."""
+        return self.keys[layer], self.values[layer]
+
     def offers(self, layer: int) -> list[Offer]:
         """All pairs that one layer may have."""
         found = (Offer(cost, self.loss(layer, pair), pair) for pair, cost in self.costs.items())
@@ -124,6 +128,45 @@ class Problem:
     def fits(self, choice: Choice) -> bool:
         """Whether a choice is within the budget."""
         return self.total_cost(choice) <= self.limit
+
+
+@dataclass(frozen=True)
+class Ladders:
+    """Offers that are each layer's own, under a limit: what `exact` also solves.
+
+    Attributes:
+        offered: of each layer; the second number of every pair is 0, and the first its place here.
+        limit: bound on the sum of the costs of all layers.
+    """
+
+    offered: tuple[tuple[Offer, ...], ...]
+    limit: float
+
+    @property
+    def num_layers(self) -> int:
+        """Layers to choose for."""
+        return len(self.offered)
+
+    @property
+    def cheapest(self) -> Choice:
+        """The offer of least cost of each layer."""
+        return [min(offers).pair for offers in self.offered]
+
+    def row(self, layer: int) -> tuple[Offer, ...]:
+        """What tells a layer from others."""
+        return self.offered[layer]
+
+    def offers(self, layer: int) -> list[Offer]:
+        """All that one layer may have."""
+        return list(self.offered[layer])
+
+    def total_cost(self, choice: Choice) -> float:
+        """Sum over the layers."""
+        return sum(offers[place].cost for offers, (place, _) in zip(self.offered, choice, strict=True))
+
+    def total_loss(self, choice: Choice) -> float:
+        """Sum over the layers."""
+        return sum(offers[place].loss for offers, (place, _) in zip(self.offered, choice, strict=True))
 
 
 def frontier(offers: Sequence[Offer]) -> list[Offer]:
@@ -193,7 +236,7 @@ def alike(rows: Iterable[Hashable]) -> list[tuple[int, ...]]:
     return [tuple(positions) for positions in groups.values()]
 
 
-def hull_steps(problem: Problem, layers: Iterable[int]) -> list[tuple[int, Offer, Offer]]:
+def hull_steps(problem: Problem | Ladders, layers: Iterable[int]) -> list[tuple[int, Offer, Offer]]:
     """All steps (layer, from, to) up the hulls of the layers, the greatest saving per cost first.
 
     The steps of a layer come in their order, because a hull is convex. Where savings are equal, prices
@@ -202,6 +245,5 @@ def hull_steps(problem: Problem, layers: Iterable[int]) -> list[tuple[int, Offer
     found = [
         (layer, before, after) for layer in layers for before, after in pairwise(hull(problem.offers(layer)))
     ]
-    rows = list(zip(problem.keys, problem.values, strict=True))
-    found.sort(key=lambda step: (-saving(step[1], step[2]), step[1].cost, rows[step[0]]))
+    found.sort(key=lambda step: (-saving(step[1], step[2]), step[1].cost, problem.row(step[0])))
     return found
