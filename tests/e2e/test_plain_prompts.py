@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
 
 import kvmix_fx
 from kvmix_fx import errors
@@ -30,6 +30,8 @@ PLANS = {
     "one plain layer": lambda model: kvmix_fx.KVPlan.uniform(
         model, 4, 2, window=8, group_size=16
     ).with_layers([0], key=kvmix_fx.QuantSpec(16), value=kvmix_fx.QuantSpec(16)),
+    # the model's first layer is one of 24 tokens, which is what the plan keeps raw of a layer
+    "a plain window": lambda model: kvmix_fx.KVPlan.uniform(model, 4, 2, window=8, group_size=16),
 }
 KINDS = ["packed fixed", "transformers' growing"]
 CASES = [
@@ -59,8 +61,18 @@ def stored(cache):
     return [part for t in both for part in (t.cached.tensors if isinstance(t, QuantizedKVTensor) else (t,))]
 
 
+def with_a_window():
+    config = Qwen2Config(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=24, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(config).eval()
+
+
 def compiled(plan, traces, **model):
-    made = tiny_llama(**model)
+    made = with_a_window() if plan == "a plain window" else tiny_llama(**model)
     options = {"trace_prompts": traces}
     return kvmix_fx.compile(made, PLANS[plan](made), inner="eager", options=options)
 
@@ -92,24 +104,33 @@ def test_another_prompt_is_another_cache():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scales_without_the_range_are_widened(kind):
-    """As for a traced prompt: once, with a warning that names the layer, and nothing is lost."""
-    model = compiled("uniform", False).float()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight.mul_(3e6)
-    ids = tokens(60)
-    cache = CACHES[kind](kvmix_fx.compiled(model).plan, model)
-    with pytest.warns(errors.NarrowScalesWarning, match="keys of layer 1"):
-        found, graphs = steps(model, cache, ids, torch.ones_like(ids))
-    assert not graphs
-    formats = [layer.keys.format.scale_dtype for layer in cache.layers]
-    assert formats[0] != formats[1]
-    assert all(logits.isfinite().all() for logits in found)
+@pytest.mark.parametrize("plan", ["uniform", "one plain layer", "a plain window"])
+def test_scales_without_the_range_are_widened(plan, kind):
+    """As for a traced prompt: once, with a warning that names the layer, and nothing is lost or kept twice.
+
+    A window is not full after this prompt in a cache of fixed capacity.
+    """
+    results = {}
+    ids = tokens(20)
+    for traces in (True, False):
+        model = compiled(plan, traces).float()
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.mul_(3e6)
+        cache = CACHES[kind](kvmix_fx.compiled(model).plan, model)
+        with pytest.warns(errors.NarrowScalesWarning, match="keys of layer 1"):
+            results[traces], graphs = steps(model, cache, ids, torch.ones_like(ids))
+        assert bool(graphs) == traces
+        assert cache.layers[1].keys.scale.dtype == torch.float32
+        lengths = {int(layer.get_seq_length()) for layer in cache.layers}
+        assert lengths == {22}
+    assert all(map(torch.equal, *results.values()))
+    assert all(logits.isfinite().all() for logits in results[False])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_that_fails_leaves_an_empty_cache(kind):
-    model, ids = compiled("uniform", False), tokens(60)
+@pytest.mark.parametrize("plan", ["uniform", "a plain window"])
+def test_a_prompt_that_fails_leaves_an_empty_cache(plan, kind):
+    model, ids = compiled(plan, False), tokens(20)
     plan = kvmix_fx.compiled(model).plan
     want, _ = steps(model, CACHES[kind](plan, model), ids, torch.ones_like(ids))
     cache = CACHES[kind](plan, model)

@@ -231,7 +231,7 @@ def test_steps_beside_windows_that_stay_plain_are_replayed(on_cpu, monkeypatch, 
     assert on_cpu.recorded == len(replays)
     assert on_cpu.replayed == sum(replays)
     short = replays[-1]
-    assert len(guarded) == 24 - short  # the prompt is traced
+    assert len(guarded) == 23 - short
     window = out.past_key_values.layers[0]
     assert type(window) is StaticSlidingWindowLayer
     assert window.cumulative_length_int == length + 23

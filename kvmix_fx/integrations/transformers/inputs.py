@@ -137,6 +137,7 @@ class TokensCall(Call):
         self.sliding: list[KVMixSlidingLayer] = []
         self.windows: list[StaticSlidingWindowLayer] = []
         self._grown: list[Grown] = []
+        self._empty_windows: list[StaticSlidingWindowLayer] = []
         self._updated: dict[int, bool] = {}
 
     @property
@@ -178,14 +179,16 @@ class TokensCall(Call):
             else (self.cache,)
         )
         self._grown = [Grown(cache) for cache in caches if cache is not None]
+        if self.own_cache is not None and self.lane is not Lane.SHORT:
+            windows = of_kind(self.own_cache.layers, StaticSlidingWindowLayer)
+            self._empty_windows = [window for window in windows if not window.cumulative_length_int]
         if isinstance(self.cache, EncoderDecoderCache):
             self._updated = dict(self.cache.is_updated)
 
     def failed(self) -> None:
         """Take back what layers of fixed capacity have counted, and growing ones have been given."""
         try:
-            for grown in self._grown:
-                grown.restore()
+            self._take_back_plain()
             if isinstance(self.cache, EncoderDecoderCache):
                 self.cache.is_updated.update(self._updated)
             if self.cache is not None and _has_states(self.cache):
@@ -226,8 +229,16 @@ class TokensCall(Call):
         return None if self.own_cache is None else self._model.other_heads(self.own_cache)
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
-        """As `Call.widen`; this call's fixed layers are allocated anew."""
+        """As `Call.widen`; this call's fixed layers are allocated anew, plain ones forget its tokens."""
+        self._take_back_plain()
         self._model.widen(self, found)
+
+    def _take_back_plain(self) -> None:
+        """Give growing layers back what they held, and empty windows of fixed capacity that were empty."""
+        for grown in self._grown:
+            grown.restore()
+        for window in self._empty_windows:
+            window.reset()
 
 
 class Grown:
@@ -306,9 +317,10 @@ class TransformersCalls:
         """Remember the tensors whose scales are wide, and allocate those of this call anew."""
         self.wide |= set(found)
         for layer in call.fixed:
-            if not layer.has_tokens:
+            if not layer.host_length:
                 # the step has counted its tokens
                 layer.cumulative_length.zero_()
+                layer.has_tokens = False
                 layer.is_initialized &= not isinstance(layer, KVMixStaticLayer)
         self._allocate(call)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.orders import key_order
@@ -33,14 +33,21 @@ from kvmix_kernels.cached import Cached
 from kvmix_kernels.layout import TensorFormat
 
 Packs = KVMixStaticLayer | KVMixDynamicLayer
-_TAKES = (KVMixStaticLayer, PromptFirstStaticLayer, KVMixDynamicLayer, DynamicLayer)
-"""Kinds of layers that a prompt may be read into; those of the last and the second may also stay plain."""
+_TAKES = (
+    KVMixStaticLayer,
+    PromptFirstStaticLayer,
+    KVMixDynamicLayer,
+    DynamicLayer,
+    StaticSlidingWindowLayer,
+    DynamicSlidingWindowLayer,
+)
+"""Kinds of layers that a prompt may be read into. Windows stay plain, as others may."""
 
 
 def takes(model: Any, cache: Any, plan: KVPlan) -> bool:
     """Whether a plain prompt fills an empty cache as a traced one would: all attention is torch's own.
 
-    Tiers of tokens need what each token was attended to, sliding windows keep accounts of their own.
+    Tiers of tokens need what each token was attended to, packed windows keep accounts of their own.
     """
     layers = getattr(cache, "layers", ())
     return (
@@ -71,8 +78,8 @@ class PlainPrompt(TorchFunctionMode):
         """What `forward` returns, the cache packed.
 
         Raises:
-            NarrowScalesError: keys or values do not fit the planned scales; the cache is as it was. With
-                several processes that is a warning.
+            NarrowScalesError: keys or values do not fit the planned scales; packed layers are empty again.
+                With several processes that is a warning.
         """
         for layer in self._layers.values():
             layer.prompt = self
@@ -82,6 +89,7 @@ class PlainPrompt(TorchFunctionMode):
             self._pack(None, None)
             self._check_ranges()
         except BaseException:
+            # whoever does the call again takes back what plain layers have got
             self._cache.layers[:] = self._before
             for layer in self._layers.values():
                 layer.forget_prompt()
