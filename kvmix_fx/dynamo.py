@@ -56,6 +56,21 @@ def recompile_limit(limit: int | None) -> contextlib.AbstractContextManager[Any]
     return patched
 
 
+def changing_numbers(pattern: str) -> contextlib.AbstractContextManager[Any]:
+    """For the time of a block, take numbers from sources that match for symbols; "" changes nothing.
+
+    Else the first value is compiled in, and the second step, which has another, is traced and compiled anew.
+    """
+    if not pattern:
+        return contextlib.nullcontext()
+    config: Any = torch.compiler.config
+    known = config.dynamic_sources
+    patched: contextlib.AbstractContextManager[Any] = config.patch(
+        dynamic_sources=f"{known},{pattern}" if known else pattern
+    )
+    return patched
+
+
 _alone = threading.RLock()
 """Held in compiled code. Where Dynamo looks for what it has compiled is one variable of the whole process:
 two threads would look in each other's places, find nothing, and compile in every step."""

@@ -47,6 +47,7 @@ class Call:
     args, kwargs: what the model gets. lane: which way it goes. generating: whether it is a step of a
     library's own loop, in which nothing but the arguments changes. counts: numbers of the cache that grow
     with each step on the host, and that `finish` counts itself after a short one; -1 if none may be short.
+    changing: a pattern of where such numbers come from, see `dynamo.changing_numbers`.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], generating: bool = False) -> None:
@@ -54,6 +55,7 @@ class Call:
         self.args, self.kwargs, self.generating = args, kwargs, generating
         self.lane = Lane.TRACED
         self.counts = 0
+        self.changing = ""
 
     def finish(self) -> None:
         """What to do after the call has succeeded."""
@@ -234,7 +236,7 @@ class CompiledStep:
         self._shortcut.listen()
         if not self._options.get("fullgraph", True):
             call.in_pieces()
-        with dynamo.recompile_limit(self._limit):
+        with dynamo.recompile_limit(self._limit), dynamo.changing_numbers(call.changing):
             try:
                 result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
             except dynamo.graph_break_errors() as error:

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvmix_fx
 from kvmix_fx import errors
@@ -92,6 +93,19 @@ def test_the_cache_is_that_of_a_traced_prompt(plan, kind):
         results[traces] = logits, stored(cache)
     assert all(map(torch.equal, results[True][0], results[False][0]))
     assert all(map(torch.equal, results[True][1], results[False][1]))
+
+
+@pytest.mark.parametrize("length", [10, 60])
+def test_a_plain_window_that_grows_takes_one_graph_for_all_steps(length):
+    """It counts its tokens in a number, and is a slice of the prompt when it is full."""
+    model = compiled("a plain window", False)
+    cache = KVMixCache(kvmix_fx.compiled(model).plan, model.config)
+    ids = tokens(length)
+    steps(model, cache, ids, torch.ones_like(ids), 4)
+    assert len(kvmix_fx.compiled(model).report.graphs) == 1
+    assert type(cache.layers[0]) is DynamicSlidingWindowLayer
+    # no more of the prompt is in memory
+    assert cache.layers[0].keys.untyped_storage().nbytes() <= 2 * 2 * 24 * 16 * 4
 
 
 def test_another_prompt_is_another_cache():

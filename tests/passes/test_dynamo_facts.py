@@ -195,6 +195,20 @@ def test_the_limit_of_recompilations_can_be_set_for_a_while():
     assert torch._dynamo.config.recompile_limit == was
 
 
+@pytest.mark.parametrize(("pattern", "expected"), [(r".*\.stored$", 1), ("", 2)])
+def test_a_number_that_changes_is_a_symbol_from_the_first_trace_on(pattern, expected):
+    class Counter:
+        def __init__(self, stored):
+            self.stored = stored
+
+    theirs = "L['somebody_elses']"
+    with torch.compiler.config.patch(dynamic_sources=theirs), dynamo.changing_numbers(pattern):
+        assert torch.compiler.config.dynamic_sources.startswith(theirs)
+        graphs = graphs_of(lambda c: torch.ones(3) * c.stored, [Counter(5)], [Counter(6)], [Counter(9)])
+    assert graphs == expected
+    assert not torch.compiler.config.dynamic_sources
+
+
 @pytest.mark.skipif("isolate_recompiles" not in PARAMETERS, reason="torch.compile has no regions")
 def test_threads_share_the_region_in_which_compiled_code_is_sought():
     """If they do not any more, threads need not wait for each other."""

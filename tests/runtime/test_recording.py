@@ -230,6 +230,8 @@ def test_steps_beside_windows_that_stay_plain_are_replayed(on_cpu, monkeypatch, 
     torch.testing.assert_close(got, want)
     assert on_cpu.recorded == len(replays)
     assert on_cpu.replayed == sum(replays)
+    # one graph for steps of a window that is full, one before
+    assert len(kvmix_fx.compiled(model).report.graphs) == len(replays)
     short = replays[-1]
     assert len(guarded) == 23 - short
     window = out.past_key_values.layers[0]

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticCache,
     StaticLayer,
@@ -77,6 +78,9 @@ from kvmix_fx.parallel import check_placement, kv_heads_here
 from kvmix_fx.plan import KVPlan
 from kvmix_fx.runtime.shortcut import Shortcut
 from kvmix_fx.runtime.step import Call, Lane
+
+_COUNTED_TOKENS = r".*\.cumulative_length(_int)?$"
+"""Where Dynamo finds the numbers of tokens that plain windows count."""
 
 
 class InsideGenerate(threading.local):
@@ -377,7 +381,7 @@ class TransformersCalls:
         return True
 
     def _own_slices(self, call: TokensCall) -> None:
-        """A slice of a longer row brings its place in it into the graph, another one in every step."""
+        """A slice of longer rows brings its place in them, and their length, into the graph."""
         if call.n == 1:
             call.args = tuple(_own(x) for x in call.args)
             for name in ("input_ids", "position_ids"):
@@ -455,10 +459,12 @@ class TransformersCalls:
             call.mask = _to_capacity(call.mask, call.fixed[0].max_cache_len)
 
     def _choose_lane(self, call: TokensCall) -> None:
-        if not call.generating or call.args:
-            return
         if call.own_cache is not None:
             call.windows = of_kind(call.own_cache.layers, StaticSlidingWindowLayer)
+            if call.windows or of_kind(call.own_cache.layers, DynamicSlidingWindowLayer):
+                call.changing = _COUNTED_TOKENS
+        if not call.generating or call.args:
+            return
         # a window that is not full is written by another graph
         full = all(window.cumulative_length_int >= window.max_cache_len for window in call.windows)
         call.counts = len(call.windows) if full else -1
@@ -499,6 +505,10 @@ class TransformersCalls:
             if layer_plan.is_raw and isinstance(layer, DynamicLayer):
                 _mark_length(layer.keys, 2)
                 _mark_length(layer.values, 2)
+        for window in of_kind(_layers(call.own_cache), DynamicSlidingWindowLayer):
+            if isinstance(window.keys, Tensor) and window.keys.shape[2] < window.sliding_window - 1:
+                _mark_length(window.keys, 2)
+                _mark_length(window.values, 2)
         for layer in _layers(call.own_cache):
             # of sparse attention, which chooses tokens by them
             _mark_length(getattr(layer, "indexer_keys", None), 1)
@@ -642,7 +652,9 @@ def _layers(cache: Cache | None) -> list[Any]:
 
 
 def _own(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) and x.storage_offset() else x
+    if not isinstance(x, Tensor) or (x.is_contiguous() and not x.storage_offset()):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _mark_length(x: Any, dim: int = 1) -> None:

@@ -25,6 +25,7 @@ from kvmix_fx.integrations.transformers.layers import (
     KVMixDynamicLayer,
     KVMixStaticLayer,
     PromptFirstStaticLayer,
+    of_kind,
 )
 from kvmix_fx.parallel import process_group_size
 from kvmix_fx.plan import KVPlan
@@ -88,6 +89,7 @@ class PlainPrompt(TorchFunctionMode):
                 result = forward(*args, **kwargs)
             self._pack(None, None)
             self._check_ranges()
+            self._own_windows()
         except BaseException:
             # whoever does the call again takes back what plain layers have got
             self._cache.layers[:] = self._before
@@ -99,6 +101,17 @@ class PlainPrompt(TorchFunctionMode):
                 # not None, which a graph would take for another kind of layer
                 del layer.prompt
         return result
+
+    def _own_windows(self) -> None:
+        """Let go of the prompt, of which plain windows are a slice.
+
+        As steps leave them, behind one token that has left: other strides take a graph of their own.
+        """
+        for layer in of_kind(self._cache.layers, DynamicSlidingWindowLayer):
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                if x.stride(1) > (x.shape[2] + 1) * x.shape[3]:
+                    setattr(layer, name, torch.cat([x[:, :, :1], x], 2)[:, :, 1:])
 
     def take(self, layer: Packs, keys: Tensor, values: Tensor) -> None:
         """A layer's first tokens, [B, Hkv, n, D]: to be packed after their attention."""
