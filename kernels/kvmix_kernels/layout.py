@@ -448,13 +448,14 @@ def with_high(fmt: TensorFormat, high: HighTier) -> TensorFormat:
     """A packed format with a high tier.
 
     Raises:
-        FormatError: the tensor is not packed, or the share is no whole token of a tile.
+        FormatError: the tensor is not packed, or the share of a tile is less than one token.
     """
     if fmt.is_raw:
         raise FormatError("a tensor that stays at 16 bits has no high tier: leave it out in this layer")
     if high.share and high.share * fmt.tile < 100:
         raise FormatError(
-            f"{high.share} % of a tile of {fmt.tile} tokens is no whole token: take a larger share or tile"
+            f"{high.share} % of a tile of {fmt.tile} tokens is less than one token: take a larger share "
+            "or tile"
         )
     return fmt._replace(high=high)
 

@@ -58,9 +58,9 @@ class TokenTier:
             )
         if self.tokens is not None:
             check_integer("tokens", self.tokens, 2)
-        for name, value in (("share", self.share), ("recent", self.recent)):
-            if value is not None:
-                _check_percent(name, value)
+        if self.share is not None:
+            _check_percent("share", self.share, 1, 99)
+        _check_percent("recent", self.recent, 0, 100)
         check_choice("bits", self.bits, layout.HIGH_BITS)
         check_choice("policy", self.policy, layout.POLICIES)
         check_type("balancer", self.balancer, bool)
@@ -88,8 +88,11 @@ class TokenTier:
         return asdict(self)
 
 
-def _check_percent(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise PlanFieldError(f"{name} must be a number from 0 to 1, got {value!r}", name)
+def _check_percent(name: str, value: float, low: int, high: int) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and low / 100 <= value <= high / 100):
+        raise PlanFieldError(
+            f"{name} must be a number from {low / 100:g} to {high / 100:g}, got {value!r}", name
+        )
     if abs(value * 100 - round(value * 100)) > 1e-9:
         raise PlanFieldError(f"{name} must be whole percents, such as .2 or .05, got {value!r}", name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.orders import key_order
-from kvmix_fx.errors import PlanFieldError, ProfileError
+from kvmix_fx.errors import BudgetError, PlanFieldError, ProfileError
 from kvmix_fx.parallel import check_placement
 from kvmix_fx.plan import KVPlan, LayerPlan, TokenTier
 from kvmix_fx.plan.allocators.exact import exact
@@ -93,7 +93,7 @@ def choose_shares(
 
     Raises:
         PlanFieldError: the plan has tiers of tokens, no share is offered, or a field of the tier is none.
-        FormatError: a share of some layer's tile is no whole token.
+        FormatError: a share of some layer's tile is less than one token.
         BudgetError: the budget is below what `plan` costs, or above an unquantized cache.
         PlanLayerError, HeadSizeError, PlanGeometryError: the plan does not fit the model.
         ProfileError: no layer can have a tier.
@@ -412,6 +412,14 @@ def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
     _check_policy(first.policy)
     if first.balancer or first.evict:
         raise PlanFieldError("shares are measured without a balancer and without eviction", "tiers")
+    _check_without(plan)
+    for layer in plan.layers:
+        if not (layer.key.is_raw or layer.value.is_raw):
+            for tier in tiers:
+                _formats(layer, tier)
+
+
+def _check_without(plan: KVPlan) -> None:
     for index, layer in enumerate(plan.layers):
         if layer.token_tier is not None:
             raise PlanFieldError(
@@ -419,18 +427,22 @@ def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
                 "dataclasses.replace(layer, token_tier=None) makes such layers",
                 "token_tier",
             )
-        if not (layer.key.is_raw or layer.value.is_raw):
-            for tier in tiers:
-                _formats(layer, tier)
 
 
 def check_budget(plan: KVPlan, budget: Budget) -> float:
     """What the plan costs, in the budget's unit.
 
     Raises:
+        PlanFieldError: the plan has tiers of tokens.
         BudgetError: the budget is below that, or above an unquantized cache.
     """
+    _check_without(plan)
     base = budget.cost(plan)
+    if not budget.allows(base):
+        raise BudgetError(
+            f"a budget of {budget} is below the {base:,.6g} that the plan takes without any tier of tokens: "
+            "raise it, or take a plan of fewer bits"
+        )
     assert plan.geometry is not None
     budget.check(base, plan.geometry)
     return base

@@ -148,7 +148,7 @@ def test_what_is_wrong_with_a_file_is_said(name, change, said):
         # behind the length: the mark, share, number, bits, group, policy, recent part, and what keys have
         ("meta", lambda x: changed(x, 1, -2), "no packed format has the numbers"),
         ("meta", lambda x: changed(x, 2, 100), "from 1 to 99 percent"),
-        ("meta", lambda x: changed(x, 2, 1), "no whole token"),
+        ("meta", lambda x: changed(x, 2, 1), "less than one token"),
         ("meta", lambda x: changed(x, 3, 5), "either a share of the tokens or a fixed number"),
         ("meta", lambda x: changed(x, 4, 3), "bits, got 3"),
         ("meta", lambda x: changed(x, 5, 5), "multiple of 16"),

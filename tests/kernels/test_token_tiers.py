@@ -547,7 +547,7 @@ def test_too_many_tokens_are_refused_before_anything_is_written():
 
 
 def test_bad_parts_are_named():
-    with pytest.raises(FormatError, match="no whole token"):
+    with pytest.raises(FormatError, match="less than one token"):
         with_high(make_format(2, "token", 16, 16), make_high(5))
     with pytest.raises(FormatError, match="16 bits has no high tier"):
         with_high(make_format(16), make_high(20))

@@ -63,8 +63,10 @@ def test_tiers_by_hand_in_a_file():
     ("fields", "error", "message"),
     [
         ({"share": 0.123}, PlanFieldError, "share must be whole percents"),
-        ({"share": 1.5}, PlanFieldError, "share must be a number from 0 to 1"),
-        ({"share": 0.0}, FormatError, "either a share of the tokens or a fixed number"),
+        ({"share": 1.5}, PlanFieldError, r"share must be a number from 0\.01 to 0\.99"),
+        ({"share": 0.0}, PlanFieldError, r"share must be a number from 0\.01 to 0\.99"),
+        ({"share": 1.0}, PlanFieldError, r"share must be a number from 0\.01 to 0\.99"),
+        ({"recent": 1.5}, PlanFieldError, "recent must be a number from 0 to 1"),
         ({"tokens": 5}, PlanFieldError, "either a share of the tokens or a number"),
         ({"share": None, "tokens": 1}, PlanFieldError, "tokens must be at least 2"),
         ({"bits": 2}, PlanFieldError, "bits must be one of 16, 8, 4"),
@@ -78,7 +80,7 @@ def test_bad_fields_are_named(fields, error, message):
 
 
 def test_tiers_that_do_not_fit_a_layer():
-    with pytest.raises(FormatError, match="1 % of a tile of 32 tokens is no whole token"):
+    with pytest.raises(FormatError, match="1 % of a tile of 32 tokens is less than one token"):
         LayerPlan(QuantSpec(2), QuantSpec(2, "token"), token_tier=TokenTier(0.01))
     with pytest.raises(FormatError, match="value: a tensor that stays at 16 bits has no high tier"):
         LayerPlan(QuantSpec(2), QuantSpec(16), token_tier=TokenTier())

@@ -19,7 +19,7 @@ from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier
 from kvmix_fx.plan.budget import Budget
 from kvmix_fx.profiling.kl import divergence, log_probabilities, read_in_formats
 from kvmix_fx.profiling.observe import Observer, observing
-from kvmix_fx.profiling.shares import ShareLosses, choose_shares, measure_shares
+from kvmix_fx.profiling.shares import ShareLosses, check_budget, choose_shares, measure_shares
 from kvmix_fx.testing.models import MOE, tiny_architecture, tiny_llama
 
 FIRST, LENGTH = 4 + 32 + 32, 4 + 32 + 2 * 32
@@ -181,7 +181,7 @@ def test_layers_with_a_window_have_no_share() -> None:
         (PlanFieldError, "above 0", {"shares": (0,)}),
         (PlanFieldError, "shares must be numbers", {"shares": 0.1}),
         (PlanFieldError, "whole percents", {"shares": (0.125,)}),
-        (FormatError, "no whole token", {"shares": (0.01, 0.1)}),
+        (FormatError, "less than one token", {"shares": (0.01, 0.1)}),
         (PlanFieldError, "bits", {"bits": 3}),
         (BudgetError, "below", {"budget": Budget(bits=2.5)}),
         (CalibrationError, "at least 100 tokens", {"data": tokens(1, 99)}),
@@ -201,3 +201,16 @@ def test_what_cannot_be_measured_is_refused(
         given |= {"plan": plan.with_layers("all", **{name: value}), "budget": Budget(bits=15.9)}
     with pytest.raises(error, match=match):
         choose_shares(model, **given)
+
+
+def test_a_plan_with_tiers_is_told_from_one_that_takes_too_much() -> None:
+    """No budget is large enough for it."""
+    model = tiny_llama(num_hidden_layers=1)
+    for plan, error in (
+        (KVPlan.preset("mikv", model), PlanFieldError),
+        (KVPlan.uniform(model, 4), BudgetError),
+    ):
+        with pytest.raises(
+            error, match="a tier of tokens already|takes without any tier of tokens: raise it"
+        ):
+            check_budget(plan, Budget(bits=3.0))
