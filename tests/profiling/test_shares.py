@@ -211,6 +211,6 @@ def test_a_plan_with_tiers_is_told_from_one_that_takes_too_much() -> None:
         (KVPlan.uniform(model, 4), BudgetError),
     ):
         with pytest.raises(
-            error, match="a tier of tokens already|takes without any tier of tokens: raise it"
+            error, match=r"a tier of tokens already|takes without any tier of tokens: raise it"
         ):
             check_budget(plan, Budget(bits=3.0))
