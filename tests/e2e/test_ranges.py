@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
 import torch
+import transformers
 
 import kvmix_fx
 from kvmix_fx.cache import QuantizedKVTensor
@@ -64,6 +66,60 @@ def test_one_of_several_processes_says_so_and_does_no_step_twice(monkeypatch):
     assert layer.values.scale.dtype == torch.float16
     assert kvmix_fx.compiled(model).report.graphs[0].sites[0].layer == 0
     assert len(kvmix_fx.compiled(model).report.graphs) == 2
+
+
+def bart():
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=128,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    layers = model.model.decoder.layers
+    layers[1].self_attn.v_proj.bias.data.mul_(3e6)
+    return model, layers, layers[1].self_attn.out_proj
+
+
+def qwen3_next():
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=16, linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers.Qwen3NextForCausalLM(config).eval()
+    return model, model.model.layers, model.model.layers[1].self_attn.o_proj
+
+
+@pytest.mark.parametrize("make", [bart, qwen3_next])
+def test_a_step_in_pieces_that_is_done_again_finds_the_cache_as_it_was(make):
+    """Layers of the pieces before have got their tokens, attention across its cache, others states."""
+    torch.manual_seed(0)
+    model, layers, projection = make()
+    layers[1].self_attn.v_proj.weight.data.mul_(3e6)
+    projection.weight.data.div_(3e6)
+    ids = torch.randint(1, 60, (2, 20))
+
+    def generate():
+        out = model.generate(
+            ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, output_logits=True,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        return torch.stack(out.logits)
+
+    want = generate()
+    for layer in layers:
+        layer.forward = functools.partial(in_a_piece, layer)
+    # nothing leaves the window, so nothing is rounded
+    kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 8, window=40, group_size=16), fullgraph=False)
+    with pytest.warns(NarrowScalesWarning):
+        got = generate()
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def in_a_piece(layer, *args, **kwargs):
+    torch._dynamo.graph_break()
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 def test_scales_without_the_range_would_show(monkeypatch):

@@ -39,6 +39,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -142,6 +143,7 @@ class TokensCall(Call):
         self.windows: list[StaticSlidingWindowLayer] = []
         self._grown: list[Grown] = []
         self._empty_windows: list[StaticSlidingWindowLayer] = []
+        self._without_states: list[LinearAttentionLayer] = []
         self._updated: dict[int, bool] = {}
 
     @property
@@ -186,6 +188,8 @@ class TokensCall(Call):
         if self.own_cache is not None and self.lane is not Lane.SHORT:
             windows = of_kind(self.own_cache.layers, StaticSlidingWindowLayer)
             self._empty_windows = [window for window in windows if not window.cumulative_length_int]
+            states = of_kind(self.own_cache.layers, LinearAttentionLayer)
+            self._without_states = [layer for layer in states if not _has_state(layer)]
         if isinstance(self.cache, EncoderDecoderCache):
             self._updated = dict(self.cache.is_updated)
 
@@ -193,8 +197,6 @@ class TokensCall(Call):
         """Take back what layers of fixed capacity have counted, and growing ones have been given."""
         try:
             self._take_back_plain()
-            if isinstance(self.cache, EncoderDecoderCache):
-                self.cache.is_updated.update(self._updated)
             if self.cache is not None and _has_states(self.cache):
                 _interrupted.add(self.cache)
             for layer in self.fixed:
@@ -235,6 +237,9 @@ class TokensCall(Call):
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
         """As `Call.widen`; this call's fixed layers are allocated anew, plain ones forget its tokens."""
         self._take_back_plain()
+        for layer in self._without_states:
+            # if the model is traced in pieces, a layer before has got some
+            LinearAttentionLayer.reset(layer)
         self._model.widen(self, found)
 
     def _take_back_plain(self) -> None:
@@ -243,6 +248,9 @@ class TokensCall(Call):
             grown.restore()
         for window in self._empty_windows:
             window.reset()
+        if isinstance(self.cache, EncoderDecoderCache):
+            self.cache.is_updated.clear()
+            self.cache.is_updated.update(self._updated)
 
 
 class Grown:
@@ -267,13 +275,14 @@ _interrupted: weakref.WeakSet[Cache] = weakref.WeakSet()
 
 def _has_states(cache: Cache) -> bool:
     """Whether some layer has states of a linear attention, which a step changes in place."""
-    for layer in _layers(cache):
-        states = getattr(layer, "has_previous_state", False)
-        if any(
-            states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]
-        ):
-            return True
-    return False
+    return any(map(_has_state, _layers(cache)))
+
+
+def _has_state(layer: Any) -> bool:
+    states = getattr(layer, "has_previous_state", False)
+    return any(
+        states.values() if isinstance(states, dict) else states if isinstance(states, list) else [states]
+    )
 
 
 class TransformersCalls:
