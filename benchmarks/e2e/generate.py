@@ -105,6 +105,11 @@ def kvmix_plan(group: int, window: int) -> Callable[[nn.Module], KVPlan]:
     return make
 
 
+def mikv_plan(policy: str) -> Callable[[nn.Module], KVPlan]:
+    """A fifth of the tokens at 16 bits, all others at 2; policies differ in what they ask of attention."""
+    return lambda model: KVPlan.preset("mikv", model, policy=policy).with_layers("all", tile=128)
+
+
 KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
     "kvmix k2.2v2.4 g128 w32": kvmix_plan(128, 32),
     "kvmix k2.2v2.4 g32 w32": kvmix_plan(32, 32),
@@ -112,6 +117,10 @@ KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
         "all", key=QuantSpec(4, "channel", 128), value=QuantSpec(2, "token", "head"), tile=128
     ),
     "kvmix tiers": lambda model: KVPlan.preset("tiers", model),
+    "kvmix k2v2 g128 w32": lambda model: KVPlan.uniform(model, 2, 2, window=32, sink_length=0).with_layers(
+        "all", key=QuantSpec(2, "channel", 128), value=QuantSpec(2, "token", "head"), tile=128
+    ),
+    **{f"kvmix mikv {policy}": mikv_plan(policy) for policy in ("accumulated", "last", "norm")},
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers dynamic": {},

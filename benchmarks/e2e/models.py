@@ -26,12 +26,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
     },
+    "gemma-3-4b": {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "sliding_window": 1024, "max_position_embeddings": 131072,
+    },
+    "mistral-7b-v0.1": {
+        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        "sliding_window": 4096, "max_position_embeddings": 32768,
+    },
     "tiny": {
         "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 32, "vocab_size": 32000, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
-"""Sizes by name; no end-of-sequence token, so that every run yields as many tokens as it was asked for."""
+"""Sizes by name, of Llama where no `model_type` is named."""
+
+WITHOUT_END = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+"""Every run yields as many tokens as it was asked for."""
 
 
 def build(
@@ -47,9 +60,11 @@ def build(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=0, dtype=dtype)
+    sizes = SHAPES[shape] | WITHOUT_END | ({} if layers is None else {"num_hidden_layers": layers})
     torch.manual_seed(0)
+    if "model_type" in sizes:
+        return build_other(sizes, device, dtype)
+    config = LlamaConfig(**sizes, dtype=dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     if tp_size > 1:
@@ -61,6 +76,17 @@ def build(
     rotary: Any = model.model.rotary_emb
     with torch.device(device):
         model.model.rotary_emb = type(rotary)(config)
+    return model.eval()
+
+
+def build_other(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> nn.Module:
+    """A model of any type, whole on one device; its buffers are as its class makes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**sizes, dtype=dtype)
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    set_weights(model)
     return model.eval()
 
 
