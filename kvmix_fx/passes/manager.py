@@ -28,6 +28,7 @@ from kvmix_fx.passes.rewrite import Rewritten, rewrite
 from kvmix_fx.passes.sites import ADOPT, LEAVE, NOT_RECOGNIZED, STORAGE, STORE, Site
 from kvmix_fx.passes.verify import verify
 from kvmix_fx.plan import KVPlan, LayerPlan
+from kvmix_fx.plan.schema import NO_TIER_IN_WINDOW
 from kvmix_fx.plan.text import pair_label
 from kvmix_kernels import layout
 from kvmix_kernels.layout import TensorFormat
@@ -52,10 +53,6 @@ NO_PROMPT = (
 CAME_PLAIN = (
     "a plain cache that came in stays so in a layer with a token tier, which neither windows of fixed "
     "capacity nor attention across can have"
-)
-NO_TIER_IN_WINDOW = (
-    "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
-    "this layer"
 )
 NO_TIER_UNREAD = (
     "which tokens matter is told by attention, and none that reads this cache is known: use a plan without "
@@ -218,8 +215,8 @@ def _apply_plan(site: Site, plan: KVPlan) -> None:
     if why_not:
         site.action, site.reason = LEAVE, why_not
         return
-    if isinstance(site.tail, int) and site.tail < 0 and not layer.packs_window(1 - site.tail):
-        site.action, site.reason = LEAVE, raw_window(1 - site.tail, layer.window.length, layer.tile_length)
+    if isinstance(site.tail, int) and site.tail < 0 and (whole := layer.whole_window(1 - site.tail)):
+        site.action, site.reason = LEAVE, whole
         return
     try:
         for root, fmt in zip((site.key_root, site.value_root), _formats(site, plan), strict=True):
@@ -241,14 +238,6 @@ def no_tier(site: Site) -> str:
     # one query sees all that came before it; more of them need a mask to say the same
     known = call.is_masked or call.is_causal is True or asking == 1
     return "" if known and asking == asked else NO_TIER_ACROSS
-
-
-def raw_window(window: int, recent: int, tile: int) -> str:
-    """Why a layer with a window of so many tokens stays at 16 bits."""
-    return (
-        f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
-        f"{recent} recent tokens and a tile of {tile}"
-    )
 
 
 def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:

@@ -385,7 +385,13 @@ class _Rewriter:
     def _hint(self, site: Site, fmt: TensorFormat) -> tuple[fx.Node, ...]:
         """What the order of channels of a tensor in this format comes from; nothing where it has none."""
         if fmt.asks_queries:
-            return (site.call.query,)
+            query = site.call.query
+            if site.tail is None or site.stored:
+                return (query,)
+            # of the tokens that a window keeps
+            with self.graph.inserting_before(site.call.node):
+                index = (slice(None), slice(None), slice(site.tail, None))
+                return (self.graph.call_function(operator.getitem, (query, index)),)
         order = self.orders(site) if fmt.order == layout.ORDER_PLAN else None
         if order is None:
             return ()

@@ -51,6 +51,25 @@ DEFAULT_SINK = 4
 """First tokens that plans of ours keep raw. Models attend to them from everywhere: four cost nothing at
 length and take 40 to 60 % off the divergence at 2 bits (`benchmarks/README.md`)."""
 
+NO_TIER_IN_WINDOW = (
+    "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
+    "this layer"
+)
+NO_ORDERS_IN_WINDOW = (
+    "a sliding window forgets tiles, which keys with an order of channels for every tile, or with channels "
+    'at 16 bits, cannot: use order="prompt" or "plan" and tiers of 4, 2 and 0 bits for this layer'
+)
+
+
+def raw_window(window: int, recent: int, tile: int) -> str:
+    """Why a layer with a window of so many tokens stays at 16 bits; '' if it need not."""
+    if window - 1 > recent + tile:
+        return ""
+    return (
+        f"a sliding window of {window} tokens is no longer than what the plan keeps raw of a layer: "
+        f"{recent} recent tokens and a tile of {tile}"
+    )
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -325,14 +344,16 @@ class LayerPlan:
         return replace(self, key=key, value=value)
 
     def packs_window(self, window: int) -> bool:
-        """Whether anything of a sliding window of so many tokens is packed: more than what stays raw."""
-        orders = (layout.ORDER_NONE, layout.ORDER_PLAN, layout.ORDER_PROMPT)
-        if any(
-            fmt.order not in orders or set(fmt.buffer_names) - {*layout.BUFFER_NAMES, "order"}
-            for fmt in self._formats()
-        ):
-            return False  # what such formats keep beside codes and scales does not leave with a tile
-        return not self.is_raw and window - 1 > self.window.length + self.tile_length
+        """Whether anything of a sliding window of so many tokens is packed."""
+        return not self.is_raw and not self.whole_window(window)
+
+    def whole_window(self, window: int) -> str:
+        """Why a sliding window of so many tokens stays raw in a packed layer; '' if it does not."""
+        if self.token_tier is not None:
+            return NO_TIER_IN_WINDOW
+        if not all(fmt.sums_packed for fmt in self._formats()):
+            return NO_ORDERS_IN_WINDOW
+        return raw_window(window, self.window.length, self.tile_length)
 
     def formats(self, head_dim: int, value_dim: int | None = None) -> tuple[TensorFormat, TensorFormat]:
         """Storage formats of the keys and the values for heads of `head_dim` channels.

@@ -28,10 +28,11 @@ from kvmix_fx.errors import NoSiteError, ProfileError
 from kvmix_fx.parallel import Ranks, local
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.find.views import heads_root
-from kvmix_fx.passes.manager import no_tier, raw_window
+from kvmix_fx.passes.manager import no_tier
 from kvmix_fx.passes.match import match
 from kvmix_fx.passes.sites import ADOPT, LEAVE, AttentionCall, Site
 from kvmix_fx.plan import ModelGeometry, QuantSpec
+from kvmix_fx.plan.schema import raw_window
 from kvmix_fx.profiling.projections import Projection, find_projection
 from kvmix_fx.profiling.rounding import round_trip
 from kvmix_fx.profiling.segments import SegmentedGraph
@@ -240,10 +241,10 @@ class Observer:
         assign_layers(copied.graph, sites)
         for site in sites:
             kept = 1 - site.tail if isinstance(site.tail, int) and site.tail < 0 else 0
-            if site.action == ADOPT and 0 < kept <= 1 + self.window + self._schedule.tile:
+            whole = raw_window(kept, self.window, self._schedule.tile) if kept else ""
+            if site.action == ADOPT and whole:
                 # as the pass will do under a plan of these windows
-                site.action = LEAVE
-                site.reason = raw_window(kept, self.window, self._schedule.tile)
+                site.action, site.reason = LEAVE, whole
         usable = [s for s in sites if s.action == ADOPT and not s.stored and s.layer is not None]
         self.skipped = {
             site.layer: site.reason for site in sites if site not in usable and site.layer is not None

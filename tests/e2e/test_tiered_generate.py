@@ -8,8 +8,9 @@ import torch
 import kvmix_fx
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
-from kvmix_fx.passes.manager import CAME_PLAIN, NO_TIER_ACROSS, NO_TIER_IN_WINDOW, NO_TIER_UNREAD
+from kvmix_fx.passes.manager import CAME_PLAIN, NO_TIER_ACROSS, NO_TIER_UNREAD
 from kvmix_fx.plan import TokenTier
+from kvmix_fx.plan.schema import NO_TIER_IN_WINDOW
 from kvmix_fx.testing.models import STORED, WINDOWS, tiny_architecture, tiny_llama
 
 from .oracle import worst

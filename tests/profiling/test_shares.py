@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import kvmix_fx
 from benchmarks.planner.evaluate import Evaluator
 from kvmix_fx.errors import BudgetError, CalibrationError, FormatError, PlanFieldError, ProfileError
-from kvmix_fx.passes.manager import NO_TIER_IN_WINDOW
 from kvmix_fx.plan import KVPlan, LayerPlan, ModelGeometry, QuantSpec, TokenTier
 from kvmix_fx.plan.budget import Budget
+from kvmix_fx.plan.schema import NO_TIER_IN_WINDOW
 from kvmix_fx.profiling.kl import divergence, log_probabilities, read_in_formats
 from kvmix_fx.profiling.observe import Observer, observing
 from kvmix_fx.profiling.shares import ShareLosses, check_budget, choose_shares, measure_shares
