@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvmix_fx
+from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.errors import DequantizeWarning
 from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
@@ -128,6 +132,45 @@ def test_windows_are_packed(name, fixed):
     report = kvmix_fx.compiled(model).report
     assert not report.skipped()
     assert len(report.graphs) == 2
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_an_order_of_channels_comes_from_the_tokens_that_a_window_keeps(name, monkeypatch):
+    """The prompt is longer than the window; layer 0 reads the same in both models."""
+    model = tiny_architecture(*WINDOWS[name])
+    ids = tokens(length=120)
+    plan = KVPlan.preset("tiers", model, window=8)
+    plan = plan.with_layers("all", key=replace(plan.layers[0].key, group_size=32), tile=32)
+    seen = []
+    find = type(ALL_ATTENTION_FUNCTIONS).get_interface
+
+    def watched(self, *names):
+        def look(module, *states, **kwargs):
+            seen.append(states[:3])
+            return attention(module, *states, **kwargs)
+
+        attention = find(self, *names)
+        return look
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface", watched)
+        model(ids)
+    kvmix_fx.compile(model, plan, inner="eager")
+    with torch.no_grad():
+        layer = model(ids, use_cache=True).past_key_values.layers[0]
+    far = 120 - 63
+    query, key, value = (x[:, :, far:] for x in seen[0])
+    # what the last token does not see widens no group, and its queries do not count
+    mask = (torch.arange(far, 120) >= (64 if "chunks" in name else far)).expand(2, 1, 1, -1)
+    for x, packed, hint in ((key, layer.keys, query), (value, layer.values, None)):
+        want = QuantizedKVTensor.from_hp(x, packed.format, mask, hint)
+        n = packed.format.packed_tiles(packed.shape[2])
+        assert n > 0
+        for a, b in zip(packed.cached.tensors, want.cached.tensors, strict=True):
+            assert torch.equal(a, b)
+    # the control
+    other = QuantizedKVTensor.from_hp(key, layer.keys.format, mask)
+    assert not torch.equal(other.cached.order, layer.keys.cached.order)
 
 
 def test_windows_in_caches_of_fixed_capacity_say_why_they_stay():
