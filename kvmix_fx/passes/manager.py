@@ -264,8 +264,18 @@ def _report(site: Site, plan: KVPlan, wide: Collection[Ranged]) -> SiteReport:
         value_bits=formats[1].bits if formats else layout.RAW_BITS,
         bytes_per_token=bytes_per_token,
         query_length=str(example(site.call.query).shape[2]),
-        label=pair_label(*(f.label for f in formats)) if formats else _RAW,
+        label=_label(formats),
     )
+
+
+def _label(formats: tuple[TensorFormat, TensorFormat] | None) -> str:
+    """Of keys and values, and of their high tier: "K2V2, 20 % of tokens at 16"."""
+    if formats is None:
+        return _RAW
+    label, high = pair_label(*(fmt.label for fmt in formats)), formats[0].high
+    if high is None:
+        return label
+    return f"{label}, {high.count or f'{high.share} % of'} tokens at {high.bits}"
 
 
 def _missed(one: Missed) -> SiteReport:

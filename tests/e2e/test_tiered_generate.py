@@ -66,8 +66,8 @@ def test_growing_and_fixed_caches_keep_the_same_tokens():
     nbytes = sum(t.packed_nbytes for layer in growing.layers for t in (layer.keys, layer.values))
     assert nbytes == plan.nbytes(2, LENGTH + NEW - 1, itemsize=4)
     report = str(kvmix_fx.compiled(model).report)
-    assert "packed on exit" in report
-    assert "packed attention" in report
+    assert "packed on exit, K2V2, 20 % of tokens at 16" in report
+    assert "packed attention, K2V2, 20 % of tokens at 16" in report
 
 
 def test_learned_sinks_count_once_and_windows_stay():
