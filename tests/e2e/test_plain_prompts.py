@@ -197,6 +197,22 @@ def test_generate_takes_it():
     assert all(map(torch.equal, plain.logits, traced.logits))
 
 
+@pytest.mark.parametrize("plan", ["uniform", "a plain window"])
+def test_a_cache_that_was_emptied_takes_it_again(plan):
+    """generate() uses the layers of a cache that was dropped again; windows keep their buffers."""
+    model = compiled(plan, False)
+    cache = KVMixStaticCache(kvmix_fx.compiled(model).plan, model.config, 256)
+    ids = tokens(100)
+    logits = []
+    for _ in range(2):
+        found, graphs = steps(model, cache, ids, torch.ones_like(ids))
+        assert graphs == 0 or logits
+        logits.append(found)
+        cache.reset()
+    assert len(kvmix_fx.compiled(model).report.graphs) == 1
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
+
+
 def test_the_option_is_checked():
     model = tiny_llama()
     with pytest.raises(errors.BackendOptionError, match='"trace_prompts" must be True, False or None'):

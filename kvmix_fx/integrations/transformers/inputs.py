@@ -672,17 +672,16 @@ def _mark_length(x: Any, dim: int = 1) -> None:
 
 
 def _is_empty(cache: Any) -> bool:
-    return cache is None or (
-        isinstance(cache, Cache)
-        and all(
-            not (
-                layer.has_tokens
-                if isinstance(layer, PromptFirstStaticLayer)
-                else getattr(layer, "is_initialized", True)
-            )
-            for layer in _layers(cache)
-        )
-    )
+    return cache is None or (isinstance(cache, Cache) and not any(map(_has_tokens, _layers(cache))))
+
+
+def _has_tokens(layer: Any) -> bool:
+    if isinstance(layer, PromptFirstStaticLayer):
+        return layer.has_tokens
+    if isinstance(layer, StaticSlidingWindowLayer):
+        # one that was emptied keeps its buffers
+        return bool(layer.cumulative_length_int)
+    return bool(getattr(layer, "is_initialized", True))
 
 
 def _hides_nothing(mask: Any, n: int) -> bool:
