@@ -12,6 +12,7 @@ from transformers.cache_utils import StaticSlidingWindowLayer
 import kvmix_fx
 from kvmix_fx import dynamo, parallel
 from kvmix_fx.backend import KVMixBackend
+from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.dynamo import unwrapped
 from kvmix_fx.errors import CapacityError
 from kvmix_fx.integrations import transformers as integration
@@ -244,6 +245,31 @@ def test_steps_beside_windows_that_stay_plain_are_replayed(on_cpu, monkeypatch, 
     _, cache = generate(model, ids, **settings)
     same, _ = generate(model, more, past_key_values=cache.past_key_values)
     torch.testing.assert_close(again, same)
+
+
+def test_a_model_of_windows_gets_a_fixed_cache_while_that_takes_less_than_they_do(on_cpu):
+    """All of 256 tokens take less packed than 150 at 16 bits, 768 do not; both are packed."""
+    config = transformers.MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=150,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(config).eval()
+    kinds = {200: integration.KVMixStaticCache, 600: transformers.DynamicCache}
+    texts = {length: torch.randint(1, 60, (2, length)) for length in kinds}
+    plain = {length: generate(model, ids)[0] for length, ids in texts.items()}
+    worst = {}
+    for bits in (4, 2):
+        plan = kvmix_fx.KVPlan.uniform(model, bits, group_size=16, window=4)
+        kvmix_fx.compile(model, plan)
+        for length, kind in kinds.items():
+            before = on_cpu.replayed
+            got, out = generate(model, texts[length])
+            assert type(out.past_key_values) is kind
+            assert isinstance(out.past_key_values.layers[0].keys, QuantizedKVTensor)
+            assert (on_cpu.replayed > before) is (kind is integration.KVMixStaticCache)
+            worst[bits, length] = (got[1] - plain[length][1]).abs().max().item()
+    assert all(worst[4, length] < worst[2, length] / 2 for length in kinds), worst
 
 
 def test_one_row_without_padding_needs_no_mask(on_cpu):

@@ -102,7 +102,9 @@ class FixedCaches:
         if isinstance(past, KVMixStaticCache) and past.grows:
             self._inside.hold(past)
             past.enlarge(in_steps(max_cache_length))
-        reason = _why_not_fixed(self._model, self._plan, generation_config, model_kwargs, generation_mode)
+        reason = _why_not_fixed(
+            self._model, self._plan, generation_config, model_kwargs, generation_mode, max_cache_length
+        )
         if reason:
             log.debug("generate() gets no packed cache of fixed capacity: %s", reason)
             return self._original(
@@ -123,7 +125,12 @@ def _has_only_windows(plan: KVPlan, geometry: ModelGeometry) -> bool:
 
 
 def _why_not_fixed(
-    model: Any, plan: KVPlan, config: Any, model_kwargs: dict[str, Any], mode: GenerationMode
+    model: Any,
+    plan: KVPlan,
+    config: Any,
+    model_kwargs: dict[str, Any],
+    mode: GenerationMode,
+    length: int,
 ) -> str:
     """Why a generate() call keeps the cache it would have without kvmix; empty if it gets a fixed one."""
     devices = set(getattr(model, "hf_device_map", {}).values())
@@ -133,8 +140,11 @@ def _why_not_fixed(
         return f"the model is spread over {len(devices)} devices"
     if plan.geometry is None:
         return "the plan does not know the model's head sizes"
-    if _has_only_windows(plan, plan.geometry):
-        return "all layers of the model are windows, which are packed in growing caches"
+    if _has_only_windows(plan, plan.geometry) and not plan.packs_fixed_windows(in_steps(length)):
+        return (
+            "all layers of the model are windows, which take less packed in growing caches than all of "
+            f"{in_steps(length)} tokens"
+        )
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers says that {type(model).__name__} cannot be compiled as one graph"
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
