@@ -75,19 +75,20 @@ STEPS = ((131, 3, 0), (1, 300, 40), (1, 1, 1), (90, 1, 1))
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-SOFTCAPS = (0.0, 1.0, 0.0)
+SOFTCAPS = (0.0, 1.0, 0.0, 0.0)
 """One for each of the masks."""
 
 
 def masks(case: Case) -> list[torch.Tensor | None]:
-    """None, left padding of another length in every row, and the same as an additive mask."""
+    """None, left padding of another length in every row, the same added to scores, and one for each head."""
     seen = torch.ones(case.batch, 1, 1, case.tokens + 1, dtype=torch.bool, device="cuda")
     for row in range(case.batch):
         seen[row, ..., : 17 * row] = False
     added = torch.zeros(seen.shape, dtype=torch.bfloat16, device="cuda").masked_fill(
         ~seen, torch.finfo(torch.bfloat16).min
     )
-    return [None, seen, added]
+    own = torch.rand(case.batch, case.heads * case.group, 1, case.tokens + 1, device="cuda") < 0.9
+    return [None, seen, added, own]
 
 
 def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
@@ -100,7 +101,7 @@ def check(case: Case, k: TensorFormat, v: TensorFormat) -> list[str]:
         expected = ops._attend(args[0].float(), *args[1:], softcap)
         # `not <` also when either is not a number
         if not (got - expected).norm() / expected.norm() < LIMIT:
-            wrong.append(f"attend, mask {None if mask is None else mask.dtype}")
+            wrong.append(f"attend, mask {None if mask is None else (mask.dtype, *mask.shape)}")
     args[5] = None
     given = (*args, 0.0, torch.linspace(-4, 4, case.heads * case.group, device="cuda").bfloat16())
     for got, want in zip(attention.attend_lse(*given), ops._attend_lse(*given), strict=True):
@@ -199,6 +200,11 @@ def check_pages(name: str) -> list[str]:
     return wrong
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal, but for the last bits of sums; what was never written is so in both."""
+    return torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def check_tokens(name: str) -> list[str]:
     """What differs from the plain ops in two steps over a high tier, of which the first packs a tile."""
     high, size, scale = TOKENS[name], 128, 128**-0.5
@@ -222,25 +228,29 @@ def check_tokens(name: str) -> list[str]:
         *(*(c.tensors for c in caches), *prompt, None, None, 0, *encoded),
         *(draw(length, heads * group), None, scale),
     )
-    plain = [c.map(lambda x: x.cuda()) for c in caches]
-    fast = [c.map(torch.clone) for c in plain]
+    # on the CPU: what products of a matrix library write goes past initcheck, which then calls it unwritten
+    fast = [c.map(lambda x: x.cuda()) for c in caches]
     wrong = []
     for count in range(length, length + 2):
-        start = torch.tensor(count, device="cuda")
-        q, *new = (draw(1, n).cuda() for n in (heads * group, heads, heads))
-        buffers = [c.tensors for c in fast]
-        out, mass = tiers.attend_tiers(q, *new, *buffers, None, start, capacity, scale, *encoded)
-        want, of_want = tokens_attend.attend(q, *new, *plain, None, start, capacity, scale, 0.0, None)
-        if not (out.float() - want.float()).norm() / want.float().norm() < LIMIT:
+        start = torch.tensor(count)
+        q, *new = (draw(1, n) for n in (heads * group, heads, heads))
+        want, of_want = tokens_attend.attend(q, *new, *caches, None, start, capacity, scale, 0.0, None)
+        buffers, moved = [c.tensors for c in fast], [x.cuda() for x in (start, q, *new)]
+        out, mass = tiers.attend_tiers(
+            *(*moved[1:], *buffers, None, moved[0], capacity, scale, *encoded),
+        )
+        if not (out.cpu().float() - want.float()).norm() / want.float().norm() < LIMIT:
             wrong.append(f"attend_tiers, {count} tokens")
-        if not torch.allclose(mass, of_want, rtol=LIMIT, atol=1e-3):
+        if not torch.allclose(mass.cpu(), of_want, rtol=LIMIT, atol=1e-3):
             wrong.append(f"attention to tokens, {count} tokens")
-        tokens_append.append(*plain, *new, None, start, capacity, q, mass, scale, 0.0)
-        tiers.append_tiers_(*buffers, *new, None, start, capacity, *encoded, q, mass, scale)
-        for one, other in zip(plain, fast, strict=True):
+        tokens_append.append(*caches, *new, None, start, capacity, q, mass.cpu(), scale, 0.0)
+        tiers.append_tiers_(
+            *(*buffers, *moved[2:], None, moved[0], capacity, *encoded, moved[1], mass, scale),
+        )
+        for one, other in zip(caches, fast, strict=True):
             low = len(one.format.low.buffer_names)
             pairs = zip(one.tensors[low:], other.tensors[low:], strict=True)
-            if not all(torch.equal(a, b) for a, b in pairs):
+            if not all(_alike(a, b.cpu()) for a, b in pairs):
                 wrong.append(f"append_tiers_, {count} tokens")
     return wrong
 

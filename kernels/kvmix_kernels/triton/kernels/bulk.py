@@ -384,6 +384,9 @@ def _sweep(
                     share = share * (1.0 / v_unit)
                 if not V.SYMMETRIC:
                     share += weight * (v_zero + step * middle(V.BITS))[:, None]
+            elif S.KIND != 0 and not S.SHARED:
+                # under a mask of its own for each column, several lanes have the same sum
+                share = rounded_product(weight, v_zero[:, None])
             else:
                 share = weight * v_zero[:, None]
             shift = tl.sum(tl.reshape(share, [TOKENS // 8, 8, N]), 0)
