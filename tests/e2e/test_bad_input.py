@@ -13,6 +13,8 @@ from kvmix_fx import errors
 from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
 from kvmix_fx.testing.models import tiny_llama
 
+from .marks import needs_installed
+
 
 def tokens(rows=2, length=70):
     return torch.randint(1, 128, (rows, length), generator=torch.Generator().manual_seed(3))
@@ -65,6 +67,7 @@ def test_a_cache_of_another_number_of_heads(ready, fixed):
         forward(ready, tokens(length=1), cache)
 
 
+@needs_installed
 def test_a_backend_refuses_a_plan_for_other_heads(one_layer):
     plan = kvmix_fx.KVPlan.uniform(kvmix_fx.ModelGeometry(1, 8, 32), 2)
     one_layer.compile(backend="kvmix", options={"plan": plan, "inner": "eager"})

@@ -14,6 +14,7 @@ from kvmix_fx.testing.graphs import count_ops
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_kernels import layout, ops
 
+from .marks import needs_installed
 from .oracle import OracleCache, worst
 
 NEW = 60
@@ -262,6 +263,7 @@ def test_restore_brings_back_the_unquantized_model():
     assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
 
 
+@needs_installed
 def test_the_backend_by_name():
     model = tiny_llama()
     plan = plan_for(model)
