@@ -213,6 +213,15 @@ def test_a_cache_that_was_emptied_takes_it_again(plan):
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 
+def test_a_window_may_be_initialized_before_it_has_tokens():
+    """As models with a cache of their own do; its keys have no shape yet."""
+    model, ids = compiled("a plain window", False), tokens(40)
+    cache, other = (DynamicCache(config=model.config) for _ in range(2))
+    cache.layers[0].lazy_initialization(*(torch.empty(2, 2, 0, 16) for _ in range(2)))
+    found = [steps(model, one, ids, torch.ones_like(ids))[0] for one in (cache, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_option_is_checked():
     model = tiny_llama()
     with pytest.raises(errors.BackendOptionError, match='"trace_prompts" must be True, False or None'):

@@ -163,6 +163,27 @@ KINDS = {
 """Tiers of a head size, who orders its channels, and what keys are like."""
 
 
+@pytest.mark.parametrize("queries", [1, 100])
+@pytest.mark.parametrize("order", ["prompt", "tile"])
+def test_queries_of_attention_across_are_not_those_of_the_tokens(order: str, queries: int) -> None:
+    """The mask is about the tokens: it hides no query. Orders of tiles, made step by step, come from keys alone."""
+    generator = torch.Generator().manual_seed(3)
+    fmt = make_format(4, "channel", 32, 32, 2, 5, "byte", tiers=((4, 16), (2, 48)), order=order)
+    x = torch.randn(2, 2, 80, 64, generator=generator).to(DEVICE)
+    query = (torch.randn(2, 4, queries, 64, generator=generator) * torch.arange(64)).to(DEVICE)
+    mask = torch.ones(2, 1, 1, 80, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., :40] = False
+    args = x, mask, fmt.encode(), query
+    packed = kernels.quantize_pack(*args)
+    assert_same(packed, ops._quantize_pack(*on_cpu(args)))
+    found, alone = (Cached.of(p, fmt.encode()).order for p in (packed, kernels.quantize_pack(*args[:3])))
+    # the control: queries count where they may
+    assert torch.equal(found, alone) is (order == "tile")
+    if order == "prompt":
+        # of the row that is padded, too: the largest queries are first
+        assert found[0, 0, :8].float().mean() > 40
+
+
 @needs_fma
 @pytest.mark.parametrize("D", KINDS)
 def test_channels_in_any_order_are_packed_as_the_reference_packs_them(D: int) -> None:

@@ -46,7 +46,8 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
         length: tokens stored before.
         query: queries of this step, [B, Hq, Lq, D]. Where the format says so, an order of channels is chosen
             from them with the first tiles, and without them channels keep the order that they have; or orders
-            of tiles from all of them so far, and without any from keys alone.
+            of tiles from all of them so far, and without any from keys alone. Of attention across, whose
+            queries are of other tokens, they choose the first order and none of a tile.
     """
     fmt, residual = cached.format, cached.residual
     if x.shape[:2] != residual.shape[:2] or x.shape[3] != residual.shape[3]:
@@ -56,7 +57,7 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
         )
     end = length + x.shape[2]
     old, new = fmt.packed_tiles(length), fmt.packed_tiles(end)
-    totals = see_queries(cached, valid, length, end, query)
+    totals = see_queries(cached, valid, length, end, of_tokens(query, x))
     if new > old:
         order_from_prompt(cached, x, valid, length, query)
         per_tile = residual.shape[0] * residual.shape[1] * residual.shape[3] * fmt.tile
@@ -71,6 +72,11 @@ def append(cached: Cached, x: Tensor, valid: Tensor | None, length: int, query: 
     begin = length if fmt.is_raw else max(length, fmt.packed_end(end))
     for start, stop, slot in runs(begin, end, fmt):
         residual[:, :, slot : slot + stop - start] = x[:, :, start - length : stop - length]
+
+
+def of_tokens(query: Tensor | None, x: Tensor) -> Tensor | None:
+    """The queries if they are of the tokens x, None if they are of others."""
+    return None if query is None or query.shape[2] != x.shape[2] else query
 
 
 def order_from_prompt(
@@ -94,7 +100,8 @@ def order_from_prompt(
     seen = None
     if valid is not None:
         seen = valid[:, fmt.sink : fmt.sink + new * fmt.tile]
-        query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
+        if of_tokens(query, x) is not None:
+            query = query.masked_fill(~valid[:, length:end].view(len(query), 1, -1, 1), 0)
     assert cached.order is not None
     cached.order.copy_(q.order_by(ranges(first, seen, fmt), query, fmt))
 

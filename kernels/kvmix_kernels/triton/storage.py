@@ -222,7 +222,7 @@ def quantize_pack(
     if cached.order is not None:
         cached.order.copy_(torch.arange(D, device=x.device))
         cached.take_order(hint)
-        _order_tiles(cached, x, mask, None, 0, hint if fmt.asks_queries else None)
+        _order_tiles(cached, x, mask, None, 0, reference.of_tokens(hint if fmt.asks_queries else None, x))
         if fmt.order == layout.ORDER_PROMPT and hint is not None:
             reference.order_from_prompt(cached, x, reference.valid_tokens(mask, B), 0, hint, _ranges)
     valid, *valid_arguments, kind = valid_row(mask, x)
@@ -281,7 +281,8 @@ def append_(
         seen = reference.valid_tokens(mask, B)
         reference.order_from_prompt(caches[0], new_keys, seen, length, query, _ranges)
     if k.by_tile:
-        _order_tiles(caches[0], new_keys, mask, start, length, query if k.asks_queries else None)
+        asked = reference.of_tokens(query if k.asks_queries else None, new_keys)
+        _order_tiles(caches[0], new_keys, mask, start, length, asked)
     if v.by_tile:
         _order_tiles(caches[1], new_values, mask, start, length, None)
     valid, *valid_arguments, kind = valid_row(mask, new_keys)
