@@ -166,7 +166,7 @@ KINDS = {
 @pytest.mark.parametrize("queries", [1, 100])
 @pytest.mark.parametrize("order", ["prompt", "tile"])
 def test_queries_of_attention_across_are_not_those_of_the_tokens(order: str, queries: int) -> None:
-    """The mask is about the tokens: it hides no query. Orders of tiles, made step by step, come from keys alone."""
+    """The mask is about the tokens: it hides no query. Orders of tiles come from keys alone."""
     generator = torch.Generator().manual_seed(3)
     fmt = make_format(4, "channel", 32, 32, 2, 5, "byte", tiers=((4, 16), (2, 48)), order=order)
     x = torch.randn(2, 2, 80, 64, generator=generator).to(DEVICE)
