@@ -2,7 +2,8 @@
 
 Architecture x attention x cache, each a tiny model with random weights in a process of its own. Rows are kept
 in `benchmarks/results/coverage/`; what has a row is not run again, so a sweep that was stopped goes on. With
---again OUTCOME rows of that outcome are renewed.
+--again OUTCOME rows of that outcome are renewed. --variant windows has windows that are shorter than the
+prompt, --variant tiers the preset of that name; their rows are in files of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def main() -> int:
     parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
     parser.add_argument("--cache", nargs="+", choices=CACHES, default=list(CACHES))
     parser.add_argument("--again", nargs="+", metavar="OUTCOME", default=[], help='such as crashed; "any"')
+    parser.add_argument("--variant", choices=[one.WINDOWS, one.TIERS], default="")
     parser.add_argument("--limit", type=float, default=180, help="seconds a model may take")
     options = parser.parse_args()
     _quietly()
     for key in _wanted(options):
         started = time.monotonic()
-        row = _in_a_process(key, options.limit)
-        save(key, row | {"seconds": round(time.monotonic() - started, 1)})
+        row = _in_a_process(key, options.limit, options.variant)
+        save(key, row | {"seconds": round(time.monotonic() - started, 1)}, options.variant)
         told = f"{row.get('packed', '-')} of {row.get('layers', '-')}"
         print(*key, row["outcome"], told, row.get("why", ""), flush=True)
     return 0
@@ -67,27 +69,27 @@ def _wanted(options: argparse.Namespace) -> Iterator[Key]:
     for cache in options.cache:
         for model in chosen:
             key = Key(*model, first, cache)
-            yield from _unless_done(key, options.again)
-            if load()[key]["outcome"] == one.NOT_OFFERED:
+            yield from _unless_done(key, options)
+            if load(options.variant)[key]["outcome"] == one.NOT_OFFERED:
                 for other in others:
-                    yield from _unless_done(Key(*model, other, cache), options.again)
+                    yield from _unless_done(Key(*model, other, cache), options)
     for cache in options.cache:
         for attention in others:
             for model in chosen:
-                yield from _unless_done(Key(*model, attention, cache), options.again)
+                yield from _unless_done(Key(*model, attention, cache), options)
 
 
-def _unless_done(key: Key, again: Sequence[str]) -> Iterator[Key]:
-    row = load().get(key)
-    if row is None or (row["commit"] != stamps()["commit"] and {row["outcome"], "any"} & {*again}):
+def _unless_done(key: Key, options: argparse.Namespace) -> Iterator[Key]:
+    row = load(options.variant).get(key)
+    if row is None or (row["commit"] != stamps()["commit"] and {row["outcome"], "any"} & {*options.again}):
         yield key
 
 
-def _in_a_process(key: Key, limit: float) -> dict[str, Any]:
+def _in_a_process(key: Key, limit: float, variant: str) -> dict[str, Any]:
     """The row of a case; its process has what all need imported already."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, key), daemon=True)
+    process = context.Process(target=_child, args=(theirs, key, variant), daemon=True)
     process.start()
     theirs.close()
     row: dict[str, Any]
@@ -104,9 +106,9 @@ def _in_a_process(key: Key, limit: float) -> dict[str, Any]:
     return row
 
 
-def _child(pipe: Any, key: Key) -> None:
+def _child(pipe: Any, key: Key, variant: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    pipe.send(one.run(key.kind, key.model, key.attention, key.cache))
+    pipe.send(one.run(key.kind, key.model, key.attention, key.cache, variant))
 
 
 def _quietly() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -19,22 +20,33 @@ from kvmix_fx.plan import QuantSpec
 from kvmix_fx.testing.simulate import round_trip
 
 PROMPT, PADDING, NEW = 72, 11, 4
-WINDOW, GROUP = 8, 16
+WINDOW, GROUP, TILE = 8, 16, 32
 PACKED, PARTLY, LEFT, REFUSED, CRASHED, WRONG = "packed", "partly", "left", "refused", "crashed", "wrong"
 NO_CACHE, NOT_OFFERED, NOT_BUILT, NOT_RUN = "no cache", "not offered", "not built", "does not run"
-BLIND, UNFINISHED = "no difference", "not finished"
+BLIND, UNFINISHED, NO_WINDOW = "no difference", "not finished", "no window"
 """Outcomes. Those of the last two lines are about transformers, the random weights or the time."""
 
 
-def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any]:
+WINDOWS, TIERS = "windows", "tiers"
+VARIANTS = ("", WINDOWS, TIERS)
+"""The sweep itself has uniform plans, and prompts within every window. Others: windows shorter than the
+prompt; the preset `tiers`, whose orders of channels come from the prompt."""
+SHORT = 48
+"""Tokens of a short window: more than a recent window and a tile, less than the prompt."""
+
+
+def run(kind: str, class_name: str, attention: str, cache: str, variant: str = "") -> dict[str, Any]:
     """What becomes of one model: its outcome, layers, reasons, differences of logits."""
     from benchmarks.coverage import tiny
 
+    window = SHORT if variant == WINDOWS else None
     try:
-        model = tiny.build(kind, class_name, attention)
+        model = tiny.build(kind, class_name, attention, window)
     except Exception as error:
         offered = "does not support an attention implementation" not in str(error)
         return {"outcome": NOT_BUILT if offered else NOT_OFFERED, "why": _told(error)}
+    if window and not tiny.shorten_windows(model.config, window):
+        return {"outcome": NO_WINDOW}
     settings = _settings(model, cache)
     try:
         plain = _generate(model, settings)
@@ -42,22 +54,36 @@ def run(kind: str, class_name: str, attention: str, cache: str) -> dict[str, Any
         return {"outcome": NOT_RUN, "why": _told(error)}
     if len(plain.logits or ()) < 2 or not all(bool(x.isfinite().all()) for x in plain.logits):
         return {"outcome": NOT_RUN, "why": "the plain model computes no finite logits of several steps"}
-    growing = [layer for layer in _layers(plain) if _growing(layer)]
+    least = window - 1 if window else PROMPT - PADDING
+    growing = [layer for layer in _layers(plain) if _growing(layer, least)]
     if not growing:
         return {"outcome": NO_CACHE, "why": _what_instead(plain)}
-    return _packed(model, settings, plain, len(growing))
+    return _packed(model, settings, plain, least, TIERS if variant == TIERS else "8")
 
 
-def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers: int) -> dict[str, Any]:
+def _plan(model: torch.nn.Module, name: str) -> Any:
+    """Uniform at so many bits, or `tiers`; tiles that the prompt fills."""
+    import kvmix_fx
+
+    if name == TIERS:
+        plan = kvmix_fx.KVPlan.preset(TIERS, model, window=WINDOW)
+        return plan.with_layers("all", key=replace(plan.layers[0].key, group_size=TILE), tile=TILE)
+    return kvmix_fx.KVPlan.uniform(model, int(name), int(name), group_size=GROUP, window=WINDOW)
+
+
+def _packed(
+    model: torch.nn.Module, settings: dict[str, Any], plain: Any, least: int, tried: str
+) -> dict[str, Any]:
+    """`least`: tokens of a layer of the plain cache that is counted; `tried`: the plan that is judged."""
     import kvmix_fx
     from kvmix_fx.errors import KVMixError
     from kvmix_fx.passes.sites import ATTEND
 
-    found: dict[str, Any] = {"layers": layers}
-    for bits in (8, 2):
+    growing = [_growing(layer, least) for layer in _layers(plain)]
+    found: dict[str, Any] = {"layers": sum(map(bool, growing))}
+    for name in (tried, "2"):
         try:
-            plan = kvmix_fx.KVPlan.uniform(model, bits, bits, group_size=GROUP, window=WINDOW)
-            kvmix_fx.compile(model, plan, inner="eager")
+            kvmix_fx.compile(model, _plan(model, name), inner="eager")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 out = _generate(model, settings)
@@ -65,12 +91,12 @@ def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers
             return found | {"outcome": REFUSED, "why": _told(error)}
         except Exception as error:
             return found | {"outcome": CRASHED, "why": _told(error)}
-        found[f"difference{bits}"] = _difference(out, plain)
-        if bits == 8:
+        found[f"difference{name}"] = _difference(out, plain)
+        if name == tried:
             report = kvmix_fx.compiled(model).report
             # a cache may have more layers than the model fills
-            both = zip(_layers(out), _layers(plain), strict=True)
-            found["packed"] = sum(_is_packed(layer, _growing(was)) for layer, was in both if _growing(was))
+            both = zip(_layers(out), growing, strict=True)
+            found["packed"] = sum(_is_packed(layer, was) for layer, was in both if was)
             found["actions"] = sorted({site.action for site in report.sites})
             found["reasons"] = sorted({site.reason for site in report.sites if site.reason})
             found["attended"] = max(
@@ -81,7 +107,7 @@ def _packed(model: torch.nn.Module, settings: dict[str, Any], plain: Any, layers
                 {type(w.message).__name__ for w in caught if "kvmix" in str(w.category)}
             )
     judged = _judged(found)
-    if judged["outcome"] == WRONG and found["difference8"] < found["difference2"]:
+    if judged["outcome"] == WRONG and tried == "8" and found["difference8"] < found["difference2"]:
         # a model that magnifies what 8 bits round: so does the plain one then, with a cache rounded like this
         found["rounded8"] = _difference(_generate_rounded(model, settings), plain)
         judged = _judged(found)
@@ -116,9 +142,16 @@ def _rounding(update: Callable[..., Any]) -> Callable[..., Any]:
 def _judged(found: dict[str, Any]) -> dict[str, Any]:
     """8 bits have to say what the plain model says, 2 bits must not.
 
-    Where the plain model was tried with a cache rounded to 8 bits, they may say what that says.
+    Where the plain model was tried with a cache rounded to 8 bits, they may say what that says. The bits of
+    `tiers`, 2 and a few, may say other things than 2 bits, but no more of them.
     """
-    exact, rough = found["difference8"], found["difference2"]
+    rough = found["difference2"]
+    if f"difference{TIERS}" in found:
+        exact = found[f"difference{TIERS}"]
+        if found["packed"] and exact <= 2 * rough + 1e-3:
+            return {"outcome": PACKED if found["packed"] >= found["layers"] else PARTLY}
+        return {"outcome": WRONG if found["packed"] or exact >= 1e-3 else LEFT}
+    exact = found["difference8"]
     if found["packed"] == 0:
         outcome = LEFT if exact < 1e-3 else WRONG
     elif rough < 1e-3:
@@ -173,15 +206,15 @@ def _layers(out: Any) -> list[Any]:
     return [layer for one in caches for layer in getattr(one, "layers", ())]
 
 
-def _growing(layer: Any) -> list[tuple[str, str]]:
-    """Where a layer of a plain cache has keys and values of every token, or of those of the prompt."""
+def _growing(layer: Any, least: int) -> list[tuple[str, str]]:
+    """Where a layer of a plain cache has keys and values of at least so many tokens."""
     names = [name for name in sorted(getattr(layer, "__dict__", ())) if name.endswith("keys")]
     both = [(name, name.removesuffix("keys") + "values") for name in names]
-    return [pair for pair in both if all(_is_long(getattr(layer, name, None)) for name in pair)]
+    return [pair for pair in both if all(_is_long(getattr(layer, name, None), least) for name in pair)]
 
 
-def _is_long(x: Any) -> bool:
-    return torch.is_tensor(x) and x.dim() == 4 and x.shape[2] >= PROMPT - PADDING
+def _is_long(x: Any, least: int) -> bool:
+    return torch.is_tensor(x) and x.dim() == 4 and x.shape[2] >= least
 
 
 def _is_packed(layer: Any, growing: list[tuple[str, str]]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.rows import RESULTS, stamps
 
-FILE = RESULTS / "coverage" / "transformers.jsonl"
+FOLDER = RESULTS / "coverage"
 _STAMPS = ("torch", "transformers", "commit", "date")
 
 
@@ -21,9 +22,15 @@ class Key(NamedTuple):
     cache: str
 
 
-def load() -> dict[Key, dict[str, Any]]:
-    """All rows."""
-    lines = FILE.read_text().splitlines() if FILE.exists() else []
+def file_of(variant: str) -> Path:
+    """Where rows of a variant of the sweep are, "" for the sweep itself."""
+    return FOLDER / ("-".join(["transformers", *filter(None, [variant])]) + ".jsonl")
+
+
+def load(variant: str = "") -> dict[Key, dict[str, Any]]:
+    """All rows of a variant."""
+    file = file_of(variant)
+    lines = file.read_text().splitlines() if file.exists() else []
     return {key_of(row): row for row in map(json.loads, lines)}
 
 
@@ -32,12 +39,12 @@ def key_of(row: dict[str, Any]) -> Key:
     return Key(*(row[name] for name in Key._fields))
 
 
-def save(key: Key, row: dict[str, Any]) -> None:
+def save(key: Key, row: dict[str, Any], variant: str = "") -> None:
     """Write a row in its place, sorted by case."""
-    rows = load()
+    rows, file = load(variant), file_of(variant)
     now = stamps()
     rows[key] = key._asdict() | row | {name: now[name] for name in _STAMPS}
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    draft = FILE.with_suffix(".draft")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".draft")
     draft.write_text("".join(json.dumps(rows[one]) + "\n" for one in sorted(rows)))
-    draft.replace(FILE)
+    draft.replace(file)

@@ -8,8 +8,9 @@ from typing import Any
 from benchmarks.coverage import one
 from benchmarks.coverage.records import load
 
-OUTSIDE = (one.NOT_OFFERED, one.NOT_BUILT, one.NOT_RUN, one.NO_CACHE, one.UNFINISHED)
-"""What is not about kvmix: no such attention, no tiny model, no plain run, nothing to pack, no time."""
+OUTSIDE = (one.NOT_OFFERED, one.NOT_BUILT, one.NOT_RUN, one.NO_CACHE, one.UNFINISHED, one.NO_WINDOW)
+"""What is not about kvmix: no such attention, no tiny model, no plain run, nothing to pack, no time, no
+window."""
 SHOWN = (one.PACKED, one.PARTLY, one.LEFT, one.REFUSED, one.WRONG, one.CRASHED, one.BLIND)
 WAYS = (("sdpa", "growing"), ("eager", "growing"), ("sdpa", "static"), ("eager", "static"))
 
@@ -30,6 +31,9 @@ def summary() -> Table:
         if tried:
             body.append([f"`{attention}`", cache, *_counted(tried)])
     body.append(["all", "", *_counted(rows)])
+    for variant, name in ((one.WINDOWS, "short windows"), (one.TIERS, "`tiers`")):
+        if rows := list(load(variant).values()):
+            body.append(["all", name, *_counted(rows)])
     return head, body
 
 

@@ -47,6 +47,7 @@ _RULES: tuple[tuple[str, int | str], ...] = (
     (r"image_size$|img_size|input_size$", 32),
     (r"max_.*position|n_positions|n_ctx|max_.*(len|length)$|_max_pos|max_seq", 512),
 )  # fmt: skip
+_WINDOW = re.compile(r"sliding_window(_size)?$|attention_chunk_size$")
 _IDS = re.compile(r"_(id|ids|index)$")
 _LAYERS = re.compile(r"hidden_layers$|^n_layers?$|^num_layers$|^decoder_layers$|^num_decoder_layers$")
 _KINDS = re.compile(r"layer_types|layers_block_type|_types$")
@@ -79,8 +80,10 @@ def causal_and_other_models() -> list[tuple[str, str, str]]:
     return found
 
 
-def build(model_type: str, class_name: str, attention: str) -> nn.Module:
+def build(model_type: str, class_name: str, attention: str, window: int | None = None) -> nn.Module:
     """A tiny model with random weights that make attention matter.
+
+    `window`: tokens that its sliding and chunked windows have at most, if it has any.
 
     Raises:
         Exception: whatever the first attempt to build one raised.
@@ -96,6 +99,8 @@ def build(model_type: str, class_name: str, attention: str) -> nn.Module:
             if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
                 config.is_decoder = True
             _set_attention(config, attention)
+            if window is not None:
+                shorten_windows(config, window)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class(config).parameters())
             if size > _MOST_PARAMETERS:
@@ -108,6 +113,20 @@ def build(model_type: str, class_name: str, attention: str) -> nn.Module:
             problem = problem or error
     assert problem is not None
     raise problem
+
+
+def shorten_windows(config: Any, tokens: int) -> bool:
+    """Make windows of a configuration and its parts that short; whether there are any."""
+    from transformers import PretrainedConfig
+
+    found = False
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            found |= shorten_windows(value, tokens)
+        elif _WINDOW.search(name) and type(value) is int and value > 0:
+            setattr(config, name, min(value, tokens))
+            found = True
+    return found
 
 
 def _try_out(model: Any) -> None:

@@ -35,6 +35,28 @@ def test_a_model_that_magnifies_is_compared_with_itself(rounded, outcome):
     assert one._judged(found | {"difference8": 1.8}) == {"outcome": one.WRONG}
 
 
+@pytest.mark.parametrize(
+    ("packed", "tiers", "outcome"),
+    [
+        (2, 1.9, one.PACKED),
+        (1, 0.1, one.PARTLY),
+        (2, 2.5, one.WRONG),
+        (0, 0.0, one.LEFT),
+        (0, 0.5, one.WRONG),
+    ],
+)
+def test_tiers_may_say_other_things_than_2_bits_but_no_more(packed, tiers, outcome):
+    found = {"packed": packed, "layers": 2, "differencetiers": tiers, "difference2": 1.0}
+    assert one._judged(found) == {"outcome": outcome}
+
+
+def test_rows_of_short_windows():
+    """The prompt is longer than the window, of which the plain cache keeps 47 tokens."""
+    row = one.run("mistral", "MistralForCausalLM", "sdpa", "growing", one.WINDOWS)
+    assert (row["outcome"], row["packed"], row["layers"]) == (one.PACKED, 2, 2)
+    assert one.run("llama", "LlamaForCausalLM", "sdpa", "growing", one.WINDOWS) == {"outcome": one.NO_WINDOW}
+
+
 def test_one_row():
     """A model whose layers are windows, in a static cache."""
     row = one.run("mistral", "MistralForCausalLM", "sdpa", "static")
