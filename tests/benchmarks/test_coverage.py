@@ -74,6 +74,6 @@ def test_models_are_those_that_transformers_lists():
 def test_committed_rows_are_complete_enough_for_their_tables():
     assert all(row["transformers"] and row["commit"] for row in load().values())
     head, body = tables.summary()
-    total = dict(zip(head, body[-1], strict=True))
+    total = next(row for row in (dict(zip(head, line, strict=True)) for line in body) if row["cache"] == "")
     assert int(total["tried"]) == len(load())
     assert int(total[one.WRONG]) == 0
