@@ -22,8 +22,8 @@ from kvmix_kernels.errors import CapacityError, FormatError
 from kvmix_kernels.importance import policy_of
 from kvmix_kernels.layout import make_format, make_high, with_high
 from kvmix_kernels.reference import attention as reference
+from kvmix_kernels.tokens import append, places
 from kvmix_kernels.tokens import ops as token_ops
-from kvmix_kernels.tokens import places
 from tests.depth import examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,6 +295,43 @@ def test_each_policy_ranks_as_it_says():
 
     found = [chosen(policy) for policy in ("accumulated", "mean", "last", "norm", "random")]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
+@few
+@given(
+    policy=st.sampled_from(layout.POLICIES),
+    bits=st.sampled_from(layout.HIGH_BITS),
+    recent=st.sampled_from((0, 50, 100)),
+    length=st.integers(20, 120),
+    hidden=st.sampled_from((0, 7, 60)),
+    data=st.data(),
+)
+def test_a_prompt_chooses_as_a_step_does_that_finds_an_empty_tier(policy, bits, recent, length, hidden, data):
+    """Without tokens before it there is less to sort."""
+    share = data.draw(st.sampled_from((0, 10, 40, 99)))
+    high = make_high(share, 0 if share else 37, bits=bits, policy=policy, recent=recent, balanced=True)
+    chosen = []
+    for first in (append._choose_first, first_by_a_step):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(append, "_choose_first", first)
+            run = Filled(formats(high, sink=3))
+            run.step(length, causal(length, length, 2, hidden), mass=run.normal(2, length)[..., 0].round())
+        chosen.append(run)
+    a, b = (run.k.positions for run in chosen)
+    assert torch.equal(a, b)
+    assert (a >= 0).any() or length < 27 or hidden > 50
+    for one, other in zip(*(run.caches for run in chosen), strict=True):
+        held = one.positions >= 0
+        for name in one.format.buffer_names:
+            both = [run.named(name) for run in (one, other)]
+            if name.startswith("high"):
+                # slots of nobody may hold anything; packed tiers have a raw slot that is never used
+                both = [x[held] if x.shape[:3] == held.shape else x[:, :, :0] for x in both]
+            assert torch.equal(*both), name
+
+
+def first_by_a_step(keys, values, new_keys, new_values, found, mask, end):
+    append._choose(keys, values, new_keys, new_values, found, mask, 0, keys.format.sink, end)
 
 
 def test_balancing_is_exact_and_helps_where_channels_differ():

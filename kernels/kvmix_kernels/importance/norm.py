@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvmix_kernels.importance.policy import Policy
@@ -9,7 +10,7 @@ from kvmix_kernels.importance.policy import Policy
 
 def smallness(keys: Tensor, _positions: Tensor) -> Tensor:
     """Less the Euclidean norm of each key."""
-    return -keys.float().norm(dim=3)
+    return -torch.linalg.vector_norm(keys, dim=3, dtype=torch.float32)
 
 
 POLICY = Policy(of_keys=smallness)

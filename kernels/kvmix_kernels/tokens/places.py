@@ -83,10 +83,12 @@ def balanced_query(query: Tensor, keys: Cached) -> Tensor:
     factor = factors(keys)
     if factor is None:
         return query
-    return (query / factor.repeat_interleave(query.shape[1] // factor.shape[1], 1)).to(query.dtype)
+    # powers of two: as exact in the model's dtype
+    factor = factor.to(query.dtype).repeat_interleave(query.shape[1] // factor.shape[1], 1)
+    return query / factor
 
 
 def balanced_keys(new: Tensor, keys: Cached) -> Tensor:
     """Keys as they are stored."""
     factor = factors(keys)
-    return new if factor is None else (new * factor).to(new.dtype)
+    return new if factor is None else new * factor.to(new.dtype)
