@@ -515,11 +515,9 @@ class TransformersCalls:
                 _mark_length(layer.keys, 2)
                 _mark_length(layer.values, 2)
         for window in of_kind(_layers(call.own_cache), DynamicSlidingWindowLayer):
+            keys = window.keys
             # a layer that a model's own code fills may be initialized before it has tokens of any shape
-            stored = (
-                window.keys.shape[2] if isinstance(window.keys, Tensor) and window.keys.dim() > 2 else None
-            )
-            if stored is not None and stored < window.sliding_window - 1:
+            if isinstance(keys, Tensor) and keys.dim() == 4 and keys.shape[2] < window.sliding_window - 1:
                 _mark_length(window.keys, 2)
                 _mark_length(window.values, 2)
         for layer in _layers(call.own_cache):
