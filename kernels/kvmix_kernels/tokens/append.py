@@ -156,7 +156,7 @@ def _choose_first(
     mask: Tensor | None,
     end: int,
 ) -> None:
-    """As `_choose` for a prompt, whose tokens compete with nobody: one long sort instead of three, no copies."""
+    """As `_choose` for a prompt, whose tokens compete with nobody: one long sort, and no copies."""
     fmt, n = keys.format, new_keys.shape[2]
     high, policy, begin = fmt.high, policy_of(fmt), fmt.sink
     assert high is not None
