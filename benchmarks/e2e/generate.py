@@ -105,9 +105,9 @@ def kvmix_plan(group: int, window: int) -> Callable[[nn.Module], KVPlan]:
     return make
 
 
-def mikv_plan(policy: str) -> Callable[[nn.Module], KVPlan]:
+def mikv_plan(policy: str, **options: Any) -> Callable[[nn.Module], KVPlan]:
     """A fifth of the tokens at 16 bits, all others at 2; policies differ in what they ask of attention."""
-    return lambda model: KVPlan.preset("mikv", model, policy=policy).with_layers("all", tile=128)
+    return lambda model: KVPlan.preset("mikv", model, policy=policy, **options).with_layers("all", tile=128)
 
 
 KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
@@ -121,6 +121,7 @@ KVMIX: dict[str, Callable[[nn.Module], KVPlan]] = {
         "all", key=QuantSpec(2, "channel", 128), value=QuantSpec(2, "token", "head"), tile=128
     ),
     **{f"kvmix mikv {policy}": mikv_plan(policy) for policy in ("accumulated", "last", "norm")},
+    "kvmix mikv over tiers": mikv_plan("accumulated", channel_tiers=True),
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "transformers dynamic": {},
