@@ -81,6 +81,7 @@ def _packed(
 
     growing = [_growing(layer, least) for layer in _layers(plain)]
     found: dict[str, Any] = {"layers": sum(map(bool, growing))}
+    outs = {}
     for name in (tried, "2"):
         try:
             kvmix_fx.compile(model, _plan(model, name), inner="eager")
@@ -91,6 +92,7 @@ def _packed(
             return found | {"outcome": REFUSED, "why": _told(error)}
         except Exception as error:
             return found | {"outcome": CRASHED, "why": _told(error)}
+        outs[name] = out
         found[f"difference{name}"] = _difference(out, plain)
         if name == tried:
             report = kvmix_fx.compiled(model).report
@@ -111,6 +113,15 @@ def _packed(
         # a model that magnifies what 8 bits round: so does the plain one then, with a cache rounded like this
         found["rounded8"] = _difference(_generate_rounded(model, settings), plain)
         judged = _judged(found)
+    if judged["outcome"] == WRONG:
+        kvmix_fx.restore(model)
+        uncached = {k: v for k, v in settings.items() if k != "cache_implementation"} | {"use_cache": False}
+        right = _generate(model, uncached)
+        if _difference(plain, right) > 1e-2:
+            # the model's own cache is not what the model computes without one
+            found |= {"plain_cache": _difference(plain, right)}
+            found |= {f"difference{name}": _difference(out, right) for name, out in outs.items()}
+            judged = _judged(found)
     return found | judged
 
 
