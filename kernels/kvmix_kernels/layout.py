@@ -581,9 +581,10 @@ def check_head_size(fmt: TensorFormat, head_dim: int) -> None:
     group = channel_group(fmt, head_dim)
     if fmt.axis == AXIS_TOKEN and head_dim % group:
         fitting = [g for g in range(16, head_dim, 16) if head_dim % g == 0]
+        instead = f"one of {fitting} or the whole head" if fitting else 'group_size="head"'
         raise HeadSizeError(
             f'group_size {group} does not divide the head size {head_dim} (axis="token" groups '
-            f"channels): use one of {fitting} or the whole head"
+            f"channels): use {instead}"
         )
 
 
