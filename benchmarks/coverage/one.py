@@ -67,7 +67,9 @@ def _plan(model: torch.nn.Module, name: str) -> Any:
 
     if name == TIERS:
         plan = kvmix_fx.KVPlan.preset(TIERS, model, window=WINDOW)
-        return plan.with_layers("all", key=replace(plan.layers[0].key, group_size=TILE), tile=TILE)
+        # heads may differ between layers, and tiers with them
+        own = [replace(one, key=replace(one.key, group_size=TILE), tile=TILE) for one in plan.layers]
+        return replace(plan, layers=tuple(own))
     return kvmix_fx.KVPlan.uniform(model, int(name), int(name), group_size=GROUP, window=WINDOW)
 
 
