@@ -21,7 +21,7 @@ from kvmix_fx.parallel import process_group_size
 from kvmix_fx.passes.assign import assign_layers
 from kvmix_fx.passes.causal import drop_causal_masks
 from kvmix_fx.passes.find.updates import packed_inputs
-from kvmix_fx.passes.match import SLIDING, Missed, match
+from kvmix_fx.passes.match import NEW_BUFFER, SLIDING, Missed, match
 from kvmix_fx.passes.products import normalize_products
 from kvmix_fx.passes.report import GraphReport, SiteReport
 from kvmix_fx.passes.rewrite import Rewritten, rewrite
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 BY_PLAN = "the plan keeps this layer at 16 bits"
 FIXED_WINDOW = (
     "a window in a cache of fixed capacity stays at 16 bits where that takes less than all the capacity "
-    "packed: growing caches pack it"
+    "packed, or where only windows tell the capacity: growing caches pack it, and where that takes less "
+    "KVMixStaticCache(plan, config, capacity)"
 )
 UNKNOWN_LAYER = (
     "nothing tells which layer of the plan this is, and the plan's layers differ: keep the cache in a list "
@@ -55,12 +56,13 @@ CAME_PLAIN = (
     "capacity nor attention across can have"
 )
 NO_TIER_UNREAD = (
-    "which tokens matter is told by attention, and none that reads this cache is known: use a plan without "
-    "token_tier for this layer"
+    "which tokens matter is told by attention, and none that reads this cache is known: take it away "
+    'with plan.with_layers(LAYER, token_tier="none")'
 )
 NO_TIER_ACROSS = (
     "a token tier is chosen by a prompt that attends to itself, and these keys are not those of the tokens "
-    "that ask: use a plan without token_tier for this layer"
+    "that ask: take it away with "
+    'plan.with_layers(LAYER, token_tier="none")'
 )
 Ranged = tuple[int | None, int]
 """A cached tensor: its layer, and 0 for keys or 1 for values."""
@@ -105,6 +107,8 @@ def run(
             site.buffers, site.reason = None, CAME_PLAIN if tiered else FIXED_WINDOW
         if site.tail is not None and not windows:
             site.action, site.reason = LEAVE, SLIDING
+        if site.reason in (FIXED_WINDOW, NEW_BUFFER):
+            site.reason = _whole_window(site, plan) or site.reason
         _apply_plan(site, plan)
     report = GraphReport(
         [_report(site, plan, wide) for site in sites] + [_missed(one) for one in matched.missed]
@@ -124,6 +128,17 @@ def run(
         log.debug("%s", site)
     log.info("kvmix: %d of %d attention sites rewritten", sum(s.rewritten for s in report.sites), len(sites))
     return PassResult(result, report)
+
+
+def _whole_window(site: Site, plan: KVPlan) -> str:
+    """Why growing caches do not pack the window of a site's layer either; '' if they do, or it has none."""
+    if plan.geometry is None:
+        return ""
+    # buffers that are made in the graph do not tell their layer
+    layers = range(len(plan.layers)) if site.layer is None else (site.layer,)
+    windows = [plan.geometry.layer(i).window if i < len(plan.layers) else 0 for i in layers]
+    whole = [w and plan.layers[i].whole_window(w) for i, w in zip(layers, windows, strict=True)]
+    return str(whole[0]) if all(whole) else ""
 
 
 def _is_fixed_window(site: Site) -> bool:

@@ -397,12 +397,18 @@ def mixkvq(
         sink_length: leading tokens kept raw. The paper's main results name none; it also tried 32.
 
     Raises:
+        PresetError: channels that leave none at 2 bits, or a head too small for all three.
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
     head_dim = ModelGeometry.of(target).head_dim
     _check_head_dim(head_dim)
     raw = _eights(head_dim / 16) if raw_channels is None else raw_channels
     high = _eights(head_dim / 8) if high_channels is None else high_channels
+    if min(raw, high, head_dim - raw - high) <= 0:
+        raise PresetError(
+            f"{raw} raw channels and {high} at 4 bits leave {head_dim - raw - high} of {head_dim} at 2 bits: "
+            "set raw_channels and high_channels to multiples of 8 that leave some; heads of 16 have none"
+        )
     counts = ((16, raw), (4, high), (2, head_dim - raw - high))
     key = QuantSpec(4, "channel", group_size, tiers=counts, order="tile", range_factor=1.0)
     value = QuantSpec(2, "token", group_size)
@@ -433,12 +439,17 @@ def kitty(
         sink_length: leading tokens kept raw.
 
     Raises:
-        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`; a share that leaves no
-            channels at 2 bits or none at 4.
+        PresetError: a share that leaves no channels at 2 bits or none at 4.
+        PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
     head_dim = ModelGeometry.of(target).head_dim
     _check_head_dim(head_dim)
     high = _eights(head_dim * share)
+    if not 0 < high < head_dim:
+        raise PresetError(
+            f"share={share} is {high} of {head_dim} channels at 4 bits, in multiples of 8: take a share that "
+            "leaves some at 4 and some at 2 bits"
+        )
     counts = ((4, high), (2, head_dim - high))
     key = QuantSpec(4, "channel", TIER_TILE, tiers=counts, order="tile_keys", range_factor=1.0)
     layer = LayerPlan(key, QuantSpec(2, "token", "head"), as_window(window), sink_length, TIER_TILE)
@@ -489,7 +500,7 @@ def preset(name: str, target: object, **options: Any) -> KVPlan:
 
     Args:
         name: a key of `PRESETS`.
-        target: model, configuration, ModelGeometry or number of layers.
+        target: model, configuration or ModelGeometry; for presets that need no head size a number of layers.
         options: what that preset takes.
 
     Raises:

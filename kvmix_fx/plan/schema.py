@@ -52,8 +52,8 @@ DEFAULT_SINK = 4
 length and take 40 to 60 % off the divergence at 2 bits (`benchmarks/README.md`)."""
 
 NO_TIER_IN_WINDOW = (
-    "a token tier is over all tokens, and a sliding window forgets some: use a plan without token_tier for "
-    "this layer"
+    "a token tier is over all tokens, and a sliding window forgets some: take it away with "
+    'plan.with_layers(LAYER, token_tier="none")'
 )
 NO_ORDERS_IN_WINDOW = (
     "a sliding window forgets tiles, which keys with an order of channels for every tile, or with channels "
@@ -478,7 +478,7 @@ class KVPlan:
         window: WindowRule | int | None = None,
         sink_length: int | None = None,
         tile: int | None = None,
-        token_tier: TokenTier | None = None,
+        token_tier: TokenTier | Literal["none"] | None = None,
     ) -> KVPlan:
         """A copy in which the selected layers are changed; what is None stays.
 
@@ -489,7 +489,7 @@ class KVPlan:
             window: a new rule, or the length of a fixed window.
             sink_length: leading tokens kept raw.
             tile: tokens packed together.
-            token_tier: tokens kept at more bits. A layer that becomes raw has none.
+            token_tier: tokens kept at more bits; "none" takes a tier away. A layer that becomes raw has none.
 
         Raises:
             PlanLayerError: a selected layer does not exist, or none is selected.
@@ -501,12 +501,13 @@ class KVPlan:
         def change(layer: LayerPlan) -> LayerPlan:
             specs = _changed_spec(layer.key, key), _changed_spec(layer.value, value)
             raw = all(spec.is_raw for spec in specs)
+            tier = layer.token_tier if token_tier is None else token_tier
             return LayerPlan(
                 *specs,
                 layer.window if window is None else as_window(window),
                 layer.sink_length if sink_length is None else sink_length,
                 layer.tile if tile is None else tile,
-                None if raw else layer.token_tier if token_tier is None else token_tier,
+                None if raw or tier == "none" else tier,
             )
 
         layers = (change(layer) if index in chosen else layer for index, layer in enumerate(self.layers))

@@ -23,7 +23,7 @@ class TokenTier:
 
     Attributes:
         share: of the packed tokens, from .01 to .99; whole percents. None where `tokens` says how many.
-        tokens: a fixed number instead, whatever the context.
+        tokens: a fixed number instead, whatever the context; with share=None.
         bits: of the tokens in it; 16 (as they are), 8 or 4.
         group_size: consecutive channels that share a scale at 8 or 4 bits, or "head".
         policy: how importance is counted, a file of `kvmix_kernels.importance`. "accumulated": attention so
@@ -52,8 +52,8 @@ class TokenTier:
     def __post_init__(self) -> None:
         if (self.share is None) == (self.tokens is None):
             raise PlanFieldError(
-                "a high tier has either a share of the tokens or a number of them: set one of share and "
-                "tokens to None",
+                "a high tier has either a share of the tokens (.2 where none is given) or a number of them: "
+                + ("give one of share and tokens" if self.tokens is None else "with tokens, set share=None"),
                 "share",
             )
         if self.tokens is not None:

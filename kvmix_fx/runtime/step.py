@@ -100,6 +100,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def changed(self) -> bool:
+        """Whether any of them was rewritten."""
+        ...
+
+    @property
     def traces_prompts(self) -> bool:
         """Whether calls that need not be traced are."""
         ...
@@ -252,8 +257,11 @@ class CompiledStep:
                 self._options = {**self._options, "fullgraph": False}
                 call.in_pieces()
                 result = dynamo.unwrapped(self.compile(), *call.args, **call.kwargs)
-        if self._backend.traced != traced:
+        new = self._backend.traced != traced
+        # where nothing is packed every call says so, not the first one alone
+        if new or not self._backend.changed:
             self._check(result)
+        if new:
             # tracing leaves reference cycles that would keep the cache's memory
             gc.collect()
         self._shortcut.learn(call.kwargs, result, call.generating, call.counts)

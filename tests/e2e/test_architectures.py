@@ -177,8 +177,14 @@ def test_windows_in_caches_of_fixed_capacity_say_why_they_stay():
     model = tiny_architecture(*WINDOWS["mistral"][:2])
     plan = kvmix_fx.KVPlan.uniform(model, 2, window=8)
     kvmix_fx.compile(model, plan, inner="eager")
-    # a window of 64 tokens takes less at 16 bits than so many at 2
-    with pytest.raises(kvmix_fx.errors.NoSiteError, match="growing caches are packed"):
+    # a window of 64 tokens takes less at 16 bits than so many at 2; every call says so
+    for _ in range(2):
+        with pytest.raises(kvmix_fx.errors.NoSiteError, match="growing caches are packed"):
+            steps(model, tokens(length=80), 70, KVMixStaticCache(plan, model.config, 900))
+    # where growing caches do not pack it either, nobody is sent there
+    plan = KVPlan.preset("mikv", model)
+    kvmix_fx.compile(model, plan, inner="eager")
+    with pytest.raises(kvmix_fx.errors.NoSiteError, match=r'with_layers\(LAYER, token_tier="none"\)'):
         steps(model, tokens(length=80), 70, KVMixStaticCache(plan, model.config, 900))
 
 

@@ -240,12 +240,12 @@ def test_other_reasons_against_a_fixed_cache(model, monkeypatch):
     monkeypatch.setattr(recording, "REPLAY_DEVICES", ("cpu",))
     plan = kvmix_fx.KVPlan.uniform(model, 4, group_size=16)
     config, greedy = model.generation_config, GenerationMode.GREEDY_SEARCH
-    assert _why_not_fixed(model, plan.for_model(model), config, {}, greedy) == ""
-    assert "head sizes" in _why_not_fixed(model, kvmix_fx.KVPlan.uniform(2, 4), config, {}, greedy)
+    assert _why_not_fixed(model, plan.for_model(model), config, {}, greedy, 64) == ""
+    assert "head sizes" in _why_not_fixed(model, kvmix_fx.KVPlan.uniform(2, 4), config, {}, greedy, 64)
     config.is_assistant = True
-    assert "assistant" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
+    assert "assistant" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy, 64)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    assert "2 devices" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy)
+    assert "2 devices" in _why_not_fixed(model, plan.for_model(model), config, {}, greedy, 64)
 
 
 def test_a_model_knows_whether_its_recorders_are_installed():

@@ -152,10 +152,11 @@ def test_kitty():
     assert plan.bits_per_element() == (2.5625 + 2.25) / 2
     assert kitty(GEOMETRY, 0.25).bits_per_element() == (2.8125 + 2.25) / 2
     assert all(tier.span == 100 for tier in plan.layers[0].formats(128)[0].tiers)
-    with pytest.raises(FormatError, match="multiples of 8"):
-        kitty(GEOMETRY, 0)
-    with pytest.raises(FormatError, match="multiples of 8"):
-        kitty(GEOMETRY, 1.0)
+    for share in (0, 1.0, -1):
+        with pytest.raises(PresetError, match="a share that leaves some at 4 and some at 2 bits"):
+            kitty(GEOMETRY, share)
+    with pytest.raises(PresetError, match="leave -40 of 128 at 2 bits"):
+        mixkvq(GEOMETRY, 152)
 
 
 def test_kvmix_raises_keys_and_values_apart():

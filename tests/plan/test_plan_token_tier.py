@@ -37,6 +37,15 @@ def test_files_keep_tiers(tier):
     assert plan.digest != KVPlan.uniform(GEOMETRY, 2).digest
 
 
+def test_a_tier_is_taken_away_by_name():
+    plan = KVPlan.uniform(GEOMETRY, 2).with_layers("all", token_tier=TokenTier())
+    assert plan.with_layers("all", sink_length=0).layers[0].token_tier == TokenTier()
+    assert [layer.token_tier for layer in plan.with_layers(0, token_tier="none").layers[:2]] == [
+        None,
+        TokenTier(),
+    ]
+
+
 def test_plans_without_tiers_are_written_as_they_were():
     content = KVPlan.uniform(GEOMETRY, 2).to_dict()
     assert content["version"] == 1
@@ -67,7 +76,8 @@ def test_tiers_by_hand_in_a_file():
         ({"share": 0.0}, PlanFieldError, r"share must be a number from 0\.01 to 0\.99"),
         ({"share": 1.0}, PlanFieldError, r"share must be a number from 0\.01 to 0\.99"),
         ({"recent": 1.5}, PlanFieldError, "recent must be a number from 0 to 1"),
-        ({"tokens": 5}, PlanFieldError, "either a share of the tokens or a number"),
+        ({"tokens": 5}, PlanFieldError, "with tokens, set share=None"),
+        ({"share": None}, PlanFieldError, "give one of share and tokens"),
         ({"share": None, "tokens": 1}, PlanFieldError, "tokens must be at least 2"),
         ({"bits": 2}, PlanFieldError, "bits must be one of 16, 8, 4"),
         ({"policy": "best"}, PlanFieldError, "policy must be one of"),
