@@ -120,11 +120,6 @@ class KVMixBackend:
         self.__name__ = "kvmix"
 
     @property
-    def changed(self) -> bool:
-        """Whether any graph was rewritten."""
-        return any(graph.changed for graph in self.report.graphs)
-
-    @property
     def traced(self) -> int:
         """Graphs compiled so far."""
         return len(self.report.graphs)

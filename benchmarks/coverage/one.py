@@ -28,9 +28,8 @@ BLIND, UNFINISHED, NO_WINDOW = "no difference", "not finished", "no window"
 
 
 WINDOWS, TIERS = "windows", "tiers"
-VARIANTS = ("", WINDOWS, TIERS)
-"""The sweep itself has uniform plans, and prompts within every window. Others: windows shorter than the
-prompt; the preset `tiers`, whose orders of channels come from the prompt."""
+"""Variants. The sweep itself has uniform plans, and prompts within every window; others have
+windows shorter than the prompt, or the preset `tiers`, whose orders of channels come from the prompt."""
 SHORT = 48
 """Tokens of a short window: more than a recent window and a tile, less than the prompt."""
 

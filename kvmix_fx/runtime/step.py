@@ -100,11 +100,6 @@ class Backend(Protocol):
         ...
 
     @property
-    def changed(self) -> bool:
-        """Whether any of them was rewritten."""
-        ...
-
-    @property
     def traces_prompts(self) -> bool:
         """Whether calls that need not be traced are."""
         ...
@@ -155,6 +150,7 @@ class CompiledStep:
         self._prepare, self._shortcut, self._check = prepare, shortcut, check
         self._compiled: Callable[..., Any] | None = None
         self._limit: int | None = None
+        self._refused = False
         self.calls = 0
         self._warned = False
 
@@ -258,9 +254,11 @@ class CompiledStep:
                 call.in_pieces()
                 result = dynamo.unwrapped(self.compile(), *call.args, **call.kwargs)
         new = self._backend.traced != traced
-        # where nothing is packed every call says so, not the first one alone
-        if new or not self._backend.changed:
+        if new or self._refused:
+            # as long as nothing is packed every call says so, not the first one alone
+            self._refused = True
             self._check(result)
+            self._refused = False
         if new:
             # tracing leaves reference cycles that would keep the cache's memory
             gc.collect()

@@ -12,6 +12,7 @@ from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import Cached
 from kvmix_kernels.errors import CapacityError, FormatError
 from kvmix_kernels.importance import policy_of
+from kvmix_kernels.importance.policy import Policy
 from kvmix_kernels.reference import quantize as q
 from kvmix_kernels.reference.storage import valid_tokens
 from kvmix_kernels.tokens import places
@@ -93,11 +94,11 @@ def append(
     if isinstance(count, Tensor):
         # a step that does not fit writes nothing
         end = torch.where(count + n <= length, end, begin)
-    if isinstance(count, int) and count == 0 and isinstance(end, int):
-        if end > begin:
+    if isinstance(end, Tensor) or end > begin:
+        if isinstance(count, Tensor) or isinstance(end, Tensor) or count:
+            _choose(keys, values, stored, new_values, found, mask, count, begin, end)
+        else:
             _choose_first(keys, values, stored, new_values, found, mask, end)
-    elif isinstance(end, Tensor) or end > begin:
-        _choose(keys, values, stored, new_values, found, mask, count, begin, end)
     _wait(waiting, found, fmt, count)
     order = None if query is None or not fmt.asks_queries else balanced_query(query, keys)
     ops.append_(
@@ -163,9 +164,7 @@ def _choose_first(
     limit = int(high.limit(end - begin))
     positions = torch.arange(begin, end, device=new_keys.device)
     entering = found[:, :, begin:end]
-    ranks = policy.rank(entering, positions.expand(entering.shape), n)
-    ranks = ranks.masked_fill(positions >= end - limit * high.recent // 100, torch.inf)
-    ranks = ranks.nan_to_num(nan=-1e38, posinf=3e38, neginf=-1e38)
+    ranks = _ranked(policy, entering, positions.expand(entering.shape), end - limit * high.recent // 100, n)
     real = valid_tokens(mask, len(new_keys))
     if real is not None:
         ranks = ranks.masked_fill(~real[:, None, begin:end], -torch.inf)
@@ -220,8 +219,7 @@ def _choose(
     limit = high.limit(end - fmt.sink)
     newest = end - limit * high.recent // 100
     both = torch.cat([old.long(), positions.expand(B, H, -1)], 2)
-    ranks = policy.rank(torch.cat([keys.named("scores"), entering], 2), both, count + n)
-    ranks = ranks.masked_fill(both >= newest, torch.inf).nan_to_num(nan=-1e38, posinf=3e38, neginf=-1e38)
+    ranks = _ranked(policy, torch.cat([keys.named("scores"), entering], 2), both, newest, count + n)
     ranks = ranks.masked_fill(~torch.cat([held, leaving], 2), -torch.inf)
     by_rank = ranks.argsort(dim=2, descending=True, stable=True)
     first = torch.arange(by_rank.shape[2], device=device).expand_as(by_rank)
@@ -245,6 +243,12 @@ def _choose(
         _exchange(cached.high, tokens, slots, moves)
         cached.positions.copy_(kept)
     places.skip(keys, count + n)
+
+
+def _ranked(policy: Policy, scores: Tensor, positions: Tensor, newest: Count, length: Count) -> Tensor:
+    """What tokens compete by, finite; those from `newest` on come first."""
+    ranks = policy.rank(scores, positions, length).masked_fill(positions >= newest, torch.inf)
+    return ranks.nan_to_num(nan=-1e38, posinf=3e38, neginf=-1e38)
 
 
 def _exchange(high: Cached, tokens: Tensor, slots: Tensor, moves: Tensor) -> None:
