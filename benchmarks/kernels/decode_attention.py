@@ -56,7 +56,7 @@ PROVIDERS = (
     "k2v2 g128 w128", "k3v3 g128 w128", "k4v4 g128 w128", "k2v2 g128 padded",
     "k2v2 g128 added", "k3v3 g128 padded", "k4v4 g128 padded", "k2v2 g128 capped", "k4v4 g128 capped",
     "tiers 25/75", "tiers 50/50", "tiers 25/50/25", "tiers 25/75 g32", "tiers 25/75 w128",
-    "tiers 25/75 padded", "tiers 25/75 tile", "mixkvq", "kitty",
+    "tiers 25/75 padded", "tiers 25/75 tile", "mixkvq", "kitty", "k2v2 per token g64", "k4v4 per token g64",
 )  # fmt: skip
 RAW_CONFIGS = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -75,6 +75,8 @@ BY_TILE = "tile"
 """Another word of theirs: every tile has an order of its own."""
 CAPPED = "capped"
 """Another: its scores are."""
+BY_TOKEN = ("per", "token")
+"""Others: keys have scales per token, too."""
 SLIDING, SINKS = "sliding", "sinks"
 """Others: the tokens are a sliding window; every query head has a learned sink."""
 SLIDING_CASES = ("b64 h8x8 n4096 d64", "b16 h8x8 n4096 d64", "b1 h8x8 n4096 d64", "b64 h4x2 n1024 d256")
@@ -89,10 +91,10 @@ _WORK = (*MASKS, CAPPED, SLIDING, SINKS)
 def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
     """Formats of "k2v2 g64 w128" (bits, groups, recent window, by default 0) or "tiers 25/75 g64 w128".
 
+    "k2v2 per token g64" has keys grouped as values are.
     "tiers 25/75 tile" has an order in every tile; "mixkvq" and "kitty" are the presets, without a window.
     """
     words = [word for word in provider.split() if word not in _WORK]
-    text = " ".join(words)
     if words[0] == TIERS:
         order = "tile" if BY_TILE in words else "prompt"
         more = [word for word in words[2:] if word != BY_TILE]
@@ -100,7 +102,9 @@ def formats(provider: str, head_dim: int) -> tuple[TensorFormat, TensorFormat]:
     if words[0] in ("mixkvq", "kitty"):
         plan = KVPlan.preset(words[0], ModelGeometry(1, 1, head_dim), window=0, sink_length=0)
         return plan.layers[0].formats(head_dim)
-    return LayerPlan.parse(text, head_dim, window=0, tile=128).formats(head_dim)
+    text = " ".join(word for word in words if word not in BY_TOKEN)
+    k, v = LayerPlan.parse(text, head_dim, window=0, tile=128).formats(head_dim)
+    return (v._replace(tiers=k.tiers) if BY_TOKEN[1] in words else k), v
 
 
 def _tiered(shares: str, more: LayerText, head_dim: int, order: str) -> tuple[TensorFormat, TensorFormat]:

@@ -48,6 +48,7 @@ FORMS: tuple[tuple[int, int, int, int, str, str], ...] = (
     (4, 2, 64, 32, "channel", "token"),
     (1, 3, 80, 16, "channel", "token"),
     (2, 4, 256, 128, "channel", "token"),
+    (2, 2, 128, 64, "token", "token"),
     (2, 2, 64, 64, "token", "channel"),
     (16, 16, 96, 32, "token", "token"),
 )
@@ -59,7 +60,7 @@ TIERS = (
 )  # fmt: skip
 """Head sizes, and providers of `decode_attention` with tiers, scales of a byte and rotated values."""
 
-PAGED = ("k2v2 g128", "k4v2 g32", "k3v3 g128", "tiers 25/75 tile_keys")
+PAGED = ("k2v2 g128", "k4v2 g32", "k3v3 g128", "tiers 25/75 tile_keys", "k2v2 per token g64")
 """Formats of pages, of heads of 128 channels."""
 
 TOKENS = {
@@ -67,6 +68,7 @@ TOKENS = {
     "tiers 25/75": make_high(25, policy="mean"),
     "k4v2 g32": make_high(0, 40, policy="last", evicting=True),
     "k4v4 g64": make_high(25, bits=4, policy="norm"),
+    "k2v2 per token g64": make_high(25),
 }
 """Formats with a high tier of tokens, of heads of 128 channels."""
 

@@ -1,11 +1,12 @@
 """What each part of a decode step over a cache with a high tier takes, by CUDA-graph replay (median).
 
-    python -m benchmarks.kernels.token_tiers [--case ...] [--search] [--prompt] [--output FOLDER]
+    python -m benchmarks.kernels.token_tiers [--case ...] [--provider ...] [--search] [--prompt] [--output ..]
 
-The cache has 2-bit codes and, of 20 % of its tokens, 16 bits. First the kernels are compared with the
-plain ops on the same inputs; what is wrong gets no row. "of copy" is the time that copying as many bytes as
-attention reads takes, over its own: the bar is 1 / 1.15. What is beside attention in a step with a high tier
-(mass, and "store" less "append") should be below 5 % of it.
+The cache has 2-bit codes, or those of another provider of `decode_attention`, and, of 20 % of its tokens,
+16 bits. First the kernels are compared with the plain ops on the same inputs; what is wrong gets no row.
+"of copy" is the time that copying as many bytes as attention reads takes, over its own: the bar is 1 / 1.15.
+What is beside attention in a step with a high tier (mass, and "store" less "append") should be below 5 %
+of it.
 
 * "low alone", "high alone": attention over either as a cache of its own (one launch and a merge).
 * "attention without mass": both tiers, under a policy that counts no attention; "attention": under one
@@ -30,16 +31,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import prompt_importance
+from benchmarks.kernels import decode_attention, prompt_importance
 from benchmarks.kernels.rows import Rows, copy_bandwidth
 from kvmix_kernels import layout, ops
-from kvmix_kernels.layout import TensorFormat, make_format, make_high, with_high
+from kvmix_kernels.layout import TensorFormat, make_high, with_high
 from kvmix_kernels.tokens import append, attend, places
 from kvmix_kernels.triton import attention, configs, storage, tiers
 from kvmix_kernels.triton.timing import Case, graph_time, input_sets, random_cache
 
 CASES = ("b64 h8x4 n8192 d128", "b1 h8x4 n131072 d128")
 TILE, SHARE = 128, 20
+PROVIDER = "k2v2 g128"
 LIMIT = 2e-2
 SEARCHED = tuple(
     configs.AttendConfig(warps=warps, programs=programs, rest_tokens=tokens, rest_stages=stages)
@@ -48,19 +50,26 @@ SEARCHED = tuple(
 )
 
 
-def formats(policy: str) -> tuple[TensorFormat, TensorFormat]:
-    """2 bits in groups of 128, without a window, and 16 bits for the tokens that matter."""
+def formats(provider: str, head_dim: int, policy: str) -> tuple[TensorFormat, TensorFormat]:
+    """Those of the provider, in tiles of 128 tokens, and 16 bits for the tokens that matter."""
     high = make_high(SHARE, policy=policy)
-    keys, values = (make_format(2, axis, TILE, TILE, 0, 0) for axis in ("channel", "token"))
+    keys, values = decode_attention.formats(provider, head_dim)
     return with_high(keys, high), with_high(values, high._replace(scored=0))
 
 
 class Step:
     """A decode step on a full cache of random tokens."""
 
-    def __init__(self, case: Case, policy: str, dtype: torch.dtype = torch.bfloat16, more: int = 0) -> None:
+    def __init__(
+        self,
+        case: Case,
+        policy: str,
+        provider: str = PROVIDER,
+        dtype: torch.dtype = torch.bfloat16,
+        more: int = 0,
+    ) -> None:
         self.case, self.capacity, self.scale = case, case.tokens + more + 1, case.head_dim**-0.5
-        both = formats(policy)
+        both = formats(provider, case.head_dim, policy)
         self.formats = [fmt.encode() for fmt in both]
         self.keys, self.values = (
             random_cache(case._replace(tokens=case.tokens + more), fmt, self.capacity, dtype) for fmt in both
@@ -163,17 +172,17 @@ def off(a: Tensor, b: Tensor) -> float:
     return found if found == found else float("inf")
 
 
-def wrong(case: Case) -> Iterator[str]:
+def wrong(case: Case, provider: str) -> Iterator[str]:
     """What the kernels do otherwise than the plain ops, on a batch of one or two."""
     small = case._replace(batch=min(2, case.batch))
-    step = Step(small, "accumulated")
+    step = Step(small, "accumulated", provider)
     for reference in (False, True):
         for name, a, b in zip(("output", "mass"), step.attend(), plain(step, reference), strict=True):
             if not (found := off(a, b)) < LIMIT:
                 yield f"{name} is off by {found:.3g} (reference: {reference})"
     # around a tile that is due
     few = small._replace(tokens=min(small.tokens, 4096) + TILE - 4)
-    step = Step(few, "accumulated", more=TILE)
+    step = Step(few, "accumulated", provider, more=TILE)
     other = [c.map(torch.clone) for c in (step.keys, step.values)]
     for _ in range(6):
         step.new = [torch.randn_like(x) for x in step.new]
@@ -200,27 +209,28 @@ def wrong(case: Case) -> Iterator[str]:
                 yield f"{name} differs in {(a != b).sum()} numbers after a tile was packed"
 
 
-def timed(case: Case, search: bool, rows: Rows, bandwidth: float) -> None:
+def timed(case: Case, provider: str, search: bool, rows: Rows, bandwidth: float) -> None:
     """Print the parts of a step."""
     counts = {"attention": "accumulated", "attention without mass": "norm"}
+    of = "" if provider == PROVIDER else f", {provider}"
     for name, policy in counts.items():
-        first = Step(case, policy)
-        steps = [first, *(Step(case, policy) for _ in range(input_sets(first.nbytes) - 1))]
+        first = Step(case, policy, provider)
+        steps = [first, *(Step(case, policy, provider) for _ in range(input_sets(first.nbytes) - 1))]
         timing = graph_time([step.attend for step in steps])
         size = first.nbytes
-        rows.add(case.name, name, timing, nbytes=size, copy_share=size / timing.median / bandwidth)
+        rows.add(case.name, name + of, timing, nbytes=size, copy_share=size / timing.median / bandwidth)
         if name != "attention":
             continue
         for part, high in (("low alone", False), ("high alone", True)):
             size = first.nbytes_of(high)
             found = graph_time([functools.partial(step.alone, high) for step in steps])
-            rows.add(case.name, part, found, nbytes=size, copy_share=size / found.median / bandwidth)
+            rows.add(case.name, part + of, found, nbytes=size, copy_share=size / found.median / bandwidth)
         beside = {"append": "append", "store": "store", "store, due": "store"}
         for part, method in beside.items():
             for step in steps:
                 step.start.fill_(case.tokens - (1 if part == "store, due" else 0))
             found = graph_time([getattr(step, method) for step in steps])
-            rows.add(case.name, part, found, step_share=found.median / (timing.median + found.median))
+            rows.add(case.name, part + of, found, step_share=found.median / (timing.median + found.median))
         for step in steps:
             step.start.fill_(case.tokens)
         if search:
@@ -242,6 +252,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--case", action="append")
+    parser.add_argument("--provider", default=PROVIDER, help='such as "k2v2 per token g64"')
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--prompt", action="store_true")
     parser.add_argument("--output", type=Path, help="folder of the rows")
@@ -253,13 +264,13 @@ def main() -> int:
     print(f"device copy {bandwidth / 1e6:.2f} TB/s")
     rows, failed = Rows("token_tiers_step", options.output), 0
     for case in map(Case.parse, options.case or CASES):
-        problems = list(wrong(case))
+        problems = list(wrong(case, options.provider))
         print(
             "\n".join(f"{case.name} WRONG: {text}" for text in problems) or f"{case.name}: right", flush=True
         )
         failed |= bool(problems)
         if not problems:
-            timed(case, options.search, rows, bandwidth)
+            timed(case, options.provider, options.search, rows, bandwidth)
     return failed
 
 

@@ -34,7 +34,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
     assert plan.merge_splits >= plan.splits
     assert plan.merge_chunk <= plan.merge_splits
     if plan.bulk:
-        groups = launch_plan._bulk_groups(k, v, step.length, plan.keys.GROUP)
+        groups = launch_plan._bulk_groups(k, v, step.length, plan.unit)
         share = -(-groups // plan.bulk_splits)
         # an empty share costs a program for nothing
         assert 0 < plan.bulk_splits <= groups
@@ -42,7 +42,7 @@ def test_every_query_row_and_every_group_has_a_program(k, v, step, gpu):
         assert plan.room >= share
         assert plan.room % plan.part == 0
         assert plan.scratch == plan.room + (step.D if k.order else 0)
-        assert plan.tokens % plan.keys.GROUP == 0 or plan.keys.GROUP % plan.tokens == 0
+        assert plan.tokens % plan.unit == 0 or plan.unit % plan.tokens == 0
     else:
         assert plan.bulk_splits == plan.room == plan.scratch == 0
     assert plan.bulk or not plan.merge_rotated
@@ -93,6 +93,17 @@ def test_shares_of_the_case_that_is_quoted_most():
     # 64 groups in equal shares, and one program for what is not packed
     assert 64 % plan.bulk_splits == 0
     assert plan.splits == plan.bulk_splits + 2
+
+
+def test_keys_with_scales_per_token_are_cut_as_those_in_groups_of_128():
+    step, gpu = Step(512, 4, 128, 128, 8193, 1, True, True, True), Gpu("NVIDIA_H200")
+    grouped = make_format(2, "channel", 128, 128, window=0)
+    for tile in (128, 32):
+        v = make_format(2, "token", 64, tile, window=0)
+        plan, like = (attend_plan(k, v._replace(tile=k.tile), step, gpu) for k in (v, grouped))
+        assert (plan.bulk, plan.unit) == (True, tile)
+        # steps may have several tiles
+        assert (plan.tokens, plan.bulk_splits) == (like.tokens, like.bulk_splits) == (64, 2)
 
 
 def test_raw_tokens_are_shared_out_where_programs_are_few():

@@ -35,6 +35,10 @@ FORMATS = {
         layout.make_format(4, "channel", 32, 32, SINK, 0, tiers=((4, 8), (2, 16), (0, 8)), order="plan"),
         layout.make_format(8, "token", 16, 32, SINK, 0, "bfloat16"),
     ),
+    "keys per token": (
+        layout.make_format(2, "token", 16, 16, SINK, 0),
+        layout.make_format(4, "token", 16, 32, SINK, 0),
+    ),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORDER = torch.stack([torch.arange(D).flip(0), torch.arange(D).roll(5)]).int()

@@ -465,7 +465,11 @@ STEPS = {
         {"sinks": torch.tensor([1.0, 4.0]), "group": 2},
     ),
     "evicted, capped": (formats(make_high(25, evicting=True), **BULK), {"softcap": 20.0}),
-    "any packed tokens, several queries": (formats(make_high(25, bits=4)), {"n": 3, "group": 4}),
+    "any packed tokens, several queries": (formats(make_high(25, bits=4), tile=24), {"n": 3, "group": 4}),
+    "keys with scales per token, padding": (
+        formats(make_high(25, balanced=True), tile=32, sink=2),
+        {"hidden": 7, "group": 2},
+    ),
     "a policy that counts nothing": (
         formats(make_high(25, policy="norm"), **BULK),
         {"added": True, "hidden": 5},

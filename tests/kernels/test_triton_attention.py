@@ -229,23 +229,23 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
     group = data.draw(st.sampled_from((32, 64, 128) if ON_GPU else (32, 64)))
     sink, window = data.draw(st.sampled_from((0, 4))), data.draw(st.sampled_from((0, 32)))
     both = []
-    for axis in ("channel", "token"):
-        size = (
-            group
-            if axis == "channel"
-            else data.draw(st.sampled_from([n for n in (32, 64) if D % n == 0] + [0]))
-        )
+    for axis in (data.draw(st.sampled_from(("channel", "token"))), "token"):
+        keys = not both
+        # of keys per token halves of a head: groups of whole fields at any width
+        tiles = data.draw(st.sampled_from((2, 3)))
+        sizes = [n for n in ((D // 2,) if keys else (32, 64)) if D % n == 0 and n % 16 == 0] + [0]
+        size = group if axis == "channel" else data.draw(st.sampled_from(sizes))
         more = {"bits": data.draw(st.sampled_from(layout.WIDTHS))}
-        if data.draw(st.booleans()):
-            more |= data.draw(extras(D, axis, keys=axis == "channel"))
+        if data.draw(st.booleans()) and (axis == "channel" or not keys):
+            more |= data.draw(extras(D, axis, keys=keys))
         both.append(
             make_format(
-                axis=axis, group_size=size, tile=2 * group, sink=sink, window=window,
+                axis=axis, group_size=size, tile=tiles * group, sink=sink, window=window,
                 scale_dtype=data.draw(st.sampled_from(layout.SCALE_DTYPES)), **more,
             )
         )  # fmt: skip
     k, v = both
-    assert has_bulk_path(k, v, D, 1)
+    assert has_bulk_path(k, v, D, D, 1)
     check(
         k,
         v,
@@ -276,9 +276,36 @@ def test_the_bulk_path_equals_the_reference(shard: int, data: st.DataObject) -> 
 @pytest.mark.parametrize("bits", layout.WIDTHS)
 @pytest.mark.parametrize("D", [32, 80, 96, 192, 256])
 def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
-    k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", 0, 32, 0, 0)
-    assert has_bulk_path(k, v, D, 1)
-    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
+    half = D // 2 if D % 32 == 0 else 0
+    v = make_format(bits, "token", half, 32, 0, 0)
+    for k in (make_format(bits, "channel", 32, 32, 0, 0), v):
+        assert has_bulk_path(k, v, D, D, 1)
+        check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
+
+
+def test_keys_with_scales_per_token_that_take_the_general_path() -> None:
+    """Groups that are no whole fields, many groups, rotated keys, odd tiles."""
+    v = make_format(2, "token", 0, 32)
+    assert has_bulk_path(make_format(2, "token", 16, 32), v, 128, 128, 1)
+    for D, k in (
+        (128, make_format(8, "token", 32, 32)),
+        (80, make_format(4, "token", 16, 32)),
+        (256, make_format(1, "token", 16, 32)),
+        (128, make_format(4, "token", 0, 32, rotation=True)),
+        (128, make_format(4, "token", 0, 40)),
+    ):
+        assert not has_bulk_path(k, v, D, D, 1)
+        check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=130)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "additive inf heads"])
+@pytest.mark.parametrize("L", [40, 130, 250])
+def test_steps_longer_than_tiles_of_keys_with_scales_per_token(L: int, mask: str) -> None:
+    """Shares that are fewer tokens than a step, whole steps and parts of one."""
+    k, v = make_format(2, "token", 32, 16, 0, 0), make_format(3, "token", 32, 16, 3, 8)
+    config = configs.AttendConfig(tokens=64, programs=4, rest_tokens=16)
+    assert attend_plan(k, v, Step(2, 3, 64, 64, L, 1, True, True, True), configs.Gpu(), config).tokens == 64
+    check(k, v, B=2, Hkv=1, group=3, Lq=1, D=64, Dv=64, L=L, mask=mask, extra=40, config=config)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +328,7 @@ def test_the_bulk_path_of_tiers_and_rotated_values(D: int, tiers: Ranges, mask: 
     config = configs.AttendConfig(tokens=64, spread=2, programs=4, rest_tokens=16)
     for more in ({"group_size": 0, "symmetric": True}, {"group_size": 16}):
         v = make_format(2, "token", tile=32, sink=4, window=8, scale_dtype="byte", rotation=True, **more)
-        assert has_bulk_path(k, v, D, 1) is (D // (more["group_size"] or D) <= 8)
+        assert has_bulk_path(k, v, D, D, 1) is (D // (more["group_size"] or D) <= 8)
         check(k, v, B=2, Hkv=2, group=2, Lq=1, D=D, Dv=D, L=170, mask=mask, extra=40, config=config)
 
 
@@ -354,7 +381,7 @@ def test_another_order_or_basis_would_show(wrong: str) -> None:
 )
 def test_the_bulk_path_where_a_field_has_channels_of_several_groups(D: int, bits: int, size: int) -> None:
     k, v = make_format(bits, "channel", 32, 32, 0, 0), make_format(bits, "token", size, 32, 0, 0)
-    assert has_bulk_path(k, v, D, 1)
+    assert has_bulk_path(k, v, D, D, 1)
     config = configs.AttendConfig(tokens=64, spread=2)
     check(k, v, B=1, Hkv=2, group=3, Lq=1, D=D, Dv=D, L=170, spread=8.0, config=config)
 
@@ -391,11 +418,12 @@ def test_tokens_hidden_from_all_query_rows(hidden: Ranges, group: int, mask: str
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("axis", ["channel", "token"])
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1e4])
-def test_the_bulk_path_survives_values_of_any_size(size: float) -> None:
+def test_the_bulk_path_survives_values_of_any_size(size: float, axis: str) -> None:
     g = torch.Generator().manual_seed(3)
-    k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in ("channel", "token"))
-    assert has_bulk_path(k, v, 64, 1)
+    k, v = (make_format(2, axis, 32, 32, 0, 0, "float32") for axis in (axis, "token"))
+    assert has_bulk_path(k, v, 64, 64, 1)
     x = [torch.randn(1, 1, 96, 64, generator=g).to(DEVICE) * size for _ in range(2)]
     caches = []
     for tokens, fmt in zip(x, (k, v), strict=True):

@@ -35,8 +35,8 @@ def launches(case: dict[str, Any]) -> list[Launch]:
     gpu = (gpu,) if isinstance(gpu, str) else gpu
     if isinstance(case["bits"], str):
         text = case["bits"] if case["bits"] in PRESETS else f"{case['bits']} g{group} w128"
-        k, v = formats(text, D)
-        group = k.group_size
+        k, v = (fmt._replace(tile=case.get("tile", fmt.tile)) for fmt in formats(text, D))
+        group = launch_plan.bulk_unit(k)
     else:
         k = make_format(case["bits"], "channel", group, 128, 0, 128)
         v = make_format(case["bits"], "token", group if group < D else 0, 128, 0, 128)
@@ -178,6 +178,8 @@ CASES = [
     case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True, spills_36=8),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0, spills_36=24),
+    *(case("attend", gpu, "k2v2 per token", group=64, gpu="default", mask=gpu == 80) for gpu in (80, 100)),
+    case("attend", 90, "k4v4 per token", group=64, gpu=HOPPER, mask=True),
     case("attend", 90, 16, gpu=HOPPER),
     case("attend", 90, 4, head_dim=64, group=64, gpu=HOPPER, sinks=True),
     *(case("attend", gpu, bits, gpu=SMALL) for gpu in (89, 120) for bits in (2, 16, "tiers 25/75")),
@@ -218,6 +220,7 @@ CASES = [
     case("append_", 90, "kitty"),
     *(case("tiers", gpu, 2, gpu="default", high=16) for gpu in (80, 100)),
     case("tiers", 90, 2, gpu=HOPPER, high=16, mask=True, low=True),
+    case("tiers", 90, "k2v2 per token", group=64, gpu=HOPPER, high=16, mask=True, low=True, tile=32),
     *(case("importance", gpu, 16) for gpu in (80, 90, 100)),
     case("importance", 89, 16, head_dim=256),
     case("importance", 90, 16, head_dim=80, softcap=50.0, sinks=True),

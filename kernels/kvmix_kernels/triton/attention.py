@@ -248,7 +248,7 @@ def launch(step: Prepared, partial: Tensor, stats: Tensor, count: int, beside: B
         MASK=seen.kind, MASK_SHARED=seen.shared, CAPPED=step.cap > 0,
         K_FORM=plan.keys, V_FORM=plan.values,
         REST_PACKED=plan.rest_packed, N=plan.columns,
-        BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
+        UNIT=plan.unit, BULK_TOKENS=plan.tokens, BULK_SPREAD=plan.spread, BULK_STAGES=plan.stages,
         PART=plan.part, SINGLE=plan.room <= plan.part, V_ALIGN=plan.v_align,
         BULK_PRECISION="tf32" if plan.exact_half else "tf32x3",
         REST_TOKENS=plan.rest_tokens, REST_STAGES=plan.rest_stages,

@@ -18,11 +18,17 @@ from kvmix_kernels.triton.kernels.forms import ORDERED, ROTATED, TILED, Form
 
 MIN_DOT = layout.FIELD_CHANNELS
 """Smallest inner dimension of a half-precision dot."""
+MAX_GROUPS = 8
+"""Most scales of a token that the bulk reads."""
 
 MAX_BULK_COLUMNS = 16
 """Query rows of one program over bulk tokens; more take several, which share what L2 holds."""
 MAX_COLUMNS = 64
 """Query rows of one program of the general path, and most that the bulk is read for: beyond, nothing is gained."""
+UNGROUPED = 128
+"""Of keys with scales per token: the group whose parameters they take, and most tokens that shares are counted in."""
+PER_WARP = 64 * 128
+"""Numbers of keys with scales per token that a warp has in a step: more spill, as scales of rows are held, too."""
 MIN_PART, MAX_PART = 16, 32
 """Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
 MERGED_AT_ONCE = 32 * 128
@@ -56,7 +62,7 @@ class AttendPlan(NamedTuple):
     """One launch of `attend_kernel` and one of `combine_kernel`.
 
     keys, values: how they are stored; columns, column_blocks: query rows of a program, and programs that share
-    a head's; tokens, spread, stages: of a step of the bulk, and how many groups it takes beside each other;
+    a head's; unit: tokens that its shares are counted in; tokens, spread, stages: of a step of the bulk, and how many groups it takes beside each other;
     bulk_splits, splits: shares of a head's tokens, those of the bulk and all; part, room: offsets that are
     made at a time, and that a share has room for; scratch: rows of as many numbers as columns that a share has,
     of offsets and then of queries in order; v_align: what rows of values begin at multiples of; rest_*: of
@@ -68,6 +74,7 @@ class AttendPlan(NamedTuple):
     bulk: bool
     columns: int
     column_blocks: int
+    unit: int
     tokens: int
     spread: int
     stages: int
@@ -94,13 +101,36 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, Dv: int, rows: int) -> bool:
-    """Whether packed tokens of these formats can take the fast path for `rows` query rows."""
+def has_bulk_path(key_format: TensorFormat, value_format: TensorFormat, D: int, Dv: int, rows: int) -> bool:
+    """Whether packed tokens of these formats can take the fast path for `rows` query rows.
+
+    Keys have one scale per channel, or scales per token for whole fields; values have scales per token.
+    """
     k, v = key_format, value_format
-    if k.is_raw or v.is_raw or k.axis != AXIS_CHANNEL or v.axis != AXIS_TOKEN or rows > MAX_COLUMNS:
+    if k.is_raw or v.is_raw or v.axis != AXIS_TOKEN or rows > MAX_COLUMNS:
         return False
-    group = layout.channel_group(v, Dv)
-    return k.group_size >= MIN_DOT and k.group_size & (k.group_size - 1) == 0 and Dv // group <= 8
+    if k.axis == AXIS_TOKEN and (k.rotation or not _groups_are_fields(k, D)):
+        return False
+    unit = bulk_unit(k)
+    return unit >= MIN_DOT and unit & (unit - 1) == 0 and Dv // layout.channel_group(v, Dv) <= MAX_GROUPS
+
+
+def bulk_unit(keys: TensorFormat) -> int:
+    """Tokens that shares of the bulk are counted in: whole groups of keys, or parts of a tile."""
+    return keys.group_size if keys.axis == AXIS_CHANNEL else min(UNGROUPED, keys.tile & -keys.tile)
+
+
+def tuned_group(keys: TensorFormat) -> int:
+    """The group of keys by which parameters of the bulk are found."""
+    return keys.group_size if keys.axis == AXIS_CHANNEL else UNGROUPED
+
+
+def _groups_are_fields(fmt: TensorFormat, head_dim: int) -> bool:
+    """Whether the groups of a token's channels are few, and whole fields of each digit (`fields.field`)."""
+    group = layout.channel_group(fmt, head_dim)
+    widths = [digit.bits for digit in layout.digits(fmt.code)]
+    fields = (layout.fold_copies(n, head_dim) * layout.plane_words(n, head_dim)[0] for n in widths)
+    return head_dim // group <= MAX_GROUPS and all(group % channels == 0 for channels in fields)
 
 
 @lru_cache(256)
@@ -128,27 +158,32 @@ def attend_plan(
     """The plan of one launch; `config` overrides the parameters of `gpu`. Kept: every layer asks."""
     k, v = key_format, value_format
     keys, values = form_plan(k, step.D), form_plan(v, step.Dv)
-    bulk = step.positive and has_bulk_path(k, v, step.Dv, step.rows)
+    bulk = step.positive and has_bulk_path(k, v, step.D, step.Dv, step.rows)
     N = max(8, min(MAX_BULK_COLUMNS if bulk else MAX_COLUMNS, next_power_of_2(step.rows)))
     column_blocks = -(-step.rows // N)
+    unit = bulk_unit(k) if bulk else keys.GROUP
     if config is None:
-        config = configs.attend_config(gpu, k, v, step.D, keys.GROUP, N, bulk, step.heads)
+        group = tuned_group(k) if bulk else keys.GROUP
+        config = configs.attend_config(gpu, k, v, step.D, group, N, bulk, step.heads)
 
+    tokens = min(tuned_group(k), config.tokens)
+    if k.axis == AXIS_TOKEN:
+        tokens = min(tokens, max(MIN_DOT, PER_WARP // keys.DP * config.warps))
     # columns that rows do not need take other groups of keys
     spread = 1
-    if bulk and column_blocks == 1 and keys.TURNED != TILED:
-        spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // keys.GROUP, config.spread))
+    if bulk and column_blocks == 1 and k.axis == AXIS_CHANNEL and keys.TURNED != TILED:
+        spread = max(1, min(N // next_power_of_2(step.rows), config.tokens // unit, config.spread))
 
     # shares: fixed by the capacity, filled evenly by however many tokens are alive
     heads = step.heads * column_blocks
     bulk_splits, part, room = 0, MIN_PART, 0
     outside = step.length + step.new
     same = (k.tile, k.sink, k.window) == (v.tile, v.sink, v.window)
-    groups = _bulk_groups(k, v, step.length, keys.GROUP) if bulk else 0
+    groups = _bulk_groups(k, v, step.length, unit) if bulk else 0
     bulk = groups > 0
     if bulk:
         fitting = min(groups, config.programs // heads, config.max_splits)
-        bulk_splits = max(1, fitting, -(-groups // config.max_groups))
+        bulk_splits = max(1, fitting, -(-groups * unit // (config.max_groups * tuned_group(k))))
         # of a share, which has room for the offsets of as many groups
         share = -(-groups // bulk_splits)
         # scales of a byte take registers where they become numbers
@@ -158,7 +193,7 @@ def attend_plan(
         room = -(-share // part) * part
         # at no length are more tokens outside: sink, window, a tile not yet full, and where keys and
         # values differ the edges of groups
-        apart = 0 if same else 2 * keys.GROUP
+        apart = 0 if same else 2 * unit
         waiting = max(k.window + k.tile, v.window + v.tile)
         outside = min(outside, max(k.sink, v.sink) + waiting + apart + step.new)
     rest_packed = not (k.is_raw and v.is_raw) and not (bulk and same)
@@ -190,7 +225,8 @@ def attend_plan(
         bulk=bulk,
         columns=N,
         column_blocks=column_blocks,
-        tokens=min(keys.GROUP * spread, config.tokens) if bulk else 16,
+        unit=unit,
+        tokens=tokens * spread if bulk else 16,
         spread=spread,
         stages=config.stages,
         bulk_splits=bulk_splits,
@@ -198,7 +234,7 @@ def attend_plan(
         part=part,
         room=room,
         scratch=room + (step.D if bulk and keys.TURNED == ORDERED else 0),
-        v_align=math.gcd(keys.GROUP, k.sink - v.sink),
+        v_align=math.gcd(unit, k.sink - v.sink),
         exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
         rest_packed=rest_packed,
         rest_half=rest_half,

@@ -39,6 +39,7 @@ from kvmix_kernels.triton.launch_plan import (
     merge_chunk,
     next_power_of_2,
     shares_of_rest,
+    tuned_group,
 )
 from kvmix_kernels.triton.storage import APPEND_ELEMENTS, APPEND_WARPS, _cut, _packing
 
@@ -78,19 +79,20 @@ def decode_plan(
     most = step.length // page
     step = step._replace(length=step.length + sink + ring)
     plan = attend_plan(k, v, step, gpu)
-    group = k_form.GROUP
+    unit = plan.unit
     if plan.bulk:
+        group = tuned_group(k)
         config = configs.attend_config(gpu, k, v, step.D, group, plan.columns, True, configs.FEW_HEADS + 1)
         # a step lies in one page
-        spread = math.gcd(config.spread, page // group)
-        config = config._replace(spread=spread, tokens=min(config.tokens, group * spread))
+        spread = math.gcd(config.spread, page // unit)
+        config = config._replace(spread=spread, tokens=min(config.tokens, group * spread, page & -page))
         plan = attend_plan(k, v, step, gpu, config)
     bulk_splits = plan.bulk_splits
     if not plan.bulk:
         programs = plan.column_blocks * step.heads
         bulk_splits = max(1, min(most, 4 * max(gpu.multiprocessors, 132) // programs))
     bulk_splits = max(1, min(bulk_splits, most))
-    room = -(-(-(-most // bulk_splits) * (page // group)) // plan.part) * plan.part
+    room = -(-(-(-most // bulk_splits) * (page // unit)) // plan.part) * plan.part
     programs = 8 * max(gpu.multiprocessors, 132)
     splits = bulk_splits + shares_of_rest(sink + ring + 1, plan.column_blocks * step.heads, programs)
     return plan._replace(
@@ -168,7 +170,7 @@ def attend_singles(
             Hkv, rows, keys.format.tile, values.format.tile, layout.sink, layout.ring,
             plan.bulk_splits, plan.splits, plan.column_blocks, room, plan.scratch, scale * unit, softcap * unit,
             BULK=plan.bulk, CAPPED=softcap > 0, K_FORM=plan.keys, V_FORM=plan.values, N=columns, PAGE=layout.tokens,
-            TOKENS=plan.tokens if plan.bulk else unpacked, SPREAD=plan.spread, STAGES=plan.stages, PART=plan.part,
+            UNIT=plan.unit, TOKENS=plan.tokens if plan.bulk else unpacked, SPREAD=plan.spread, STAGES=plan.stages, PART=plan.part,
             SINGLE=room <= plan.part, BULK_PRECISION="tf32" if plan.exact_half else "tf32x3",
             RAW_TOKENS=plan.rest_tokens if raw_half else min(plan.rest_tokens, 32),
             RAW_STAGES=plan.rest_stages if raw_half else 1,

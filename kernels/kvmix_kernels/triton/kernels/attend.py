@@ -4,8 +4,8 @@ A row of the score tile is a token and a column is one query row of one query he
 heads of a group share every load. Each program yields a partial output with its running maximum
 and sum for one share of the tokens; `merge.combine_kernel` merges them.
 
-Two kinds of program run in one launch: those of `bulk` take tokens that are packed in both tensors, keys with
-one scale per channel, values with scales per token; those of `rest` take all others. The number of tokens
+Two kinds of program run in one launch: those of `bulk` take tokens that are packed in both tensors, values with
+scales per token (`launch_plan.has_bulk_path` says which); those of `rest` take all others. The number of tokens
 may live on the device; programs share the live tokens evenly.
 """
 
@@ -49,7 +49,7 @@ def attend_kernel(
     BULK: tl.constexpr, ON_DEVICE: tl.constexpr, NEW: tl.constexpr,
     MASK: tl.constexpr, MASK_SHARED: tl.constexpr, CAPPED: tl.constexpr,
     K_FORM: tl.constexpr, V_FORM: tl.constexpr, REST_PACKED: tl.constexpr, N: tl.constexpr,
-    BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
+    UNIT: tl.constexpr, BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
     PART: tl.constexpr, SINGLE: tl.constexpr, V_ALIGN: tl.constexpr, BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr, REST_STAGES: tl.constexpr, REST_DTYPE: tl.constexpr, REST_PRECISION: tl.constexpr,
     PORTABLE: tl.constexpr, EARLY: tl.constexpr, SKIP: tl.constexpr = False, KEPT: tl.constexpr = False,
@@ -67,10 +67,9 @@ def attend_kernel(
     """
     K: tl.constexpr = as_form(K_FORM)
     V: tl.constexpr = as_form(V_FORM)
-    K_GROUP: tl.constexpr = K.GROUP
     S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED, SKIP, False, KEPT)
     P: tl.constexpr = Steps(
-        BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE, NO_PAGES
+        UNIT, BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE, NO_PAGES
     )
     if EARLY:
         gdc_launch_dependents()
@@ -119,10 +118,10 @@ def attend_kernel(
     bulk_tokens = 0
     if BULK:
         # whole groups of keys whose values are packed, too
-        skipped = (tl.maximum(k_sink, v_sink) - k_sink + K_GROUP - 1) // K_GROUP
-        bulk_groups = tl.maximum((tl.minimum(k_end, v_end) - k_sink) // K_GROUP - skipped, 0)
-        bulk_begin = k_sink + skipped * K_GROUP
-        bulk_tokens = bulk_groups * K_GROUP
+        skipped = (tl.maximum(k_sink, v_sink) - k_sink + UNIT - 1) // UNIT
+        bulk_groups = tl.maximum((tl.minimum(k_end, v_end) - k_sink) // UNIT - skipped, 0)
+        bulk_begin = k_sink + skipped * UNIT
+        bulk_tokens = bulk_groups * UNIT
         if split < bulk_splits:
             share = (bulk_groups + bulk_splits - 1) // bulk_splits
             first = split * share
@@ -130,7 +129,7 @@ def attend_kernel(
             if groups <= 0:
                 nothing(stats_ptr, N)
             else:
-                begin = bulk_begin + first * K_GROUP
+                begin = bulk_begin + first * UNIT
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (room * N)
                 attend_bulk(
                     query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + (room - K.D) * N, partial_ptr, stats_ptr,

@@ -1,7 +1,8 @@
 """Tokens packed in both tensors: codes go to the tensor cores as they lie (see `fields.field`).
 
-Scales multiply the query (once per group of tokens) and the probabilities, offsets become one number per
-group and per token. Everything is normalized, so half precision can not overflow.
+Scales of keys multiply the query (once per group of tokens) or, if they are those of tokens, what the channels of
+each add to scores; scales of values multiply the probabilities. Offsets become one number per group and per token.
+Everything is normalized, so half precision can not overflow.
 """
 
 from __future__ import annotations
@@ -189,6 +190,64 @@ def _add_scores(
 
 
 @triton.jit
+def _add_group(
+    product, words, queries, g, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """Products of a digit with the queries, of the channels of group `g` alone."""
+    OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
+    FIELDS: tl.constexpr = X.GROUP // fold_channels(OWN, X.D)
+    for f in tl.static_range(g * FIELDS, (g + 1) * FIELDS):
+        code = field(words[0], words[1], f, OWN, X.D, PORTABLE)
+        product = tl.dot(code, queries[f], product)
+    return product
+
+
+@triton.jit
+def _token_scores(
+    words, queries, sums, k, first, K: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """Scores of keys with scales per token: products of each group of channels by its scales, and offsets by `sums`
+    of the queries' channels."""
+    GROUPS: tl.constexpr = K.D // K.GROUP
+    score = tl.zeros([TOKENS, N], tl.float32)
+    for g in tl.static_range(GROUPS):
+        product = tl.zeros([TOKENS, N], tl.float32)
+        for d in tl.static_range(digit_count(K.BITS)):
+            product = _add_group(product, words[d], queries[d], g, K, d, PORTABLE)
+        step = narrow_step(_of_tokens(k.scale, first, g, GROUPS, TOKENS)).to(tl.float32)
+        zero = as_offset(_of_tokens(k.zero, first, g, GROUPS, TOKENS), step)
+        # each contracted into one instruction
+        score += zero[:, None] * sums[g][None, :]
+        score += product * step[:, None]
+    return score
+
+
+@triton.jit
+def _of_tokens(ptr, first, g, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
+    """Number `g` of the GROUPS that each token has, from row `first` on, a multiple of 4.
+
+    By words: single ones are not copied asynchronously, and bytes lay out the operands of later products.
+    """
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    PER: tl.constexpr = 32 // BITS
+    token = tl.arange(0, TOKENS)
+    if PER == 1:
+        return tl.load(ptr + first * GROUPS + token * GROUPS + g)
+    at = (ptr + first * GROUPS).to(tl.pointer_type(tl.int32), bitcast=True)
+    if GROUPS % PER == 0:
+        # the same word serves several groups
+        word = tl.load(at + token * (GROUPS // PER) + g // PER) >> (g % PER * BITS)
+    else:
+        place = token * GROUPS + g
+        word = tl.load(at + place // PER) >> (place % PER * BITS)
+    if BITS == 16:
+        number = word.to(tl.int16).to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        number = word.to(ptr.dtype.element_ty)
+    return number
+
+
+@triton.jit
 def _add_values(outs, words, scaled, fade, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr):
     """The sums of a digit's values by the weights of their groups, after what was summed before has faded."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
@@ -233,23 +292,25 @@ def _sweep(
 
     MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
     of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
-    up by itself. A step has as many groups or one. `asked`: pointers of the queries of each column, their factor
-    and that of raw channels, for what is made of them in every step.
+    up by itself. A step has as many groups or one, or several where scales are per token. `asked`: pointers of the queries of each column, their factor
+    and that of raw channels, for what is made of them in every step; with scales per token also sums of each group.
     """
     KD: tl.constexpr = digit_count(K.BITS)
     VD: tl.constexpr = digit_count(V.BITS)
     SPREAD: tl.constexpr = P.SPREAD
     VG: tl.constexpr = V.D // V.GROUP
-    STEPS: tl.constexpr = max(1, K.GROUP // TOKENS)
-    SLOTS: tl.constexpr = max(1, TOKENS // K.GROUP)
+    STEPS: tl.constexpr = max(1, P.UNIT // TOKENS)
+    SLOTS: tl.constexpr = max(1, TOKENS // P.UNIT)
+    # beside keys with scales per channel one by one, which is what was tuned and timed
+    WORDS: tl.constexpr = K.AXIS == 1 and VG > 1 and P.V_ALIGN % 4 == 0
     # rows that a step may begin with are multiples of it
-    K_ALIGN: tl.constexpr = min(TOKENS, K.GROUP)
+    K_ALIGN: tl.constexpr = min(TOKENS, P.UNIT)
     ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
     token = tl.arange(0, TOKENS)
-    first_group = first_k_row // K.GROUP
+    first_group = first_k_row // P.UNIT
     column = tl.arange(0, N)
     slot = column // (N // SPREAD)
-    own = (token // K.GROUP)[:, None] == slot[None, :]
+    own = (token // P.UNIT)[:, None] == slot[None, :]
 
     k_shifts = ()
     for d in tl.static_range(KD):
@@ -262,7 +323,7 @@ def _sweep(
 
     for i in tl.range(0, steps, num_stages=STAGES):
         step_group = begin + i // STEPS * SLOTS
-        first = begin * K.GROUP + i * TOKENS
+        first = begin * P.UNIT + i * TOKENS
         k_first = first_k_row + first
         v_first = first_v_row + first
         k_at = k
@@ -286,10 +347,10 @@ def _sweep(
             own_group = step_group + tl.minimum(slot, SLOTS - 1)
             scale_group = first_group + own_group
             if P.PAGE > 0:
-                scale_group = own_group % (P.PAGE // K.GROUP)
+                scale_group = own_group % (P.PAGE // P.UNIT)
             step_ptr = k_at.scale + scale_group[None, :] * K.D
         elif P.PAGE > 0:
-            step_ptr = k_at.scale + k_first // K.GROUP * K.D
+            step_ptr = k_at.scale + k_first // P.UNIT * K.D
         else:
             step_ptr = k_at.scale + (first_group + step_group) * K.D
 
@@ -322,11 +383,16 @@ def _sweep(
                 K,
                 P.PRECISION,
             )
-        for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
-            score = _add_scores(
-                score, folded[d], folded[KD - 1], own_queries[d], step_ptr, k_unit, K, d, P.PORTABLE
-            )
-        if SPREAD > 1:
+        if K.AXIS == 0:
+            for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
+                score = _add_scores(
+                    score, folded[d], folded[KD - 1], own_queries[d], step_ptr, k_unit, K, d, P.PORTABLE
+                )
+        else:
+            score = _token_scores(folded, queries, asked[3:], k_at, k_first, K, N, TOKENS, P.PORTABLE)
+        if K.AXIS == 1:
+            offset = tl.zeros([N], tl.float32)
+        elif SPREAD > 1:
             offset = tl.load(offset_ptr + own_group * N + column)
         else:
             offset = tl.load(offset_ptr + step_group * N + column)
@@ -368,9 +434,13 @@ def _sweep(
             if VG == 1 and v.scale.dtype.element_ty == tl.uint8 and P.V_ALIGN % 4 == 0 and TOKENS > 16:
                 four = v_at.scale + v_first + tl.arange(0, TOKENS // 4) * 4
                 v_step = four_steps(tl.load(four.to(tl.pointer_type(tl.int32), bitcast=True)), P.PORTABLE)
+            elif WORDS:
+                v_step = narrow_step(_of_tokens(v_at.scale, v_first, g, VG, TOKENS))
             else:
                 v_step = narrow_step(tl.load(v_at.scale + v_row * VG + g))
-            if not V.SYMMETRIC:
+            if WORDS and not V.SYMMETRIC:
+                v_zero = as_offset(_of_tokens(v_at.zero, v_first, g, VG, TOKENS), v_step.to(tl.float32))
+            elif not V.SYMMETRIC:
                 v_zero = as_offset(tl.load(v_at.zero + v_row * VG + g), v_step.to(tl.float32))
             step = v_step.to(tl.float32)
             if v_step.dtype != tl.float16:
@@ -474,6 +544,74 @@ def _tile_offsets(
 
 
 @triton.jit
+def _channel_offsets(
+    offset_ptr, query_ptr, k, first_k_row, groups, scale, column_ok, pages,
+    K: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Stores products of queries and offsets of each group; returns the largest channels of queries, and scales."""
+    # channels that are looked at together before the loop: as many as a field of the lowest digit has
+    KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
+    KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
+    k_column = tl.arange(0, KW)
+    k_column_ok = k_column < KC
+    first_group = first_k_row // P.UNIT
+
+    # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
+    # small groups would spill
+    largest = tl.zeros([N], tl.float32) + TINY
+    largest_k = tl.zeros([P.PART, KW], tl.float32)
+    # a loop of one turn is none: what is read at first is then on its way together
+    for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=1):
+        group = part + tl.arange(0, P.PART)
+        offsets = tl.zeros([P.PART, N], tl.float32)
+        for f in tl.static_range(K.D // KC):
+            q = tl.load(
+                query_ptr[None, :] + f * KC + k_column[:, None],
+                mask=column_ok[None, :] & k_column_ok[:, None],
+                other=0.0,
+            ).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
+            at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
+            at_ok = (group < groups)[:, None] & k_column_ok[None, :]
+            scale_ptr = k.scale
+            zero_ptr = k.zero
+            if P.PAGE > 0:
+                own_page = group // (P.PAGE // P.UNIT)
+                own = _paged(k, pages.k_buffers, pages.k_strides, pages, own_page, group < groups)
+                scale_ptr = own.scale[:, None]
+                zero_ptr = own.zero[:, None]
+                at = (group % (P.PAGE // P.UNIT))[:, None] * K.D + f * KC + k_column[None, :]
+            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0)).to(tl.float32)
+            if K.TURNED != TILED:
+                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps)
+                offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
+            if K.KEPT < K.D:
+                # what is dropped has an offset alone
+                k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
+            largest_k = tl.maximum(largest_k, k_steps)
+        if K.TURNED != TILED:
+            tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
+    if K.TURNED == TILED:
+        _tile_offsets(offset_ptr, query_ptr, k, first_k_row, groups, scale, column_ok, pages, N, K, P.PAGE)
+    return largest, largest_k
+
+
+@triton.jit
+def _group_sums(query_ptr, column_ok, K: tl.constexpr, N: tl.constexpr):
+    """The largest channels of queries, and the sums of the channels of each group that has scales per token."""
+    channel = tl.arange(0, next_power_of_2(K.GROUP))
+    ok = column_ok[None, :] & (channel < K.GROUP)[:, None]
+    largest = tl.zeros([N], tl.float32) + TINY
+    sums = ()
+    for g in tl.static_range(K.D // K.GROUP):
+        at = query_ptr[None, :] + g * K.GROUP + channel[:, None]
+        q = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
+        sums = sums + (tl.sum(q, 0),)
+    return largest, sums
+
+
+@triton.jit
 def _queries(query_ptr, order_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
     """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
@@ -528,83 +666,46 @@ def attend_bulk(
     first_v_row, groups, scale, cap, pages,
     K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One share of the packed tokens: `groups` groups of keys; at `offset_ptr` is room for N numbers of each.
+    """One share of the packed tokens: `groups` groups of keys, or as many units of tokens with scales of their own;
+    at `offset_ptr` is room for N numbers of each group.
 
     With P.PAGE they are tokens of the `Pages`, and the first rows are 0.
 
     At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
     """
-    # channels that are looked at together before the loop: as many as a field of the lowest digit has
-    KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
-    KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
     VD: tl.constexpr = digit_count(V.BITS)
     VG: tl.constexpr = V.D // V.GROUP
     SPREAD: tl.constexpr = P.SPREAD
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
-    first_k_row = first_k_row // K.GROUP * K.GROUP
+    first_k_row = first_k_row // P.UNIT * P.UNIT
     first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
 
     if K.TURNED == ORDERED:
         query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
 
-    k_column = tl.arange(0, KW)
-    k_column_ok = k_column < KC
-    first_group = first_k_row // K.GROUP
-
-    # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
-    # small groups would spill
-    largest = tl.zeros([N], tl.float32) + TINY
-    largest_k = tl.zeros([P.PART, KW], tl.float32)
-    # a loop of one turn is none: what is read at first is then on its way together
-    for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=1):
-        group = part + tl.arange(0, P.PART)
-        offsets = tl.zeros([P.PART, N], tl.float32)
-        for f in tl.static_range(K.D // KC):
-            q = tl.load(
-                query_ptr[None, :] + f * KC + k_column[:, None],
-                mask=mask.column_ok[None, :] & k_column_ok[:, None],
-                other=0.0,
-            ).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
-            at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
-            at_ok = (group < groups)[:, None] & k_column_ok[None, :]
-            scale_ptr = k.scale
-            zero_ptr = k.zero
-            if P.PAGE > 0:
-                own_page = group // (P.PAGE // K.GROUP)
-                own = _paged(k, pages.k_buffers, pages.k_strides, pages, own_page, group < groups)
-                scale_ptr = own.scale[:, None]
-                zero_ptr = own.zero[:, None]
-                at = (group % (P.PAGE // K.GROUP))[:, None] * K.D + f * KC + k_column[None, :]
-            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0)).to(tl.float32)
-            if K.TURNED != TILED:
-                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps)
-                offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
-            if K.KEPT < K.D:
-                # what is dropped has an offset alone
-                k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
-            largest_k = tl.maximum(largest_k, k_steps)
-        if K.TURNED != TILED:
-            tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
-    if K.TURNED == TILED:
-        _tile_offsets(
-            offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, pages, N, K, P.PAGE
+    sums = ()
+    if K.AXIS == 0:
+        largest, largest_k = _channel_offsets(
+            offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, pages, K, N, P
         )
+    else:
+        largest, sums = _group_sums(query_ptr, mask.column_ok, K, N)
     tl.debug_barrier()
-    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, K.GROUP * next_power_of_2(VG))
+    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
     v_top = TINY
     for part in tl.range(
-        0, LOOK if P.SINGLE and K.GROUP * VG <= MAX_LOOK else groups * K.GROUP * VG, LOOK, num_stages=1
+        0, LOOK if P.SINGLE and P.UNIT * VG <= MAX_LOOK else groups * P.UNIT * VG, LOOK, num_stages=1
     ):
         place = part + tl.arange(0, LOOK)
         at = v.scale + first_v_row * VG + place
-        place_ok = place < groups * K.GROUP * VG
+        place_ok = place < groups * P.UNIT * VG
         if P.PAGE > 0:
             own = _paged(v, pages.v_buffers, pages.v_strides, pages, place // (P.PAGE * VG), place_ok)
             at = own.scale + place % (P.PAGE * VG)
         v_steps = tl.load(at, mask=place_ok, other=0)
         v_top = tl.maximum(v_top, tl.max(narrow_step(v_steps).to(tl.float32), 0))
-    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY)
+    # codes with scales per token are multiplied by the queries alone
+    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY) if K.AXIS == 0 else 1.0
 
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
     K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16 or k.scale.dtype.element_ty == tl.uint8
@@ -623,6 +724,8 @@ def attend_bulk(
     if not K_HALF:
         restore = restore * k_top
     asked = (query_ptr, shrink, scale / restore)
+    for g in tl.static_range(len(sums)):
+        asked = asked + (sums[g] * (scale / restore),)
     # probabilities are exp(score - top) with top so far below the running maximum that they peak at v_peak
     headroom = tl.log2(v_peak)
     if S.KIND == 2:
@@ -648,14 +751,15 @@ def attend_bulk(
         masked = groups
         if S.SHARED:
             unseen, changed = reach(
-                mask, first_position, groups * K.GROUP, S, P.PART * min(MAX_LOOK // 2, K.GROUP)
+                mask, first_position, groups * P.UNIT, S, P.PART * min(MAX_LOOK // 2, P.UNIT)
             )
-            skipped = unseen // K.GROUP
-            masked = tl.maximum((changed + K.GROUP - 1) // K.GROUP, skipped)
-    STEPS: tl.constexpr = max(1, K.GROUP // P.TOKENS)
-    full = (groups - skipped) // SPREAD
+            skipped = unseen // P.UNIT
+            masked = tl.maximum((changed + P.UNIT - 1) // P.UNIT, skipped)
+    STEPS: tl.constexpr = max(1, P.UNIT // P.TOKENS)
+    SLOTS: tl.constexpr = max(1, P.TOKENS // P.UNIT)
+    full = (groups - skipped) // SLOTS
     if S.KIND != 0:
-        masked = tl.minimum((masked - skipped + SPREAD - 1) // SPREAD, full)
+        masked = tl.minimum((masked - skipped + SLOTS - 1) // SLOTS, full)
         top, total, shifts, outs = _sweep(
             k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
             queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
@@ -663,16 +767,16 @@ def attend_bulk(
         )  # fmt: skip
     if S.KIND == 0 or S.SHARED:
         top, total, shifts, outs = _sweep(
-            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SPREAD, (full - masked) * STEPS,
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SLOTS, (full - masked) * STEPS,
             queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
             K, V, S, P.PAGE > 0, N, P.TOKENS, P.STAGES, P,
         )  # fmt: skip
-    if SPREAD > 1:
+    if SLOTS > 1:
         # groups that do not fill a step
         top, total, shifts, outs = _sweep(
-            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SPREAD, groups - skipped - full * SPREAD,
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SLOTS, groups - skipped - full * SLOTS,
             queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
-            K, V, S, S.KIND != 0 or P.PAGE > 0, N, K.GROUP, 1, P,
+            K, V, S, S.KIND != 0 or P.PAGE > 0, N, P.UNIT, 1, P,
         )  # fmt: skip
 
     ROWS: tl.constexpr = N // SPREAD

@@ -136,11 +136,13 @@ class Kept(NamedTuple):
 class Steps(NamedTuple):
     """How the bulk is cut.
 
+    UNIT: tokens that shares are counted in: those of a group of keys, or with scales per token what divides a tile;
     PAGE: tokens of a page, 0 where tokens lie in a row; TOKENS: of a step; SPREAD: sets of columns that take groups of their own; PART: groups whose offsets are
     multiplied with the queries at a time; SINGLE: no share has more; V_ALIGN: rows of values that a step
     may begin with are multiples of it.
     """
 
+    UNIT: Any
     TOKENS: Any
     SPREAD: Any
     PART: Any

@@ -186,7 +186,7 @@ def decode_kernel(
     query_sb, query_sh, new_k_sb, new_k_sh, new_v_sb, new_v_sh, k_strides, v_strides, tails_sb, sinks_sb,
     heads, rows, k_tile, v_tile, sink, ring, bulk_splits, splits, column_blocks, room, scratch, scale, cap,
     BULK: tl.constexpr, CAPPED: tl.constexpr, K_FORM: tl.constexpr, V_FORM: tl.constexpr, N: tl.constexpr,
-    PAGE: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr,
     SINGLE: tl.constexpr, BULK_PRECISION: tl.constexpr, RAW_TOKENS: tl.constexpr, RAW_STAGES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +198,6 @@ def decode_kernel(
     """
     K: tl.constexpr = as_form(K_FORM)
     V: tl.constexpr = as_form(V_FORM)
-    K_GROUP: tl.constexpr = K.GROUP
     pid = tl.program_id(0)
     bulk_programs = tl.num_programs(0) // splits * bulk_splits
     if pid < bulk_programs:
@@ -238,13 +237,13 @@ def decode_kernel(
             if BULK:
                 S: tl.constexpr = Scores(NO_MASK, SHARED, CAPPED, False, False, False)
                 P: tl.constexpr = Steps(
-                    TOKENS, SPREAD, PART, SINGLE, K_GROUP, STAGES, BULK_PRECISION, PORTABLE, PAGE
+                    UNIT, TOKENS, SPREAD, PART, SINGLE, UNIT, STAGES, BULK_PRECISION, PORTABLE, PAGE
                 )
                 mask = Mask(query_ptr, column, 0, column_ok, query_ptr)
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (scratch * N)
                 attend_bulk(
                     query_ptr, k, v, mask, shifts_ptr, offset_ptr, offset_ptr + room * N, partial_ptr, stats_ptr,
-                    0, 0, 0, taken * (PAGE // K_GROUP), scale, cap, pages, K, V, S, N, P,
+                    0, 0, 0, taken * (PAGE // UNIT), scale, cap, pages, K, V, S, N, P,
                 )  # fmt: skip
             else:
                 _attend_pages(
