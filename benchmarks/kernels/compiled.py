@@ -129,6 +129,16 @@ def fits_products(binary: Any) -> bool:
     return all(4 * width <= count for count, width in summed if count > 1)
 
 
+def turns_products(binary: Any) -> bool:
+    """Whether all that `movmatrix` exchanges lies as a product of `mma` leaves it, within one warp."""
+    layouts = dict(
+        re.findall(r"^#(\w+) = #ttg\.(nvidia_mma<\{versionMajor = 2\b.*)$", binary.asm["ttgir"], re.MULTILINE)
+    )
+    turned = re.findall(r"movmatrix.*: tensor<\d+x\d+xf16, #(\w+)> ->", binary.asm["ttgir"])
+    assert len(turned) == binary.asm["ttgir"].count("movmatrix")
+    return all("warpsPerCTA = [1, 1]" in layouts.get(name, "") for name in turned)
+
+
 def loops(binary: Any) -> list[Counter[str]]:
     """Instructions by name of each loop of the machine code, as a warp executes them in one turn.
 

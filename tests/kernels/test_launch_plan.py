@@ -95,15 +95,16 @@ def test_shares_of_the_case_that_is_quoted_most():
     assert plan.splits == plan.bulk_splits + 2
 
 
-def test_keys_with_scales_per_token_are_cut_as_those_in_groups_of_128():
+def test_keys_with_scales_per_token_are_shared_out_as_those_in_groups_of_128():
     step, gpu = Step(512, 4, 128, 128, 8193, 1, True, True, True), Gpu("NVIDIA_H200")
     grouped = make_format(2, "channel", 128, 128, window=0)
     for tile in (128, 32):
         v = make_format(2, "token", 64, tile, window=0)
         plan, like = (attend_plan(k, v._replace(tile=k.tile), step, gpu) for k in (v, grouped))
         assert (plan.bulk, plan.unit) == (True, tile)
-        # steps may have several tiles
-        assert (plan.tokens, plan.bulk_splits) == (like.tokens, like.bulk_splits) == (64, 2)
+        # steps may have several tiles, and are of no more numbers than a warp has registers for
+        assert (plan.tokens, like.tokens) == (64, 128)
+        assert plan.bulk_splits == like.bulk_splits == 2
 
 
 def test_raw_tokens_are_shared_out_where_programs_are_few():

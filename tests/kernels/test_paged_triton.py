@@ -197,7 +197,7 @@ SPILLS_36 = {"tiers 90": 16}
 
 def spills(name: str, capability: int, kernels: tuple[str, ...]) -> int:
     """Bytes that kernels of a step spill for one kind of pages of a model with heads of 128 channels."""
-    from benchmarks.kernels.compiled import compiled, fits_products, recorded, spilled_bytes
+    from benchmarks.kernels.compiled import compiled, fits_products, recorded, spilled_bytes, turns_products
 
     head = 64 if name.endswith("d64") else 128
     if name == "tiers":
@@ -228,6 +228,7 @@ def spills(name: str, capability: int, kernels: tuple[str, ...]) -> int:
     assert {launch.kernel.__name__ for launch in chosen} == set(kernels)
     binaries = [compiled(launch, capability) for launch in chosen]
     assert all(map(fits_products, binaries)), "products of other numbers"
+    assert all(map(turns_products, binaries)), "exchanges of other numbers"
     return sum(map(spilled_bytes, binaries))
 
 

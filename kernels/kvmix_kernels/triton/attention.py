@@ -20,6 +20,7 @@ from kvmix_kernels.triton.common import (
     check_grids,
     check_places,
     device_of,
+    in_pairs,
     inner_dense,
     model_dtype,
     near,
@@ -117,13 +118,13 @@ def attend(
     partial, stats = parts(heads * plan.splits, plan, Dv, query.device)
     with device_of(query):
         launch(step, partial, stats, plan.splits)
-        combine_kernel[(B * Hkv * rows,)](
+        combine_kernel[(B * Hkv * rows * plan.merge_parts,)](
             partial, stats, out, stats if sums is None else sums,
             out if sink_logits is None else sink_logits.contiguous(),
             plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, Lq, SINKS=sink_logits is not None,
-            MASK=step.seen.kind, N=plan.columns, DV=Dv, CHANNELS=plan.values.DP,
+            MASK=step.seen.kind, N=plan.columns, DV=Dv, CHANNELS=plan.values.DP // plan.merge_parts,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=early,
-            SUMS=sums is not None, num_warps=1, launch_pdl=early,
+            SUMS=sums is not None, PARTS=plan.merge_parts, num_warps=1, launch_pdl=early,
         )  # fmt: skip
     return out
 
@@ -172,7 +173,7 @@ def prepare(
     Hkv, Dv = k.residual.shape[1], v.head_dim
     check_places(length + Lq, D, Dv)
     # places of heads are 64-bit numbers here
-    query = inner_dense(query) if Lq == 1 else near(query)
+    query = in_pairs(inner_dense(query) if Lq == 1 else near(query))
     if new_keys is None or new_values is None:
         new_keys = new_values = None
     else:
@@ -253,7 +254,7 @@ def launch(step: Prepared, partial: Tensor, stats: Tensor, count: int, beside: B
         BULK_PRECISION="tf32" if plan.exact_half else "tf32x3",
         REST_TOKENS=plan.rest_tokens, REST_STAGES=plan.rest_stages,
         REST_DTYPE=model_dtype(rest_dtype), REST_PRECISION="tf32" if half else "ieee",
-        PORTABLE=portable(query), EARLY=starts_early(query),
+        PORTABLE=portable(query), WARPS=plan.warps, EARLY=starts_early(query),
         SKIP=beside is not None, KEPT=beside is not None and beside.weights is not None,
         num_warps=plan.warps, maxnreg=plan.registers or None,
     )  # fmt: skip

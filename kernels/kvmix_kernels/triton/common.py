@@ -97,6 +97,13 @@ def buffers(cached: Cached) -> tuple[Tensor, ...]:
     return (*first, *more)
 
 
+def in_pairs(x: Tensor) -> Tensor:
+    """`x`, or a copy if its rows do not begin at pairs of numbers, of which kernels read both at once."""
+    if x.data_ptr() % (2 * x.element_size()) == 0 and not any(stride % 2 for stride in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Make the tensor's GPU current; nothing on a CPU (the interpreter)."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -31,6 +31,8 @@ PER_WARP = 64 * 128
 """Numbers of keys with scales per token that a warp has in a step: more spill, as scales of rows are held, too."""
 MIN_PART, MAX_PART = 16, 32
 """Groups whose offsets are multiplied with queries at a time: rows of a dot, and what a warp's registers hold for 128 channels."""
+FEW_SPLITS, LEAST_MERGED, MERGING = 16, 32, 264
+"""Shares of a row that one warp adds up; fewest channels of several that share many; most programs that do."""
 MERGED_AT_ONCE = 32 * 128
 """Numbers of partial outputs that the registers of the warp hold which merges a row."""
 SHARED_BESIDE = 2048
@@ -94,6 +96,7 @@ class AttendPlan(NamedTuple):
     merge_splits: int
     merge_chunk: int
     merge_rotated: bool
+    merge_parts: int
 
 
 def next_power_of_2(n: int) -> int:
@@ -219,6 +222,12 @@ def attend_plan(
         else:
             break
 
+    merge_parts = 1
+    if splits > FEW_SPLITS and not (bulk and v.rotation):
+        # few rows leave most of a GPU idle while one warp each adds up many shares
+        merge_parts = max(1, min(values.DP // LEAST_MERGED, MERGING // (step.heads * step.rows)))
+        merge_parts = next_power_of_2(merge_parts + 1) // 2
+
     return AttendPlan(
         keys=keys,
         values=values,
@@ -243,14 +252,16 @@ def attend_plan(
         warps=config.warps,
         registers=config.registers,
         merge_splits=next_power_of_2(splits),
-        merge_chunk=merge_chunk(splits, values.DP),
+        merge_chunk=merge_chunk(splits, values.DP // merge_parts),
         merge_rotated=bulk and bool(v.rotation),
+        merge_parts=merge_parts,
     )
 
 
 def merge_chunk(splits: int, channels: int) -> int:
     """Partial outputs of a row that are added up at a time; of few, more at a time is wasted work."""
-    return min(next_power_of_2(splits), 8 if splits <= 16 else 32, max(1, MERGED_AT_ONCE // channels))
+    most = max(1, MERGED_AT_ONCE // channels)
+    return min(next_power_of_2(splits), 8 if splits <= FEW_SPLITS else most, most)
 
 
 def shares_of_rest(outside: int, heads: int, programs: int) -> int:

@@ -21,6 +21,7 @@ from kvmix_kernels.triton.common import (
     buffers,
     check_grids,
     device_of,
+    in_pairs,
     model_dtype,
     multiprocessors,
     portable,
@@ -99,7 +100,7 @@ def decode_plan(
         keys=k_form, values=v_form, bulk_splits=bulk_splits, splits=splits, room=room,
         scratch=room + (step.D if plan.bulk and k_form.TURNED == ORDERED else 0),
         merge_splits=next_power_of_2(splits), merge_chunk=merge_chunk(splits, v_form.DP),
-        merge_rotated=bool(values.rotation),
+        merge_rotated=bool(values.rotation), merge_parts=1,
     ), room  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def attend_singles(
     Hkv, Dv = new_keys.shape[1], new_values.shape[2]
     rows = Hq // Hkv
     tails, sinks = pool.tails(layer), pool.sinks(layer)
-    query = query if query.stride(2) == 1 else query.contiguous()
+    query = in_pairs(query if query.stride(2) == 1 else query.contiguous())
     new_keys, new_values = (_alike(x, tail) for x, tail in zip((new_keys, new_values), tails, strict=True))
     half = query.dtype in (torch.float16, torch.bfloat16)
     raw_half = half and query.dtype == new_keys.dtype == new_values.dtype and not fields.INTERPRET
@@ -175,14 +176,14 @@ def attend_singles(
             RAW_TOKENS=plan.rest_tokens if raw_half else min(plan.rest_tokens, 32),
             RAW_STAGES=plan.rest_stages if raw_half else 1,
             DTYPE=model_dtype(query.dtype if raw_half else torch.float32), PRECISION="tf32" if half else "ieee",
-            PORTABLE=portable(query), num_warps=plan.warps if plan.bulk else 4, maxnreg=plan.registers or None,
+            PORTABLE=portable(query), WARPS=plan.warps, num_warps=plan.warps if plan.bulk else 4, maxnreg=plan.registers or None,
         )  # fmt: skip
         combine_kernel[(N * Hkv * rows,)](
             partial, stats, out, stats, out if sink_logits is None else sink_logits.contiguous(),
             plan.bulk_splits, plan.splits, plan.column_blocks, rows, Hkv, 1, SINKS=sink_logits is not None,
             MASK=0, N=columns, DV=Dv, CHANNELS=plan.values.DP,
             MAX_SPLITS=plan.merge_splits, CHUNK=plan.merge_chunk, ROTATED=plan.merge_rotated, EARLY=False,
-            SUMS=False, num_warps=1,
+            SUMS=False, PARTS=1, num_warps=1,
         )  # fmt: skip
     return out
 

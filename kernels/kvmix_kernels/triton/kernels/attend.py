@@ -52,7 +52,7 @@ def attend_kernel(
     UNIT: tl.constexpr, BULK_TOKENS: tl.constexpr, BULK_SPREAD: tl.constexpr, BULK_STAGES: tl.constexpr,
     PART: tl.constexpr, SINGLE: tl.constexpr, V_ALIGN: tl.constexpr, BULK_PRECISION: tl.constexpr,
     REST_TOKENS: tl.constexpr, REST_STAGES: tl.constexpr, REST_DTYPE: tl.constexpr, REST_PRECISION: tl.constexpr,
-    PORTABLE: tl.constexpr, EARLY: tl.constexpr, SKIP: tl.constexpr = False, KEPT: tl.constexpr = False,
+    PORTABLE: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr, SKIP: tl.constexpr = False, KEPT: tl.constexpr = False,
 ):  # fmt: skip
     """Partial attention of one share of the tokens, for N query rows of one KV head.
 
@@ -69,7 +69,17 @@ def attend_kernel(
     V: tl.constexpr = as_form(V_FORM)
     S: tl.constexpr = Scores(MASK, MASK_SHARED, CAPPED, SKIP, False, KEPT)
     P: tl.constexpr = Steps(
-        UNIT, BULK_TOKENS, BULK_SPREAD, PART, SINGLE, V_ALIGN, BULK_STAGES, BULK_PRECISION, PORTABLE, NO_PAGES
+        UNIT,
+        BULK_TOKENS,
+        BULK_SPREAD,
+        PART,
+        SINGLE,
+        V_ALIGN,
+        BULK_STAGES,
+        BULK_PRECISION,
+        PORTABLE,
+        WARPS,
+        NO_PAGES,
     )
     if EARLY:
         gdc_launch_dependents()

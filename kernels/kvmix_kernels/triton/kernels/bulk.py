@@ -149,11 +149,12 @@ def _fold_digit(words, shifts, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: t
 
 @triton.jit
 def _add_scores(
-    score, words, above, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr
-):
+    score, words, above, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr,
+    PLACED: tl.constexpr,
+):  # fmt: skip
     """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale.
 
-    `above`: words of the digit above it, if they merge.
+    `above`: words of the digit above it, if they merge. PLACED: whether `_in_place` has laid out the queries.
     """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     MERGED: tl.constexpr = fold_fields(OWN, X.HIGH) if merges(X.BITS, X.KEPT, X.HIGH) else 0
@@ -167,6 +168,9 @@ def _add_scores(
     else:
         column = tl.arange(0, WIDTH)
     step_ptr += column[:, None]
+    if PLACED:
+        # by each column: few numbers would be copied by the threads that have them in the product, two at a time
+        step_ptr = tl.broadcast_to(step_ptr, [WIDTH, score.shape[1]])
     for f in tl.static_range(fold_fields(OWN, D)):
         at = step_ptr + f * CHANNELS
         if FOURS:
@@ -247,6 +251,55 @@ def _of_tokens(ptr, first, g, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
     return number
 
 
+@triton.constexpr_function
+def _placed(K, scale_dtype, P):
+    """Whether queries are laid out by `_in_place`.
+
+    Not for scales of a byte, of which a thread has four in a row; nor where warps share tokens, which exchange through
+    shared memory whatever the layout is; nor for orders of tiles; nor where 12 programs fill the shared memory of a
+    multiprocessor, as of heads of 64 channels, for scales take more of it (94 us instead of 76).
+    """
+    return P.WARPS == 1 and (K.DP > 64 or K.BITS > 2) and scale_dtype != tl.uint8 and K.TURNED != TILED
+
+
+@triton.constexpr_function
+def _by_product(V, zero_dtype):
+    """Whether the offsets of values are summed up by products: those of several groups, if they are half precision."""
+    return V.D // V.GROUP >= 4 and zero_dtype == tl.float16 and V.TURNED == 0 and not V.SYMMETRIC
+
+
+@triton.jit
+def _shift_rows(rows, half, zero_ptr, token, GROUPS: tl.constexpr):
+    """Rows [16, N], one for each group, plus the products of weights [TOKENS, N] and the offsets of values."""
+    group = tl.arange(0, 16)[:, None]
+    zero = tl.load(zero_ptr + token[None, :] * GROUPS + group, mask=group < GROUPS, other=0.0)
+    return tl.dot(zero, half, rows)
+
+
+@triton.jit
+def _turned(weight, S: tl.constexpr, P: tl.constexpr):
+    """Weights [TOKENS, N] of half precision as they are, each in the thread that has it as an operand of a product.
+
+    A product leaves them in the threads in which its transpose would need them. Triton exchanges eight of them by two
+    shuffles and four permutations, for which there is one instruction. With several warps they go through shared
+    memory.
+    """
+    TOKENS: tl.constexpr = weight.shape[0]
+    N: tl.constexpr = weight.shape[1]
+    if P.PORTABLE or P.WARPS > 1 or (S.KIND != 0 and not S.SHARED):
+        return weight
+    blocks = tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+        "=r,r",
+        [weight],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=2,
+    )
+    blocks = tl.reshape(blocks, [TOKENS // 8, 8, N // 8, 8])
+    return tl.reshape(tl.permute(blocks, [0, 3, 2, 1]), [TOKENS, N])
+
+
 @triton.jit
 def _add_values(outs, words, scaled, fade, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr):
     """The sums of a digit's values by the weights of their groups, after what was summed before has faded."""
@@ -301,8 +354,9 @@ def _sweep(
     VG: tl.constexpr = V.D // V.GROUP
     STEPS: tl.constexpr = max(1, P.UNIT // TOKENS)
     SLOTS: tl.constexpr = max(1, TOKENS // P.UNIT)
-    # beside keys with scales per channel one by one, which is what was tuned and timed
-    WORDS: tl.constexpr = K.AXIS == 1 and VG > 1 and P.V_ALIGN % 4 == 0
+    WORDS: tl.constexpr = VG > 1 and P.V_ALIGN % 4 == 0
+    BY_PRODUCT: tl.constexpr = _by_product(V, v.zero.dtype.element_ty)
+    PLACED: tl.constexpr = _placed(K, k.scale.dtype.element_ty, P)
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, P.UNIT)
     ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
@@ -368,7 +422,9 @@ def _sweep(
                 order_ptr = order_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
             own_queries = ()
             for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
-                own_queries = own_queries + (_queries(asked[0], order_ptr, mask.column_ok, asked[1], K, d),)
+                own_queries = own_queries + (
+                    _queries(asked[0], order_ptr, mask.column_ok, asked[1], K, d, False),
+                )
         else:
             own_queries = queries
         if K.RAW > 0:
@@ -386,7 +442,16 @@ def _sweep(
         if K.AXIS == 0:
             for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
                 score = _add_scores(
-                    score, folded[d], folded[KD - 1], own_queries[d], step_ptr, k_unit, K, d, P.PORTABLE
+                    score,
+                    folded[d],
+                    folded[KD - 1],
+                    own_queries[d],
+                    step_ptr,
+                    k_unit,
+                    K,
+                    d,
+                    P.PORTABLE,
+                    PLACED,
                 )
         else:
             score = _token_scores(folded, queries, asked[3:], k_at, k_first, K, N, TOKENS, P.PORTABLE)
@@ -428,6 +493,8 @@ def _sweep(
         half = weight.to(tl.float16)
         new_shifts = ()
         scaled = ()
+        if BY_PRODUCT:
+            new_shifts = (_shift_rows(shifts[0] * fade[None, :], _turned(half, S, P), v_at.zero, v_row, VG),)
         for g in tl.static_range(VG):
             # one by one where rows begin anywhere, as a word of four would not be aligned; and where there are 16,
             # as for orders of tiles above: a mask of bytes and the join are too much for Triton 3.6
@@ -438,7 +505,9 @@ def _sweep(
                 v_step = narrow_step(_of_tokens(v_at.scale, v_first, g, VG, TOKENS))
             else:
                 v_step = narrow_step(tl.load(v_at.scale + v_row * VG + g))
-            if WORDS and not V.SYMMETRIC:
+            if BY_PRODUCT:
+                v_zero = v_step
+            elif WORDS and not V.SYMMETRIC:
                 v_zero = as_offset(_of_tokens(v_at.zero, v_first, g, VG, TOKENS), v_step.to(tl.float32))
             elif not V.SYMMETRIC:
                 v_zero = as_offset(tl.load(v_at.zero + v_row * VG + g), v_step.to(tl.float32))
@@ -446,7 +515,10 @@ def _sweep(
             if v_step.dtype != tl.float16:
                 v_step = (step * v_unit).to(tl.float16)
             product = half * v_step[:, None]
-            if V.TURNED == ROTATED or V.SYMMETRIC:
+            scaled = scaled + (_turned(product, S, P),)
+            if BY_PRODUCT:
+                share = weight
+            elif V.TURNED == ROTATED or V.SYMMETRIC:
                 # codes count from their middle: what rounding the weights makes of their mean is alike in all
                 # channels, which rotated back is one channel
                 share = product.to(tl.float32) * -middle(V.BITS)
@@ -459,9 +531,9 @@ def _sweep(
                 share = rounded_product(weight, v_zero[:, None])
             else:
                 share = weight * v_zero[:, None]
-            shift = tl.sum(tl.reshape(share, [TOKENS // 8, 8, N]), 0)
-            new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
-            scaled = scaled + (product,)
+            if not BY_PRODUCT:
+                shift = tl.sum(tl.reshape(share, [TOKENS // 8, 8, N]), 0)
+                new_shifts = new_shifts + (shifts[g] * fade[None, :] + shift,)
         shifts = new_shifts
         new_outs = ()
         for d in tl.static_range(VD):
@@ -544,6 +616,26 @@ def _tile_offsets(
 
 
 @triton.jit
+def _larger(a, b):
+    """What `tl.max` compares with, which makes float32 of its numbers."""
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _value_steps(
+    v, pages, first_row, first, count, LOOK: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr
+):
+    """LOOK of the `count` scales of a share's values, from number `first` on; zeros behind the last."""
+    place = first + tl.arange(0, LOOK)
+    place_ok = place < count
+    at = v.scale + first_row * GROUPS + place
+    if PAGE > 0:
+        own = _paged(v, pages.v_buffers, pages.v_strides, pages, place // (PAGE * GROUPS), place_ok)
+        at = own.scale + place % (PAGE * GROUPS)
+    return narrow_step(tl.load(at, mask=place_ok, other=0))
+
+
+@triton.jit
 def _channel_offsets(
     offset_ptr, query_ptr, k, first_k_row, groups, scale, column_ok, pages,
     K: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
@@ -559,7 +651,8 @@ def _channel_offsets(
     # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
     # small groups would spill
     largest = tl.zeros([N], tl.float32) + TINY
-    largest_k = tl.zeros([P.PART, KW], tl.float32)
+    # as narrow as they are: numbers of half precision are compared two at a time
+    largest_k = tl.zeros([P.PART, KW], narrow_step(tl.load(k.scale)).dtype)
     # a loop of one turn is none: what is read at first is then on its way together
     for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=1):
         group = part + tl.arange(0, P.PART)
@@ -581,9 +674,9 @@ def _channel_offsets(
                 scale_ptr = own.scale[:, None]
                 zero_ptr = own.zero[:, None]
                 at = (group % (P.PAGE // P.UNIT))[:, None] * K.D + f * KC + k_column[None, :]
-            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0)).to(tl.float32)
+            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0))
             if K.TURNED != TILED:
-                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps)
+                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps.to(tl.float32))
                 offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
             if K.KEPT < K.D:
                 # what is dropped has an offset alone
@@ -612,16 +705,45 @@ def _group_sums(query_ptr, column_ok, K: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _queries(query_ptr, order_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr):
-    """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column."""
+def _in_place(query_ptr, column_ok, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """CHANNELS channels of queries as float32 [WIDTH, N], each in the thread that has it in a product.
+
+    A thread of `mma` has channels 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16. Those of a load lie so, too, where eights of
+    channels are columns and a thread reads two in a row: then nothing is exchanged in front of every product.
+    """
+    N: tl.constexpr = query_ptr.shape[0]
+    EIGHTS: tl.constexpr = WIDTH // 8
+    PAIR: tl.constexpr = 2 * query_ptr.dtype.element_ty.primitive_bitwidth // 8
+    low = tl.arange(0, 8)[:, None]
+    high = tl.arange(0, EIGHTS)[:, None] * 8
+    # launchers see to it that rows of queries begin at pairs, which a reshape forgets
+    columns = tl.multiple_of(tl.reshape(query_ptr[None, :] + high, [EIGHTS * N]), PAIR)
+    left = tl.reshape(tl.where(column_ok[None, :], CHANNELS - high, 0), [EIGHTS * N])
+    at = tl.max_contiguous(columns[None, :] + low, [2, 1])
+    q = tl.load(at, mask=low < left[None, :], other=0.0).to(tl.float32)
+    return tl.reshape(tl.permute(tl.reshape(q, [8, EIGHTS, N]), [1, 0, 2]), [WIDTH, N])
+
+
+@triton.jit
+def _queries(
+    query_ptr, order_ptr, column_ok, shrink, X: tl.constexpr, DIGIT: tl.constexpr, PLACED: tl.constexpr
+):
+    """The queries that a digit's fields are multiplied with, as half precision; `query_ptr` is that of each column.
+
+    PLACED: `_in_place` lays them out.
+    """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     CHANNELS: tl.constexpr = fold_channels(OWN, D)
-    channel = tl.arange(0, fold_width(OWN, D))
+    WIDTH: tl.constexpr = fold_width(OWN, D)
+    channel = tl.arange(0, WIDTH)
     ok = column_ok[None, :] & (channel < CHANNELS)[:, None]
     found = ()
     for f in tl.static_range(fold_fields(OWN, D)):
-        q = _in_tile(query_ptr, order_ptr, f * CHANNELS, channel, ok, X)
+        if PLACED:
+            q = _in_place(query_ptr + f * CHANNELS, column_ok, CHANNELS, WIDTH)
+        else:
+            q = _in_tile(query_ptr, order_ptr, f * CHANNELS, channel, ok, X)
         factor = field_factor(OWN, D, f) * digit_factor(X.BITS, DIGIT)
         found = found + ((q * shrink[None, :] * factor).to(tl.float16),)
     return found
@@ -644,7 +766,11 @@ def _store_digit(
             summed = outs[FIRST + field_sum(OWN, X.D, X.GROUP, f, g)]
             summed = summed * (unit * (field_factor(OWN, X.D, f) * 2.0 ** digit_above(X.BITS, DIGIT)))
             if DIGIT == 0:
-                summed += tl.sum(shifts[g], 0)[None, :]
+                if shifts[0].shape[0] == 16:
+                    own_row = tl.arange(0, 16)[:, None] == g
+                    summed += tl.sum(tl.where(own_row, shifts[0], 0.0), 0)[None, :]
+                else:
+                    summed += tl.sum(shifts[g], 0)[None, :]
             if g == field_first(OWN, X.D, X.GROUP, f):
                 out = summed
             else:
@@ -675,6 +801,8 @@ def attend_bulk(
     """
     VD: tl.constexpr = digit_count(V.BITS)
     VG: tl.constexpr = V.D // V.GROUP
+    BY_PRODUCT: tl.constexpr = _by_product(V, v.zero.dtype.element_ty)
+    PLACED: tl.constexpr = _placed(K, k.scale.dtype.element_ty, P)
     SPREAD: tl.constexpr = P.SPREAD
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // P.UNIT * P.UNIT
@@ -683,6 +811,13 @@ def attend_bulk(
     if K.TURNED == ORDERED:
         query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
 
+    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
+    LOOKS_ONCE: tl.constexpr = P.SINGLE and P.UNIT * VG <= MAX_LOOK
+    v_scales = groups * P.UNIT * VG
+    # on their way while those of keys are looked at, if they leave registers for these
+    LOOKS_EARLY: tl.constexpr = LOOKS_ONCE and LOOK <= 16 * K.DP and K.DP <= 128
+    if LOOKS_EARLY:
+        v_steps = _value_steps(v, pages, first_v_row, 0, v_scales, LOOK, VG, P.PAGE)
     sums = ()
     if K.AXIS == 0:
         largest, largest_k = _channel_offsets(
@@ -691,21 +826,15 @@ def attend_bulk(
     else:
         largest, sums = _group_sums(query_ptr, mask.column_ok, K, N)
     tl.debug_barrier()
-    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
     v_top = TINY
-    for part in tl.range(
-        0, LOOK if P.SINGLE and P.UNIT * VG <= MAX_LOOK else groups * P.UNIT * VG, LOOK, num_stages=1
-    ):
-        place = part + tl.arange(0, LOOK)
-        at = v.scale + first_v_row * VG + place
-        place_ok = place < groups * P.UNIT * VG
-        if P.PAGE > 0:
-            own = _paged(v, pages.v_buffers, pages.v_strides, pages, place // (P.PAGE * VG), place_ok)
-            at = own.scale + place % (P.PAGE * VG)
-        v_steps = tl.load(at, mask=place_ok, other=0)
-        v_top = tl.maximum(v_top, tl.max(narrow_step(v_steps).to(tl.float32), 0))
+    if LOOKS_EARLY:
+        v_top = tl.maximum(v_top, tl.reduce(v_steps, 0, _larger).to(tl.float32))
+    else:
+        for part in tl.range(0, LOOK if LOOKS_ONCE else v_scales, LOOK, num_stages=1):
+            v_steps = _value_steps(v, pages, first_v_row, part, v_scales, LOOK, VG, P.PAGE)
+            v_top = tl.maximum(v_top, tl.reduce(v_steps, 0, _larger).to(tl.float32))
     # codes with scales per token are multiplied by the queries alone
-    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0), TINY) if K.AXIS == 0 else 1.0
+    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0).to(tl.float32), TINY) if K.AXIS == 0 else 1.0
 
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
     K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16 or k.scale.dtype.element_ty == tl.uint8
@@ -718,7 +847,7 @@ def attend_bulk(
     shrink = k_peak / largest
     queries = ()
     for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
-        queries = queries + (_queries(query_ptr, k.order, mask.column_ok, shrink, K, d),)
+        queries = queries + (_queries(query_ptr, k.order, mask.column_ok, shrink, K, d, PLACED),)
     # undoes 2**-24 of the subnormals and the peak
     restore = largest * (scale * (16777216.0 * top_digit(K.BITS)) / k_peak)
     if not K_HALF:
@@ -734,8 +863,11 @@ def attend_bulk(
     top = tl.zeros([N], tl.float32) + LOWEST
     total = tl.zeros([8, N], tl.float32)
     shifts = ()
-    for g in tl.static_range(VG):
-        shifts = shifts + (tl.zeros([8, N], tl.float32),)
+    if BY_PRODUCT:
+        shifts = (tl.zeros([16, N], tl.float32),)
+    else:
+        for g in tl.static_range(VG):
+            shifts = shifts + (tl.zeros([8, N], tl.float32),)
     # a field that has channels of several groups is summed up with the scales of each
     outs = ()
     for d in tl.static_range(VD):

@@ -151,6 +151,7 @@ class Steps(NamedTuple):
     STAGES: Any
     PRECISION: Any
     PORTABLE: Any
+    WARPS: Any
     PAGE: Any
 
 

@@ -36,16 +36,16 @@ def _summed(
 def merge_row(
     pid, partial_ptr, stats_ptr, out_ptr, sums_ptr, sinks_ptr, bulk_splits, splits, column_blocks, rows, kv_heads, query_length,
     SINKS: tl.constexpr, MASK: tl.constexpr, N: tl.constexpr, DV: tl.constexpr, CHANNELS: tl.constexpr,
-    MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr, SUMS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr, ROTATED: tl.constexpr, SUMS: tl.constexpr, first_channel=0,
 ):  # fmt: skip
-    """What a program of `combine_kernel` does; `pid` is its number, of 64 bits."""
+    """What a program of `combine_kernel` does; `pid` is the number of its row, of 64 bits."""
     row = pid % rows
     first = (pid // rows * column_blocks + row // N) * splits
     column = row % N
     stats_ptr += first * (2 * N) + column
     partial_ptr += first * (N * DV) + column * DV
     split = tl.arange(0, MAX_SPLITS)
-    channel = tl.arange(0, CHANNELS)
+    channel = first_channel + tl.arange(0, CHANNELS)
     tops = tl.load(stats_ptr + split * (2 * N), mask=split < splits, other=LOWEST)
     totals = tl.load(stats_ptr + split * (2 * N) + N, mask=split < splits, other=0.0)
     top = tl.max(tops, 0)
@@ -94,10 +94,12 @@ def combine_kernel(
     ROTATED: tl.constexpr,
     EARLY: tl.constexpr,
     SUMS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Merge the partial outputs of one query row: sum of exp(m_i - m) o_i over that of l_i.
 
-    Grid: query rows of a KV head, fastest, x KV heads x batch; one warp each, as its sums then stay in registers.
+    Grid: PARTS, of CHANNELS channels each, fastest, x query rows of a KV head x KV heads x batch; one warp each, as
+    its sums then stay in registers.
     Output [batch * heads, rows, DV]. ROTATED: the first `bulk_splits` shares are sums of rotated values, which are
     rotated back once they are one sum. SINKS: each query head has a score more, in
     natural units, [kv_heads * query heads of a group]. EARLY: this kernel is started before
@@ -107,7 +109,7 @@ def combine_kernel(
     if EARLY:
         gdc_wait()
     merge_row(
-        tl.program_id(0).to(tl.int64), partial_ptr, stats_ptr, out_ptr, sums_ptr, sinks_ptr,
+        (tl.program_id(0) // PARTS).to(tl.int64), partial_ptr, stats_ptr, out_ptr, sums_ptr, sinks_ptr,
         bulk_splits, splits, column_blocks, rows, kv_heads, query_length,
-        SINKS, MASK, N, DV, CHANNELS, MAX_SPLITS, CHUNK, ROTATED, SUMS,
+        SINKS, MASK, N, DV, CHANNELS, MAX_SPLITS, CHUNK, ROTATED, SUMS, tl.program_id(0) % PARTS * CHANNELS,
     )  # fmt: skip

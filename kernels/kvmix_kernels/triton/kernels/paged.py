@@ -188,7 +188,7 @@ def decode_kernel(
     BULK: tl.constexpr, CAPPED: tl.constexpr, K_FORM: tl.constexpr, V_FORM: tl.constexpr, N: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr,
     SINGLE: tl.constexpr, BULK_PRECISION: tl.constexpr, RAW_TOKENS: tl.constexpr, RAW_STAGES: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, PORTABLE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Partial attention of the one token of each of many sequences to a share of what it attends to.
 
@@ -237,7 +237,7 @@ def decode_kernel(
             if BULK:
                 S: tl.constexpr = Scores(NO_MASK, SHARED, CAPPED, False, False, False)
                 P: tl.constexpr = Steps(
-                    UNIT, TOKENS, SPREAD, PART, SINGLE, UNIT, STAGES, BULK_PRECISION, PORTABLE, PAGE
+                    UNIT, TOKENS, SPREAD, PART, SINGLE, UNIT, STAGES, BULK_PRECISION, PORTABLE, WARPS, PAGE
                 )
                 mask = Mask(query_ptr, column, 0, column_ok, query_ptr)
                 offset_ptr += (owner.to(tl.int64) * bulk_splits + split) * (scratch * N)
