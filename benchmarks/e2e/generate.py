@@ -60,6 +60,8 @@ KINDS = {
     "products": r"gemm|gemv|cutlass|nvjet|cublas|splitK|mm|mul_sum|dot",
 }
 """Kinds of kernels by name, the first that matches."""
+LONGEST_WAIT = 20.0
+"""Microseconds between two kernels, above which the host is what the GPU waits for."""
 HIGH_LAYERS = (0, 1, 2, 13, 14, 31)
 
 
@@ -251,10 +253,27 @@ def measured(
     return rows
 
 
+def between(profiler: profile) -> float:
+    """Microseconds in which no kernel ran, of waits too short for the host to be what is waited for."""
+    events = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    waited, busy = 0.0, events[0][1] if events else 0.0
+    for start, end in events:
+        waited += start - busy if 0 < start - busy < LONGEST_WAIT else 0.0
+        busy = max(busy, end)
+    return waited
+
+
 def profile_part(
     model: nn.Module, case: str, provider: str, ids: torch.Tensor, settings: dict[str, Any], prefill: bool
 ) -> list[Row]:
-    """GPU time of prefill or of a decode step by kind of kernel; "host" is what is left of its wall time."""
+    """GPU time of prefill or of a decode step by kind of kernel.
+
+    "between" is what the GPU waits between kernels, "host" what is left of the wall time.
+    """
     part, first, last = ("prefill", 0, 1) if prefill else ("step", 16, 16 + PROFILED_STEPS)
     window = Window(first, last)
     generate: Any = model.generate
@@ -271,6 +290,7 @@ def profile_part(
             times[kind] += spent
             kernels.append((spent, event.count // (last - first), event.key))
     wall = 1e6 * window.wall / (last - first)
+    times["between"] = between(window.profiler) / (last - first)
     times["host"] = wall - sum(times.values())
     shares = {k: round(t) for k, t in times.items()}
     print(f"{case} {provider}: {part} {wall:.0f} us, of which {shares}", flush=True)
