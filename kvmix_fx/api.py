@@ -137,6 +137,7 @@ def compile(
 
     Raises:
         PlanLayerError, HeadSizeError: the plan does not fit the model.
+        PlanFieldError: it has a policy that calls of a model cannot follow.
         PlanGeometryError: no plan is given and the model does not tell its sizes.
         BackendOptionError: an option is unknown.
         TrainingError: the model is in training mode.

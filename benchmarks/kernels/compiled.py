@@ -139,6 +139,27 @@ def turns_products(binary: Any) -> bool:
     return all("warpsPerCTA = [1, 1]" in layouts.get(name, "") for name in turned)
 
 
+def contracted(binary: Any) -> int:
+    """Products that are contracted with what another thread sent.
+
+    Threads that add their products to each other's then have sums that differ in the last bit, one rounded
+    product less each. Where both hold "the same" number, either may be the one that is kept.
+    """
+    found, sent = 0, set[str]()
+    for text in re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", _dump(binary, "-sass"), re.MULTILINE):
+        name, _, rest = re.sub(r"^@!?U?P\w+\s+", "", text).partition(" ")
+        registers = re.findall(r"\bR\d+\b", rest)
+        if name.startswith("FFMA") and len(registers) > 1:
+            found += registers[-1] in sent and rest.rstrip().endswith(
+                (registers[-1], registers[-1] + ".reuse")
+            )
+        if registers:
+            sent.discard(registers[0])
+        if name.startswith("SHFL") and registers:
+            sent.add(registers[0])
+    return found
+
+
 def loops(binary: Any) -> list[Counter[str]]:
     """Instructions by name of each loop of the machine code, as a warp executes them in one turn.
 

@@ -49,6 +49,14 @@ def test_a_plan_with_another_number_of_layers(model, layers):
     assert vars(model) == before
 
 
+def test_a_policy_whose_scores_a_model_cannot_give(model):
+    before = dict(vars(model))
+    plan = kvmix_fx.KVPlan.preset("mikv", model, policy="oracle")
+    with pytest.raises(errors.PlanFieldError, match=r'layer 0: the policy "oracle" takes scores .* Take acc'):
+        kvmix_fx.compile(model, plan)
+    assert vars(model) == before
+
+
 def test_groups_that_do_not_fit_the_head(model):
     plan = kvmix_fx.KVPlan.uniform(2, 2, group_size=64)
     with pytest.raises(errors.HeadSizeError, match=r"layer 0.*use one of \[16\] or the whole head"):

@@ -23,6 +23,7 @@ from kvmix_kernels.errors import CacheShapeError
 from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton import configs
+from kvmix_kernels.triton.common import in_pairs
 from kvmix_kernels.triton.launch_plan import Step, attend_plan, has_bulk_path
 from tests.depth import examples
 
@@ -345,6 +346,33 @@ def test_many_shares_of_rotated_values_are_turned_back_as_one() -> None:
     plan = attend_plan(k, v, Step(1, 2, 64, 64, 450, 1, True, False, False), configs.Gpu(), config)
     assert plan.bulk_splits > plan.merge_chunk
     check(k, v, B=1, Hkv=1, group=2, Lq=1, D=64, Dv=64, L=450, spread=4.0, sinks=True, config=config)
+
+
+@pytest.mark.parametrize(("D", "parts"), [(128, 4), (80, 4), (64, 2), (32, 1)])
+def test_channels_of_few_rows_are_merged_by_several_programs(D: int, parts: int) -> None:
+    k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(2, "token", 16, 32, 0, 0)
+    config = configs.AttendConfig(tokens=32, programs=100, rest_tokens=16)
+    plan = attend_plan(k, v, Step(2, 2, D, D, 700, 1, True, False, False), configs.Gpu(), config)
+    assert plan.bulk_splits > 16
+    assert plan.merge_parts == parts
+    check(k, v, B=1, Hkv=2, group=2, Lq=1, D=D, Dv=D, L=700, sinks=True, config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_begin_between_pairs_are_copied(dtype: torch.dtype) -> None:
+    """Two numbers are read at once: from an address that is no multiple of both that is a fault on a GPU."""
+    k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(2, "token", 0, 32, 0, 0)
+    g = torch.Generator().manual_seed(7)
+    caches = [filled(1, 2, 128, 96, 96, fmt, dtype, 0.0, g).tensors for fmt in (k, v)]
+    rows = torch.randn(4 * 129 + 1, generator=g).to(dtype).to(DEVICE)
+    apart, odd = rows[1 : 1 + 4 * 128].view(1, 4, 1, 128), rows[: 4 * 129].view(1, 4, 1, 129)[..., :128]
+    for query in (apart, odd):
+        assert in_pairs(query) is not query
+        args = (query, None, None, *caches, None, None, 96, 128**-0.5, k.encode(), v.encode())
+        expected = ops._attend(query.float(), *args[1:])
+        assert_close(kernels.attend(*args), expected, TOLERANCE[dtype])
+    whole = rows[: 4 * 128].view(1, 4, 1, 128)
+    assert in_pairs(whole) is whole
 
 
 @pytest.mark.parametrize("wrong", ["order", "basis"])

@@ -60,6 +60,9 @@ from kvmix_kernels.triton.kernels.masks import (
 
 TINY = tl.constexpr(1e-30)
 
+TURNS = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")))
+"""Versions that were seen to lay out what `_turned` exchanges as it asks for; others exchange by themselves."""
+
 PEAK = tl.constexpr(16384.0)
 """Largest half-precision operand after normalization."""
 
@@ -282,11 +285,11 @@ def _turned(weight, S: tl.constexpr, P: tl.constexpr):
 
     A product leaves them in the threads in which its transpose would need them. Triton exchanges eight of them by two
     shuffles and four permutations, for which there is one instruction. With several warps they go through shared
-    memory.
+    memory, and under a mask of its own for each head they lie as it does.
     """
     TOKENS: tl.constexpr = weight.shape[0]
     N: tl.constexpr = weight.shape[1]
-    if P.PORTABLE or P.WARPS > 1 or (S.KIND != 0 and not S.SHARED):
+    if not TURNS or P.PORTABLE or P.WARPS > 1 or (S.KIND != 0 and not S.SHARED):
         return weight
     blocks = tl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",

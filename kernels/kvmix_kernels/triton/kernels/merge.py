@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from kvmix_kernels.triton.kernels.fields import rotate
-from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp
+from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp, rounded_product
 
 
 @triton.jit
@@ -28,7 +28,8 @@ def _summed(
             mask=used[:, None] & (channel < DV)[None, :],
             other=0.0,
         )
-        out += tl.sum(tl.where(used, exp(part_top - top, MASK), 0.0)[:, None] * value, 0)
+        weight = tl.where(used, exp(part_top - top, MASK), 0.0)
+        out += tl.sum(rounded_product(value, weight[:, None]), 0)
     return out
 
 
@@ -55,7 +56,8 @@ def merge_row(
         if MASK != 2:
             sink *= LOG2E
         top = tl.maximum(top, sink)
-    total = tl.sum(exp(tops - top, MASK) * totals, 0)
+    # several lanes have the same sums, and none may be contracted with a product of its own
+    total = tl.sum(rounded_product(exp(tops - top, MASK), totals), 0)
     if SINKS:
         total += exp(sink - top, MASK)
     if ROTATED:
