@@ -140,7 +140,7 @@ def turns_products(binary: Any) -> bool:
 
 
 def contracted(binary: Any) -> int:
-    """Products that are contracted with what another thread sent.
+    """Products that are contracted with what another thread sent in exchange, as in sums over threads.
 
     Threads that add their products to each other's then have sums that differ in the last bit, one rounded
     product less each. Where both hold "the same" number, either may be the one that is kept.
@@ -154,8 +154,10 @@ def contracted(binary: Any) -> int:
                 (registers[-1], registers[-1] + ".reuse")
             )
         if registers:
-            sent.discard(registers[0])
-        if name.startswith("SHFL") and registers:
+            # loads and products write up to four
+            first, count = int(registers[0][1:]), 4 if name.startswith(("LD", "HMMA")) else 1
+            sent -= {f"R{first + i}" for i in range(count)}
+        if name.startswith("SHFL.BFLY") and registers:
             sent.add(registers[0])
     return found
 

@@ -291,7 +291,6 @@ def spills_of(chosen: dict[str, Any]) -> dict[str, int]:
         binary = compiled(launch, chosen["capability"])
         assert fits_products(binary), f"{launch.kernel.__name__} of {chosen} multiplies other numbers"
         assert turns_products(binary), f"{launch.kernel.__name__} of {chosen} exchanges other numbers"
-        assert turns_products(binary), f"{launch.kernel.__name__} of {chosen} exchanges other numbers"
         # rotations multiply by one or minus one, which is exact
         if chosen["op"] in ("attend", "tiers") and not launch.kwargs.get("ROTATED"):
             assert contracted(binary) == 0, f"{launch.kernel.__name__} of {chosen} may differ from run to run"
