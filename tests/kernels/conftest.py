@@ -1,4 +1,4 @@
-"""What GPUs do not forgive and the interpreter does: shifts by all the bits of a number, unaligned words."""
+"""What GPUs do not forgive and the interpreter does: shifts by all bits, unaligned words, untrue hints."""
 
 from __future__ import annotations
 
@@ -38,11 +38,25 @@ def reaching(real: Callable[..., Any], place: int) -> Callable[..., Any]:
     return strict
 
 
+def hinting(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A hint of the interpreter that refuses addresses that are no multiple of what it says."""
+
+    def strict(self: Any, key: str, values: Any) -> None:
+        if key == "tt.divisibility" and hasattr(self.dtype.scalar, "element_ty") and self.data.ndim == 1:
+            size = int(getattr(values[0], "value", values[0]))
+            if (self.data % size).any():
+                raise StrictnessError(f"addresses are said to be multiples of {size} bytes and are not")
+        real(self, key, values)
+
+    return strict
+
+
 @pytest.fixture(autouse=True)
 def _strict_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from triton.runtime.interpreter import InterpreterBuilder
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+        monkeypatch.setattr(TensorHandle, "set_attr", hinting(TensorHandle.set_attr))
         for name in ("create_shl", "create_ashr", "create_lshr"):
             monkeypatch.setattr(InterpreterBuilder, name, shifting(getattr(InterpreterBuilder, name)))
         for name, place in (("create_masked_load", 0), ("create_masked_store", 1)):

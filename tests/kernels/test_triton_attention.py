@@ -284,6 +284,16 @@ def test_the_bulk_path_at_every_width_and_head_size(D: int, bits: int) -> None:
         check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, config=configs.AttendConfig(tokens=32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("D", "bits", "tiers"), [(144, 1, ()), (128, 4, ((4, 24), (2, 104)))])
+def test_fields_of_an_odd_number_of_channels(D: int, bits: int, tiers: Ranges, dtype: torch.dtype) -> None:
+    """Whose queries do not begin at pairs, beside those that do."""
+    k = make_format(bits, "channel", 32, 32, 0, 0, tiers=tiers, order="prompt" if tiers else "none")
+    v = make_format(2, "token", 0, 32, 0, 0)
+    config = configs.AttendConfig(tokens=32, warps=1)
+    check(k, v, B=1, Hkv=1, group=2, Lq=1, D=D, Dv=D, L=70, dtype=dtype, config=config)
+
+
 def test_keys_with_scales_per_token_that_take_the_general_path() -> None:
     """Groups that are no whole fields, many groups, rotated keys, odd tiles."""
     v = make_format(2, "token", 0, 32)

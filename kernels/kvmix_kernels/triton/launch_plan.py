@@ -243,7 +243,8 @@ def attend_plan(
         part=part,
         room=room,
         scratch=room + (step.D if bulk and keys.TURNED == ORDERED else 0),
-        v_align=math.gcd(unit, k.sink - v.sink),
+        # of tiles of any number of tokens heads begin anywhere
+        v_align=math.gcd(unit, k.sink - v.sink, v.tile if v.tile % 4 else 0),
         exact_half=step.half and layout.SCALE_DTYPES[k.scale_dtype] != "float32",
         rest_packed=rest_packed,
         rest_half=rest_half,

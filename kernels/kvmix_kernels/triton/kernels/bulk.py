@@ -719,8 +719,10 @@ def _in_place(query_ptr, column_ok, CHANNELS: tl.constexpr, WIDTH: tl.constexpr)
     PAIR: tl.constexpr = 2 * query_ptr.dtype.element_ty.primitive_bitwidth // 8
     low = tl.arange(0, 8)[:, None]
     high = tl.arange(0, EIGHTS)[:, None] * 8
-    # launchers see to it that rows of queries begin at pairs, which a reshape forgets
-    columns = tl.multiple_of(tl.reshape(query_ptr[None, :] + high, [EIGHTS * N]), PAIR)
+    columns = tl.reshape(query_ptr[None, :] + high, [EIGHTS * N])
+    if CHANNELS % 2 == 0:
+        # launchers see to it that rows of queries begin at pairs, which a reshape forgets; then each field does
+        columns = tl.multiple_of(columns, PAIR)
     left = tl.reshape(tl.where(column_ok[None, :], CHANNELS - high, 0), [EIGHTS * N])
     at = tl.max_contiguous(columns[None, :] + low, [2, 1])
     q = tl.load(at, mask=low < left[None, :], other=0.0).to(tl.float32)
