@@ -43,7 +43,7 @@ tests: setup
 # random models, files made to harm. What fails is kept in .hypothesis and tried first when this is started again
 MINUTES ?= 60
 soak: setup
-	for name in tensors tiers layers models files; do \
+	for name in tensors tiers layers models kernels files; do \
 		$(BIN)/python -m benchmarks.campaigns $$name --minutes $(MINUTES) || exit 1; done
 
 # likewise every property of kernels, plans and the layout; or, with FUZZ, 100,000 examples of those in some files

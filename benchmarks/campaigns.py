@@ -43,6 +43,7 @@ CAMPAIGNS: dict[str, tuple[tuple[str, ...], str, int]] = {
     "tiers": (("tests/cache/test_tier_machine.py",), "TestTiers", 1000),
     "layers": (("tests/cache/test_layer_machine.py",), "TestLayers", 2000),
     "files": (FILES, "damaged or arbitrary or hostile", 10000),
+    "kernels": (("tests/kernels/test_triton_attention.py",), "equals_the_reference", 100),
     "fuzz": (FUZZED, "", 400),
 }
 """Files, which tests of them (an expression of pytest's -k), `max_examples` of the profile in a round."""

@@ -255,20 +255,20 @@ def _of_tokens(ptr, first, g, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _placed(K, scale_dtype, P):
+def _placed(DP, BITS, TURNED, scale_dtype, WARPS):
     """Whether queries are laid out by `_in_place`.
 
     Not for scales of a byte, of which a thread has four in a row; nor where warps share tokens, which exchange through
     shared memory whatever the layout is; nor for orders of tiles; nor where 12 programs fill the shared memory of a
     multiprocessor, as of heads of 64 channels, for scales take more of it (94 us instead of 76).
     """
-    return P.WARPS == 1 and (K.DP > 64 or K.BITS > 2) and scale_dtype != tl.uint8 and K.TURNED != TILED
+    return WARPS == 1 and (DP > 64 or BITS > 2) and scale_dtype != tl.uint8 and TURNED != TILED
 
 
 @triton.constexpr_function
-def _by_product(V, zero_dtype):
+def _by_product(GROUPS, TURNED, SYMMETRIC, zero_dtype):
     """Whether the offsets of values are summed up by products: those of several groups, if they are half precision."""
-    return V.D // V.GROUP >= 4 and zero_dtype == tl.float16 and V.TURNED == 0 and not V.SYMMETRIC
+    return GROUPS >= 4 and zero_dtype == tl.float16 and TURNED == 0 and not SYMMETRIC
 
 
 @triton.jit
@@ -358,8 +358,8 @@ def _sweep(
     STEPS: tl.constexpr = max(1, P.UNIT // TOKENS)
     SLOTS: tl.constexpr = max(1, TOKENS // P.UNIT)
     WORDS: tl.constexpr = VG > 1 and P.V_ALIGN % 4 == 0
-    BY_PRODUCT: tl.constexpr = _by_product(V, v.zero.dtype.element_ty)
-    PLACED: tl.constexpr = _placed(K, k.scale.dtype.element_ty, P)
+    BY_PRODUCT: tl.constexpr = _by_product(VG, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
+    PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, P.UNIT)
     ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
@@ -806,8 +806,8 @@ def attend_bulk(
     """
     VD: tl.constexpr = digit_count(V.BITS)
     VG: tl.constexpr = V.D // V.GROUP
-    BY_PRODUCT: tl.constexpr = _by_product(V, v.zero.dtype.element_ty)
-    PLACED: tl.constexpr = _placed(K, k.scale.dtype.element_ty, P)
+    BY_PRODUCT: tl.constexpr = _by_product(VG, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
+    PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
     SPREAD: tl.constexpr = P.SPREAD
     # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
     first_k_row = first_k_row // P.UNIT * P.UNIT
