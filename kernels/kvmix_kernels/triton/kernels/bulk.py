@@ -619,12 +619,6 @@ def _tile_offsets(
 
 
 @triton.jit
-def _larger(a, b):
-    """What `tl.max` compares with, which makes float32 of its numbers."""
-    return tl.maximum(a, b)
-
-
-@triton.jit
 def _value_steps(
     v, pages, first_row, first, count, LOOK: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr
 ):
@@ -833,11 +827,11 @@ def attend_bulk(
     tl.debug_barrier()
     v_top = TINY
     if LOOKS_EARLY:
-        v_top = tl.maximum(v_top, tl.reduce(v_steps, 0, _larger).to(tl.float32))
+        v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
     else:
         for part in tl.range(0, LOOK if LOOKS_ONCE else v_scales, LOOK, num_stages=1):
             v_steps = _value_steps(v, pages, first_v_row, part, v_scales, LOOK, VG, P.PAGE)
-            v_top = tl.maximum(v_top, tl.reduce(v_steps, 0, _larger).to(tl.float32))
+            v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
     # codes with scales per token are multiplied by the queries alone
     k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0).to(tl.float32), TINY) if K.AXIS == 0 else 1.0
 
