@@ -99,7 +99,8 @@ def buffers(cached: Cached) -> tuple[Tensor, ...]:
 
 def in_pairs(x: Tensor) -> Tensor:
     """`x`, or a copy if its rows do not begin at pairs of numbers, of which kernels read both at once."""
-    if x.data_ptr() % (2 * x.element_size()) == 0 and not any(stride % 2 for stride in x.stride()[:-1]):
+    steps = (step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    if x.data_ptr() % (2 * x.element_size()) == 0 and not any(step % 2 for step in steps):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
