@@ -163,7 +163,7 @@ def contracted(binary: Any) -> int:
 
 
 def loops(binary: Any) -> list[Counter[str]]:
-    """Instructions by name of each loop of the machine code, as a warp executes them in one turn.
+    """Instructions by name of each innermost loop of the machine code, as a warp executes them in one turn.
 
     A loop is what lies between a branch back and its target; code that a loop may skip is counted.
     """
@@ -174,12 +174,16 @@ def loops(binary: Any) -> list[Counter[str]]:
     ):
         places[int(address, 16)] = len(code)
         code.append(text)
-    found = []
+    ranges = []
     for index, text in enumerate(code):
         target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         start = places.get(int(target[1], 16)) if target else None
         # an endless loop of one instruction pads the end
         if start is not None and start < index:
-            names = (re.sub(r"^@!?U?P\w+\s+", "", line) for line in code[start : index + 1])
+            ranges.append((start, index))
+    found = []
+    for start, end in ranges:
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in ranges):
+            names = (re.sub(r"^@!?U?P\w+\s+", "", line) for line in code[start : end + 1])
             found.append(Counter(name.split()[0].split(".")[0] for name in names))
     return found

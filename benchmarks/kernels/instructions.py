@@ -88,7 +88,7 @@ def main() -> None:
                 binary = compiled(start, options.capability)
                 declared = resources(binary)
                 # of the loops that copy asynchronously, that over packed tokens has the most products
-                step = max(loops(binary), key=lambda loop: (loop["LDGSTS"], loop["HMMA"]))
+                step = max(loops(binary), key=lambda loop: (loop["LDGSTS"] > 0, loop["HMMA"]))
                 spilled = declared["STACK"] + declared["LOCAL"]
                 print(
                     f"{name} {provider}: {step.total()} instructions for a step of "

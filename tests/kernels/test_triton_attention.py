@@ -24,6 +24,7 @@ from kvmix_kernels.layout import TensorFormat, make_format
 from kvmix_kernels.reference import storage
 from kvmix_kernels.triton import configs
 from kvmix_kernels.triton.common import in_pairs
+from kvmix_kernels.triton.kernels import bulk
 from kvmix_kernels.triton.launch_plan import Step, attend_plan, has_bulk_path
 from tests.depth import examples
 
@@ -473,6 +474,45 @@ def test_the_bulk_path_survives_values_of_any_size(size: float, axis: str) -> No
     query = torch.randn(1, 1, 1, 64, generator=g).to(DEVICE) / size
     args = (query, None, None, *caches, None, None, 96, 0.125, k.encode(), v.encode())
     assert_close(kernels.attend(*args), ops._attend(*args), 3e-3)
+
+
+@pytest.mark.parametrize("place", [4, 36])
+@pytest.mark.parametrize("what", ["values", "keys", "keys without a code of 0"])
+def test_scales_larger_than_they_were_guessed(what: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 37 groups four are looked at. In another one scales are 10,000 times as large: operands overflow.
+
+    The last group fills no step of two.
+    """
+    k, v = make_format(2, "channel", 32, 32, 0, 0), make_format(2, "token", 32, 32, 0, 0)
+    D, L, first = 64, 37 * 32, place * 32
+    g = torch.Generator().manual_seed(5)
+    caches = []
+    for name, fmt in (("keys", k), ("values", v)):
+        tokens = torch.randn(1, 1, L, D, generator=g)
+        if what == name:
+            tokens[:, :, first + 5 : first + 8] *= 10000
+        elif name == "values":
+            # so that it shows whether the group is there
+            tokens[:, :, first : first + 32] += 30
+        cache = allocate(1, 1, D, L // 32, fmt.residual_slots, fmt, torch.float32, DEVICE)
+        storage.append(cache, tokens.to(DEVICE), None, 0)
+        caches.append(cache)
+    if what == "keys without a code of 0":
+        # of queries below 0 all products are minus infinity: offsets make ordinary scores of these keys
+        caches[0].qdata[:, :, first : first + 32] = -1
+        caches[0].scale[:, :, place] = 3000.0
+        caches[0].zero_point[:, :, place] = -9000.0
+    query = torch.rand(1, 3, 1, D, generator=g).to(DEVICE) * -1e-4
+    tensors = (cache.tensors for cache in caches)
+    args = (query, None, None, *tensors, None, None, L, 0.125, k.encode(), v.encode())
+    config = configs.AttendConfig(tokens=64, warps=1, spread=2, programs=1, max_groups=64, rest_tokens=16)
+    expected = ops._attend(*args)
+    assert_close(kernels.attend(*args, config=config), expected, 3e-3)
+    if not ON_GPU:
+        # without a second try they would be wrong
+        monkeypatch.setattr(bulk, "_fit", lambda *_: True)
+        once = kernels.attend(*args, config=config)
+        assert not torch.allclose(once, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
 def test_an_empty_cache_without_new_tokens_gives_zeros() -> None:

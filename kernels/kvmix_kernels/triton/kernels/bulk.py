@@ -66,6 +66,9 @@ TURNS = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9
 PEAK = tl.constexpr(16384.0)
 """Largest half-precision operand after normalization."""
 
+SLACK = tl.constexpr(256.0)
+"""How much larger than some scales of a share all others are taken to be; operands overflow at 4 times as much."""
+
 
 @triton.jit
 def _paged(x, buffers, strides, pages, page, ok):
@@ -340,11 +343,14 @@ def _unskipped(score, skip_ptr, first, TOKENS: tl.constexpr):
 @triton.jit
 def _sweep(
     k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, begin, steps, queries, offset_ptr,
-    asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
+    asked, restore, headroom, cap, k_unit, v_unit, sums, pages,
     K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr, N: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`steps` steps of TOKENS tokens from group `begin` of the share; returns (top, total, shifts, outs) after them.
+    """`steps` steps of TOKENS tokens from group `begin` of the share; returns `sums` after them.
+
+    `sums`: (top, total, shifts, outs, least), of which the last is the least maximum of a step's scores, if K's
+    scales are guessed.
 
     MASKED: whether the mask is read; if not, it must change nothing in these steps. SPREAD: over how many sets
     of columns the groups of a step are spread; each has the queries once, sees its group alone and is summed
@@ -360,6 +366,13 @@ def _sweep(
     WORDS: tl.constexpr = VG > 1 and P.V_ALIGN % 4 == 0
     BY_PRODUCT: tl.constexpr = _by_product(VG, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
     PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
+    GUESSED: tl.constexpr = _guessed(
+        K.AXIS, K.D, k.scale.dtype.element_ty, v.scale.dtype.element_ty,
+        S.KIND == 0 and not S.CAPPED and not S.SKIP, P.SINGLE, P.PAGE,
+    )  # fmt: skip
+    # of columns that no group is left for all scores are hidden
+    BEFORE: tl.constexpr = GUESSED and SPREAD > SLOTS
+    top, total, shifts, outs, least = sums
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, P.UNIT)
     ALIGN: tl.constexpr = min(K_ALIGN, P.V_ALIGN)
@@ -466,6 +479,8 @@ def _sweep(
             offset = tl.load(offset_ptr + step_group * N + column)
 
         # online softmax
+        if BEFORE:
+            least = tl.minimum(least, tl.max(score, 0))
         if S.KIND != 2 and not S.CAPPED:
             if MASKED:
                 # what is hidden stays at minus infinity: `restore` is positive
@@ -474,7 +489,8 @@ def _sweep(
                 score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, 0) * restore + (offset - headroom))
+            largest = tl.max(score, 0)
+            new_top = tl.maximum(top, largest * restore + (offset - headroom))
             weight = tl.exp2(score * restore[None, :] + (offset - new_top)[None, :])
         else:
             score = score * restore[None, :] + offset[None, :]
@@ -486,8 +502,11 @@ def _sweep(
                 score = _unskipped(score, mask.skip, k_first, TOKENS)
             if SPREAD > 1:
                 score = tl.where(own, score, -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, 0) - headroom)
+            largest = tl.max(score, 0)
+            new_top = tl.maximum(top, largest - headroom)
             weight = exp(score - new_top[None, :], S.KIND)
+        if GUESSED and not BEFORE:
+            least = tl.minimum(least, largest)
         fade = exp(top - new_top, S.KIND)
         top = new_top
         # sums over tokens stay apart by the token's place among 8: no exchange between threads
@@ -543,7 +562,7 @@ def _sweep(
             folded = _fold_digit(v_words[d], v_shifts[d], V, d, P.PORTABLE)
             new_outs = new_outs + _add_values(outs, folded, scaled, fade, V, d, P.PORTABLE)
         outs = new_outs
-    return top, total, shifts, outs
+    return top, total, shifts, outs, least
 
 
 @triton.jit
@@ -618,12 +637,22 @@ def _tile_offsets(
         tl.store(offset_ptr + group * N + tl.arange(0, N), offset * scale)
 
 
+@triton.constexpr_function
+def _guessed(AXIS, D, k_scale_dtype, v_scale_dtype, PLAIN, SINGLE, PAGE):
+    """Whether the largest scales of a share are guessed from some of them, not looked for in all.
+
+    Reading all takes up to 15 % more bytes, and the GPU does nothing else meanwhile; where a share has few groups it
+    takes less than a guess. Those of keys that are bytes are read anyway, as offsets count in scales. What is larger
+    than a guess shows as scores of which none is more than minus infinity: masks, which would spill, make such, and
+    caps hide them. Other heads would spill, too, and pages are not measured.
+    """
+    wide = k_scale_dtype != tl.uint8 and v_scale_dtype != tl.uint8
+    return AXIS == 0 and D in (64, 128) and wide and PLAIN and not SINGLE and PAGE == 0
+
+
 @triton.jit
-def _value_steps(
-    v, pages, first_row, first, count, LOOK: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr
-):
-    """LOOK of the `count` scales of a share's values, from number `first` on; zeros behind the last."""
-    place = first + tl.arange(0, LOOK)
+def _value_steps(v, pages, first_row, place, count, GROUPS: tl.constexpr, PAGE: tl.constexpr):
+    """Scales number `place` of the `count` of a share's values; zeros behind the last."""
     place_ok = place < count
     at = v.scale + first_row * GROUPS + place
     if PAGE > 0:
@@ -633,11 +662,50 @@ def _value_steps(
 
 
 @triton.jit
+def _largest_value_step(
+    v, pages, first_row, count, LOOK: tl.constexpr, ONCE: tl.constexpr, GROUPS: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
+    """The largest of the `count` scales of a share's values, LOOK of them at a time, or all at ONCE."""
+    largest = TINY
+    for part in tl.range(0, LOOK if ONCE else count, LOOK, num_stages=1 if ONCE else 2):
+        steps = _value_steps(v, pages, first_row, part + tl.arange(0, LOOK), count, GROUPS, PAGE)
+        largest = tl.maximum(largest, tl.max(steps.to(tl.float32), 0))
+    return largest
+
+
+@triton.jit
+def _key_steps(k, pages, first_group, group, groups, K: tl.constexpr, P: tl.constexpr):
+    """Scales [len(group), DP] of a share's groups number `group`, in a row; zeros behind the last of `groups`."""
+    COUNT: tl.constexpr = group.shape[0]
+    group = tl.reshape(tl.broadcast_to(group[:, None], [COUNT, K.DP]), [COUNT * K.DP])
+    channel = tl.arange(0, COUNT * K.DP) % K.DP
+    ok = (group < groups) & (channel < K.KEPT)
+    scale_ptr = k.scale
+    at = (first_group + group) * K.D + channel
+    if P.PAGE > 0:
+        own = _paged(k, pages.k_buffers, pages.k_strides, pages, group // (P.PAGE // P.UNIT), group < groups)
+        scale_ptr = own.scale
+        at = (group % (P.PAGE // P.UNIT)) * K.D + channel
+    return narrow_step(tl.load(scale_ptr + at, mask=ok, other=0))
+
+
+@triton.jit
+def _largest_key_step(k, pages, first_group, groups, K: tl.constexpr, P: tl.constexpr):
+    """The largest scale of a share's keys, some groups at a time."""
+    largest = TINY
+    for part in tl.range(0, groups, 4, num_stages=1):
+        steps = _key_steps(k, pages, first_group, part + tl.arange(0, 4), groups, K, P)
+        largest = tl.maximum(largest, tl.max(steps, 0).to(tl.float32))
+    return largest
+
+
+@triton.jit
 def _channel_offsets(
     offset_ptr, query_ptr, k, first_k_row, groups, scale, column_ok, pages,
-    K: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, P: tl.constexpr, GUESSED: tl.constexpr,
 ):  # fmt: skip
-    """Stores products of queries and offsets of each group; returns the largest channels of queries, and scales."""
+    """Stores products of queries and offsets of each group; returns the largest channels of queries, and scales unless
+    they are guessed."""
     # channels that are looked at together before the loop: as many as a field of the lowest digit has
     KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
     KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
@@ -645,13 +713,15 @@ def _channel_offsets(
     k_column_ok = k_column < KC
     first_group = first_k_row // P.UNIT
 
-    # over all groups of the share: the largest scales and q . offset, which is kept in memory: in registers,
-    # small groups would spill
+    # over all groups of the share: q . offset, which is kept in memory: in registers, small groups would spill
     largest = tl.zeros([N], tl.float32) + TINY
     # as narrow as they are: numbers of half precision are compared two at a time
     largest_k = tl.zeros([P.PART, KW], narrow_step(tl.load(k.scale)).dtype)
-    # a loop of one turn is none: what is read at first is then on its way together
-    for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=1):
+    # a loop of one turn is none: what is read at first is then on its way together. More turns are read ahead, but not
+    # of wide heads, which spill, nor of bytes: then more programs fit, and short ones run beside long ones
+    BYTES: tl.constexpr = k.scale.dtype.element_ty == tl.uint8
+    STAGES: tl.constexpr = 1 if P.SINGLE or K.DP > 128 or BYTES else (3 if GUESSED else 2)
+    for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=STAGES):
         group = part + tl.arange(0, P.PART)
         offsets = tl.zeros([P.PART, N], tl.float32)
         for f in tl.static_range(K.D // KC):
@@ -671,14 +741,18 @@ def _channel_offsets(
                 scale_ptr = own.scale[:, None]
                 zero_ptr = own.zero[:, None]
                 at = (group % (P.PAGE // P.UNIT))[:, None] * K.D + f * KC + k_column[None, :]
-            k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0))
+            if GUESSED:
+                k_steps = largest_k
+            else:
+                k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0))
             if K.TURNED != TILED:
                 zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps.to(tl.float32))
                 offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
-            if K.KEPT < K.D:
-                # what is dropped has an offset alone
-                k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
-            largest_k = tl.maximum(largest_k, k_steps)
+            if not GUESSED:
+                if K.KEPT < K.D:
+                    # what is dropped has an offset alone
+                    k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
+                largest_k = tl.maximum(largest_k, k_steps)
         if K.TURNED != TILED:
             tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     if K.TURNED == TILED:
@@ -786,55 +860,51 @@ def _store_digit(
 
 
 @triton.jit
-def attend_bulk(
-    query_ptr, k, v, mask, shifts_ptr, offset_ptr, gathered_ptr, partial_ptr, stats_ptr, first_position, first_k_row,
-    first_v_row, groups, scale, cap, pages,
-    K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """One share of the packed tokens: `groups` groups of keys, or as many units of tokens with scales of their own;
-    at `offset_ptr` is room for N numbers of each group.
+def _nothing_yet(V: tl.constexpr, N: tl.constexpr, BY_PRODUCT: tl.constexpr):
+    """(top, total, shifts, outs, least) before any token."""
+    shifts = ()
+    if BY_PRODUCT:
+        shifts = (tl.zeros([16, N], tl.float32),)
+    else:
+        for g in tl.static_range(V.D // V.GROUP):
+            shifts = shifts + (tl.zeros([8, N], tl.float32),)
+    # a field that has channels of several groups is summed up with the scales of each
+    outs = ()
+    for d in tl.static_range(digit_count(V.BITS)):
+        for _ in tl.static_range(
+            digit_sums(V.BITS, V.D, V.GROUP, d), digit_sums(V.BITS, V.D, V.GROUP, d + 1)
+        ):
+            outs = outs + (tl.zeros([fold_width(digit_bits(V.BITS, d), V.D), N], tl.float32),)
+    top = tl.zeros([N], tl.float32) + LOWEST
+    return top, tl.zeros([8, N], tl.float32), shifts, outs, tl.zeros([N], tl.float32)
 
-    With P.PAGE they are tokens of the `Pages`, and the first rows are 0.
 
-    At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
+@triton.jit
+def _fit(outs, least):
+    """Whether no operand was too large for half precision: it would leave infinities, or what is no number.
+
+    Codes are no smaller than 0, so where none is 0 scores may all be minus infinity, which has no other trace.
     """
-    VD: tl.constexpr = digit_count(V.BITS)
-    VG: tl.constexpr = V.D // V.GROUP
-    BY_PRODUCT: tl.constexpr = _by_product(VG, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
+    # 0 of finite numbers alone; summed up over threads once, for each exchange is waited for
+    trace = outs[0] * 0.0 + (least * 0.0)[None, :]
+    for i in tl.static_range(1, len(outs)):
+        if outs[i].shape[0] == outs[0].shape[0]:
+            trace += outs[i] * 0.0
+        else:
+            trace += tl.sum(outs[i] * 0.0, 0)[None, :]
+    # an integer, whose maximum over a warp is known to be that of all its threads: what it decides does not diverge
+    return tl.max((trace == 0.0).to(tl.int32) ^ 1) == 0
+
+
+@triton.jit
+def _attempt(
+    query_ptr, k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked, groups,
+    offset_ptr, largest, sums, k_top, v_top, scale, cap, pages,
+    K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(top, total, shifts, outs, least) of a share whose scales are at most `k_top` and `v_top`."""
     PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
-    SPREAD: tl.constexpr = P.SPREAD
-    # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
-    first_k_row = first_k_row // P.UNIT * P.UNIT
-    first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
-
-    if K.TURNED == ORDERED:
-        query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
-
-    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
-    LOOKS_ONCE: tl.constexpr = P.SINGLE and P.UNIT * VG <= MAX_LOOK
-    v_scales = groups * P.UNIT * VG
-    # on their way while those of keys are looked at, if they leave registers for these
-    LOOKS_EARLY: tl.constexpr = LOOKS_ONCE and LOOK <= 16 * K.DP and K.DP <= 128
-    if LOOKS_EARLY:
-        v_steps = _value_steps(v, pages, first_v_row, 0, v_scales, LOOK, VG, P.PAGE)
-    sums = ()
-    if K.AXIS == 0:
-        largest, largest_k = _channel_offsets(
-            offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, pages, K, N, P
-        )
-    else:
-        largest, sums = _group_sums(query_ptr, mask.column_ok, K, N)
-    tl.debug_barrier()
-    v_top = TINY
-    if LOOKS_EARLY:
-        v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
-    else:
-        for part in tl.range(0, LOOK if LOOKS_ONCE else v_scales, LOOK, num_stages=1):
-            v_steps = _value_steps(v, pages, first_v_row, part, v_scales, LOOK, VG, P.PAGE)
-            v_top = tl.maximum(v_top, tl.max(v_steps.to(tl.float32), 0))
-    # codes with scales per token are multiplied by the queries alone
-    k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0).to(tl.float32), TINY) if K.AXIS == 0 else 1.0
-
+    BY_PRODUCT: tl.constexpr = _by_product(V.D // V.GROUP, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
     K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16 or k.scale.dtype.element_ty == tl.uint8
     V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16 or v.scale.dtype.element_ty == tl.uint8
@@ -859,21 +929,93 @@ def attend_bulk(
     if S.KIND == 2:
         headroom = headroom * LN2
 
-    top = tl.zeros([N], tl.float32) + LOWEST
-    total = tl.zeros([8, N], tl.float32)
-    shifts = ()
-    if BY_PRODUCT:
-        shifts = (tl.zeros([16, N], tl.float32),)
+    found = _nothing_yet(V, N, BY_PRODUCT)
+    STEPS: tl.constexpr = max(1, P.UNIT // P.TOKENS)
+    SLOTS: tl.constexpr = max(1, P.TOKENS // P.UNIT)
+    full = (groups - skipped) // SLOTS
+    if S.KIND != 0:
+        masked = tl.minimum((masked - skipped + SLOTS - 1) // SLOTS, full)
+        found = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, found, pages,
+            K, V, S, True, N, P.TOKENS, STAGES, P,
+        )  # fmt: skip
+    if S.KIND == 0 or S.SHARED:
+        found = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SLOTS, (full - masked) * STEPS,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, found, pages,
+            K, V, S, P.PAGE > 0, N, P.TOKENS, STAGES, P,
+        )  # fmt: skip
+    if SLOTS > 1:
+        # groups that do not fill a step
+        found = _sweep(
+            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SLOTS, groups - skipped - full * SLOTS,
+            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, found, pages,
+            K, V, S, S.KIND != 0 or P.PAGE > 0, N, P.UNIT, 1, P,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+def attend_bulk(
+    query_ptr, k, v, mask, shifts_ptr, offset_ptr, gathered_ptr, partial_ptr, stats_ptr, first_position, first_k_row,
+    first_v_row, groups, scale, cap, pages,
+    K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """One share of the packed tokens: `groups` groups of keys, or as many units of tokens with scales of their own;
+    at `offset_ptr` is room for N numbers of each group.
+
+    With P.PAGE they are tokens of the `Pages`, and the first rows are 0.
+
+    At `gathered_ptr` is room for N queries, if channels are in an order. `query_ptr` is that of each column. K and V are `Form`s, S is a `Scores`, P `Steps`.
+    """
+    VD: tl.constexpr = digit_count(V.BITS)
+    VG: tl.constexpr = V.D // V.GROUP
+    V_HALF: tl.constexpr = v.scale.dtype.element_ty == tl.float16 or v.scale.dtype.element_ty == tl.uint8
+    SPREAD: tl.constexpr = P.SPREAD
+    # tells the compiler that rows can be copied in wide pieces, and how those of a block lie
+    first_k_row = first_k_row // P.UNIT * P.UNIT
+    first_v_row = first_v_row // P.V_ALIGN * P.V_ALIGN
+
+    if K.TURNED == ORDERED:
+        query_ptr = _in_order(query_ptr, k.order, gathered_ptr, mask.column_ok, N, K)
+
+    LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
+    LOOKS_ONCE: tl.constexpr = P.SINGLE and P.UNIT * VG <= MAX_LOOK
+    # on their way while those of keys are looked at, if they leave registers for these
+    LOOKS_EARLY: tl.constexpr = LOOKS_ONCE and LOOK <= 16 * K.DP and K.DP <= 128
+    GUESSED: tl.constexpr = _guessed(
+        K.AXIS, K.D, k.scale.dtype.element_ty, v.scale.dtype.element_ty,
+        S.KIND == 0 and not S.CAPPED and not S.SKIP, P.SINGLE, P.PAGE,
+    )  # fmt: skip
+    v_scales = groups * P.UNIT * VG
+    first_group = first_k_row // P.UNIT
+    if GUESSED:
+        # of some, from everywhere
+        some = tl.arange(0, 4) * ((groups + 3) // 4)
+        k_steps = _key_steps(k, pages, first_group, some, groups, K, P)
+        some = tl.arange(0, 64) * ((v_scales + 63) // 64)
+        v_steps = _value_steps(v, pages, first_v_row, some, v_scales, VG, P.PAGE)
+    elif LOOKS_EARLY:
+        v_steps = _value_steps(v, pages, first_v_row, tl.arange(0, LOOK), v_scales, VG, P.PAGE)
+    sums = ()
+    if K.AXIS == 0:
+        largest, largest_k = _channel_offsets(
+            offset_ptr, query_ptr, k, first_k_row, groups, scale, mask.column_ok, pages, K, N, P, GUESSED
+        )
     else:
-        for g in tl.static_range(VG):
-            shifts = shifts + (tl.zeros([8, N], tl.float32),)
-    # a field that has channels of several groups is summed up with the scales of each
-    outs = ()
-    for d in tl.static_range(VD):
-        for _ in tl.static_range(
-            digit_sums(V.BITS, V.D, V.GROUP, d), digit_sums(V.BITS, V.D, V.GROUP, d + 1)
-        ):
-            outs = outs + (tl.zeros([fold_width(digit_bits(V.BITS, d), V.D), N], tl.float32),)
+        largest, sums = _group_sums(query_ptr, mask.column_ok, K, N)
+    tl.debug_barrier()
+    if GUESSED:
+        v_top = tl.maximum(tl.max(v_steps, 0).to(tl.float32) * SLACK, TINY)
+        k_top = tl.maximum(tl.max(k_steps, 0).to(tl.float32) * SLACK, TINY)
+    else:
+        if LOOKS_EARLY:
+            v_top = tl.maximum(tl.max(v_steps.to(tl.float32), 0), TINY)
+        else:
+            v_top = _largest_value_step(v, pages, first_v_row, v_scales, LOOK, LOOKS_ONCE, VG, P.PAGE)
+        # codes with scales per token are multiplied by the queries alone
+        k_top = tl.maximum(tl.max(tl.max(largest_k, 1), 0).to(tl.float32), TINY) if K.AXIS == 0 else 1.0
 
     # groups that no query sees are left out, the mask is read up to the last token that it changes
     skipped = 0
@@ -886,29 +1028,21 @@ def attend_bulk(
             )
             skipped = unseen // P.UNIT
             masked = tl.maximum((changed + P.UNIT - 1) // P.UNIT, skipped)
-    STEPS: tl.constexpr = max(1, P.UNIT // P.TOKENS)
-    SLOTS: tl.constexpr = max(1, P.TOKENS // P.UNIT)
-    full = (groups - skipped) // SLOTS
-    if S.KIND != 0:
-        masked = tl.minimum((masked - skipped + SLOTS - 1) // SLOTS, full)
-        top, total, shifts, outs = _sweep(
-            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked * STEPS,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
-            K, V, S, True, N, P.TOKENS, P.STAGES, P,
-        )  # fmt: skip
-    if S.KIND == 0 or S.SHARED:
-        top, total, shifts, outs = _sweep(
-            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + masked * SLOTS, (full - masked) * STEPS,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
-            K, V, S, P.PAGE > 0, N, P.TOKENS, P.STAGES, P,
-        )  # fmt: skip
-    if SLOTS > 1:
-        # groups that do not fill a step
-        top, total, shifts, outs = _sweep(
-            k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped + full * SLOTS, groups - skipped - full * SLOTS,
-            queries, offset_ptr, asked, restore, headroom, cap, k_unit, v_unit, top, total, shifts, outs, pages,
-            K, V, S, S.KIND != 0 or P.PAGE > 0, N, P.UNIT, 1, P,
-        )  # fmt: skip
+
+    top, total, shifts, outs, least = _attempt(
+        query_ptr, k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked, groups,
+        offset_ptr, largest, sums, k_top, v_top, scale, cap, pages, K, V, S, N, P, P.STAGES,
+    )  # fmt: skip
+    # written out again: in a loop, the compiler would keep in registers what a second turn needs
+    if GUESSED:
+        if not _fit(outs, least):
+            # some scale is larger than they were taken to be
+            k_top = _largest_key_step(k, pages, first_group, groups, K, P)
+            v_top = _largest_value_step(v, pages, first_v_row, v_scales, LOOK, False, VG, P.PAGE)
+            top, total, shifts, outs, least = _attempt(
+                query_ptr, k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked, groups,
+                offset_ptr, largest, sums, k_top, v_top, scale, cap, pages, K, V, S, N, P, 1,
+            )  # fmt: skip
 
     ROWS: tl.constexpr = N // SPREAD
     row = tl.arange(0, ROWS)
