@@ -8,7 +8,8 @@ up; the time of that is a row of its own. In the next, tokens are timed one by o
 `prefill` ends with the first token. `peak_bytes` is the allocator's maximum over the call, weights
 included; `cache_bytes` what the cache's tensors take. That call is mostly the first of its length, which
 takes longer with any cache (cuDNN's attention plans for every shape); with `--prefills 9`, `prefill_again`
-is the median of nine calls after it, as when prompts are read one after another.
+is the median of nine calls after it, as when prompts are read one after another. A case of one token, "+1",
+has nothing but that: steps are not compiled.
 
 A StaticCache's step takes as long as its capacity asks for, so `--capacity 131072` with a short prompt times
 its step at that length where reading such a prompt does not fit.
@@ -208,9 +209,11 @@ def turn(file: Path | None, alone: bool) -> Iterator[None]:
         yield
 
 
-def warm_up(model: nn.Module, case: str, provider: str, ids: torch.Tensor, settings: dict[str, Any]) -> Row:
+def warm_up(
+    model: nn.Module, case: str, provider: str, ids: torch.Tensor, new: int, settings: dict[str, Any]
+) -> Row:
     """The row of a first call, which compiles."""
-    first, _, _ = run(model, ids, COLD_TOKENS, settings)
+    first, _, _ = run(model, ids, min(new, COLD_TOKENS), settings)
     print(f"{case:32} {provider:28} first call: {_spread(first)}", flush=True)
     seconds = first.times[-1] - first.times[0]
     return make_row("generate", case, provider, "first_call", seconds, "s")
@@ -408,8 +411,8 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         kvmix_fx.compile(model, plan, inner=options.inner, options={"pieces": False} if options.whole else {})
         provider += " whole" if options.whole else ""
 
-    def first_call(case: str, ids: torch.Tensor, _new: int) -> list[Row]:
-        rows = [warm_up(model, case, provider, ids, settings)]
+    def first_call(case: str, ids: torch.Tensor, new: int) -> list[Row]:
+        rows = [warm_up(model, case, provider, ids, new, settings)]
         if plan is not None and options.loop:
             loop(model, plan, ids, COLD_TOKENS)
         return rows
@@ -418,6 +421,9 @@ def run_provider(model: nn.Module, provider: str, options: argparse.Namespace) -
         profiled = any(name == "all" or f" {name}" in case for name in options.profile)
         bits = plan.bits_per_element(ids.shape[1]) if plan is not None else None
         best = None if plan is None else best_of_transformers(case, options.output)
+        if new == 1:
+            rows = [prefill_again(model, case, provider, ids, settings, options.prefills or 9)]
+            return rows + (profile_part(model, case, provider, ids, settings, True) if profiled else [])
         rows = measured(case, provider, ids.shape[0], run(model, ids, new, settings), bits, best)
         if options.prefills:
             rows.append(prefill_again(model, case, provider, ids, settings, options.prefills))

@@ -24,6 +24,7 @@ from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.cache.tensor import ranges_wider
 from kvmix_fx.dynamo import example
 from kvmix_fx.errors import RewriteInvariantError
+from kvmix_fx.passes.find.attention import TARGETS
 from kvmix_fx.passes.find.updates import packed_inputs
 from kvmix_fx.passes.sites import (
     ADOPT,
@@ -38,6 +39,8 @@ from kvmix_fx.passes.sites import (
 from kvmix_fx.passes.sizes import size_evaluator
 from kvmix_fx.runtime.boundary import Adopted, Counted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import layout, ops
+from kvmix_kernels.importance import policy_of
+from kvmix_kernels.importance.policy import EVERY_QUERY
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.tokens import ops as token_ops
 
@@ -271,7 +274,8 @@ class _Rewriter:
         if fmt.high is not None:
             scale, softcap = (1.0, 0.0) if call is None else (_scale(call), call.softcap)
             sinks = None if call is None else call.sinks
-            more = (query, self.mass.get(k.past), scale, softcap, sinks)
+            lse = self._log_sums(call, fmt) if k.from_zero and v.from_zero else None
+            more = (query, self.mass.get(k.past), scale, softcap, sinks, lse)
         with self.graph.inserting_after(anchor):
             append = self.graph.call_function(
                 ops.append_ if fmt.high is None else token_ops.append_tiers_,
@@ -286,6 +290,30 @@ class _Rewriter:
             self.extra[update.past] = example(update.new).shape[2]
             self.grown[update.node] = update.past
             self.dead.append(update.node)
+
+    def _log_sums(self, call: AttentionCall | None, fmt: TensorFormat) -> fx.Node | None:
+        """Have a prompt's attention tell what its weights sum up to, if the high tier counts all of them.
+
+        None where it is not torch's own attention or not plainly causal.
+        """
+        if call is None or call.node in self.dead or call.node.target not in TARGETS:
+            return None
+        if call.is_masked or call.is_causal is not True or call.dropout_p:
+            return None
+        lengths = [example(x).shape[2] for x in (call.query, call.key)]
+        alike = {dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in lengths}
+        if policy_of(fmt).queries != EVERY_QUERY or len(alike) > 1:
+            return None
+        grouped = bool(call.node.kwargs.get("enable_gqa", False))
+        with self.graph.inserting_before(call.node):
+            both = self.graph.call_function(
+                token_ops.attend_prompt, (call.query, call.key, call.value, _scale(call), grouped)
+            )
+            out, lse = (self.graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+        out.meta = dict(call.node.meta)
+        call.node.replace_all_uses_with(out)
+        self.dead.append(call.node)
+        return lse
 
     def _materialize(self, update: Update) -> None:
         """Give readers that need plain numbers the unpacked history with the new tokens exact."""
@@ -317,12 +345,13 @@ class _Rewriter:
         for role, (root, fmt) in enumerate(zip(roots, (key_format, value_format), strict=True)):
             self._look_at(site, role, root, fmt)
         call = site.call
+        lse = self._log_sums(call, key_format)
         with self.graph.inserting_after(call.node):
             packed = self.graph.call_function(
                 token_ops.pack_tiers,
                 (
                     *(*roots, call.query, call.mask, _scale(call), call.softcap),
-                    *(key_format.encode(), value_format.encode(), order, None, call.sinks),
+                    *(key_format.encode(), value_format.encode(), order, None, call.sinks, lse),
                 ),
             )
         after, first = packed, 0

@@ -8,10 +8,12 @@ import torch
 import kvmix_fx
 from kvmix_fx import KVPlan
 from kvmix_fx.cache import QuantizedKVTensor
+from kvmix_fx.passes import rewrite
 from kvmix_fx.passes.manager import CAME_PLAIN, NO_TIER_ACROSS, NO_TIER_UNREAD
 from kvmix_fx.plan import TokenTier
 from kvmix_fx.plan.schema import NO_TIER_IN_WINDOW
 from kvmix_fx.testing.models import STORED, WINDOWS, tiny_architecture, tiny_llama
+from kvmix_kernels.tokens import prompt
 
 from .oracle import worst
 
@@ -68,6 +70,34 @@ def test_growing_and_fixed_caches_keep_the_same_tokens():
     report = str(kvmix_fx.compiled(model).report)
     assert "packed on exit, K2V2, 20 % of tokens at 16" in report
     assert "packed attention, K2V2, 20 % of tokens at 16" in report
+
+
+@pytest.mark.parametrize("cache", ["growing", "static"])
+@pytest.mark.parametrize("hidden", [0, 9])
+def test_a_prompt_s_attention_tells_what_its_weights_sum_up_to(cache, hidden, monkeypatch):
+    """Where it is plainly causal; the same tokens are kept as when importance finds the sums itself."""
+    way = {"cache_implementation": "static"} if cache == "static" else {}
+    told = []
+    fused = prompt._fused
+    monkeypatch.setattr(prompt, "_fused", lambda *args: told.append(1) or fused(*args))
+    found = []
+    for tells in (True, False):
+        model = tiny_llama()
+        kvmix_fx.compile(model, KVPlan.preset("mikv", model, window=8))
+        if not tells:
+            monkeypatch.setattr(rewrite._Rewriter, "_log_sums", lambda *_: None)
+        found.append(asked(model, hidden=hidden, **way))
+        # under a mask it does not
+        assert len(told) == (2 if tells and not hidden else 0)
+        told.clear()
+    assert worst(found[0][0], found[1][0]) < 1e-5
+    for a, b in zip(found[0][1].layers, found[1][1].layers, strict=True):
+        assert torch.equal(a.keys.positions, b.keys.positions)
+    # the control: policies that ask for no sums leave attention alone
+    model = tiny_llama()
+    kvmix_fx.compile(model, KVPlan.preset("mikv", model, window=8, policy="norm"))
+    asked(model, hidden=0, **way)
+    assert not told
 
 
 def test_learned_sinks_count_once_and_windows_stay():

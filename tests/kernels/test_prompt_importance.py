@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
+from torch.nn.functional import scaled_dot_product_attention
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -67,7 +70,7 @@ def lost(query, keys, *rest):
     """(error of the kernel, of PyTorch in float32) against float64."""
     want = exact(query, keys, *rest)
     plain = scores.of_prompt(query.float(), keys.float(), *rest)
-    found = importance.of_prompt(query, keys, *rest, *BLOCKS)
+    found = importance.of_prompt(query, keys, *rest, None, *BLOCKS)
     assert found.shape == plain.shape
     assert found.dtype == torch.float32
     return (found - want).abs().max().item(), (plain - want).abs().max().item(), want.abs().max().item()
@@ -104,22 +107,22 @@ def test_what_was_in_memory_does_not_matter_and_every_row_gives_one(L, blocks, m
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
     query, keys = drawn(1, 2, 3, L, 64, torch.bfloat16)
     for queries, rows in ((32, 32), (200, L), (EVERY_QUERY, L)):
-        found = importance.of_prompt(query, keys, None, 0.125, 0.0, queries, None, *blocks)
+        found = importance.of_prompt(query, keys, None, 0.125, 0.0, queries, None, None, *blocks)
         assert torch.allclose(found.sum(2), torch.full((1, 2), 3.0 * rows, device=DEVICE), rtol=1e-5)
     # the same sums in the same order
-    again = importance.of_prompt(query, keys, None, 0.125, 0.0, EVERY_QUERY, None, *blocks)
+    again = importance.of_prompt(query, keys, None, 0.125, 0.0, EVERY_QUERY, None, None, *blocks)
     assert torch.equal(found, again)
 
 
 def test_padding_that_is_no_number_gives_and_gets_nothing():
     query, keys = drawn(2, 1, 2, 50, 64, torch.float16)
     mask = padded("bool", 2, 50, 9, torch.float16)
-    clean = importance.of_prompt(query, keys, mask, 0.125, 0.0, EVERY_QUERY, None, *BLOCKS)
+    clean = importance.of_prompt(query, keys, mask, 0.125, 0.0, EVERY_QUERY, None, None, *BLOCKS)
     assert (clean[0, :, :9] == 0).all()
     # rows of padding that see nothing, or anything: they do not count
     mask[0, :, :9] = True
     query[0, :, :9], keys[0, :, :9] = torch.nan, torch.nan
-    found = importance.of_prompt(query, keys, mask, 0.125, 0.0, EVERY_QUERY, None, *BLOCKS)
+    found = importance.of_prompt(query, keys, mask, 0.125, 0.0, EVERY_QUERY, None, None, *BLOCKS)
     assert torch.equal(found, clean)
     # every other row sees the keys of padding no more than before
     assert found[0].sum().item() == pytest.approx(2 * 41, rel=1e-5)
@@ -139,9 +142,43 @@ def test_a_mask_of_each_head_and_one_that_is_not_causal():
         mask[0, 0],
         row.expand(1, 1, 40, 40),
     ):
-        found = importance.of_prompt(query, keys, seen, 0.125, 0.0, EVERY_QUERY, None, *BLOCKS)
+        found = importance.of_prompt(query, keys, seen, 0.125, 0.0, EVERY_QUERY, None, None, *BLOCKS)
         plain = scores.of_prompt(query.float(), keys.float(), seen, 0.125, 0.0, EVERY_QUERY)
         assert torch.allclose(found, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [EVERY_QUERY, 32])
+def test_sums_that_are_known_are_not_found_again(queries):
+    query, keys = drawn(2, 2, 2, 90, 64, torch.bfloat16)
+    known = importance.log_sums(query, keys, 0.125)
+    torch.testing.assert_close(
+        known, scores.log_sums(query.float(), keys.float(), 0.125), atol=1e-5, rtol=1e-5
+    )
+    given = (query, keys, None, 0.125, 0.0, queries, None)
+    found = importance.of_prompt(*given, known, *BLOCKS)
+    torch.testing.assert_close(found, importance.of_prompt(*given, None, *BLOCKS), atol=1e-5, rtol=1e-5)
+    # they are what counts: of twice the sums there is half of the weight
+    half = importance.of_prompt(*given, known + math.log(2), *BLOCKS)
+    torch.testing.assert_close(half, found / 2, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("D", [64, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_prompt_tells_its_sums(heads, D, dtype):
+    """By the kernel that PyTorch chooses, and where that tells none."""
+    query, keys = drawn(2, heads, 4 // heads, 70, D, dtype)
+    values = torch.randn_like(keys)
+    out, sums = token_ops.attend_prompt(query, keys, values, 0.2, heads < 4)
+    plain = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.2, enable_gqa=heads < 4)
+    assert torch.equal(out, plain)
+    found = query.double() @ keys.double().repeat_interleave(4 // heads, 1).mT * 0.2
+    want = found.masked_fill(
+        torch.ones(70, 70, dtype=torch.bool, device=DEVICE).triu(1), -torch.inf
+    ).logsumexp(3)
+    # a product of half precision is rounded where PyTorch finds the sums
+    torch.testing.assert_close(sums.double(), want, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-5)
+    opcheck(token_ops.attend_prompt, (query, keys, values, 0.2, heads < 4))
 
 
 def test_what_has_no_kernel_takes_pytorch_and_all_else_the_kernel():

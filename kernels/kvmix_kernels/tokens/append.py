@@ -36,6 +36,7 @@ def append(
     scale: float,
     softcap: float,
     sink_logits: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Append tokens [B, H, n, D] in place; choose anew who is in the high tier when a tile is packed.
 
@@ -53,6 +54,7 @@ def append(
         scale: factor of the scores, for a prompt's importance.
         softcap: likewise.
         sink_logits: likewise, [Hq].
+        lse: logarithms of the sums of a causal prompt's weights, [B, Hq, n], if they are known.
 
     Raises:
         FormatError: a prompt's queries are not those of its tokens.
@@ -75,7 +77,7 @@ def append(
         _balance(keys, new_keys, query, mask)
         if policy.queries and query is not None:
             count_attention = _of_prompt if query.is_cuda else of_prompt
-            found = count_attention(query, new_keys, mask, scale, softcap, policy.queries, sink_logits)
+            found = count_attention(query, new_keys, mask, scale, softcap, policy.queries, sink_logits, lse)
         else:
             found = mass
     elif mass is not None and mass.shape[2]:

@@ -16,24 +16,27 @@ from kvmix_kernels import layout, ops
 from kvmix_kernels.cached import RESIDUAL, Cached, allocate, shapes
 from kvmix_kernels.importance import policy_of
 from kvmix_kernels.layout import TensorFormat
-from kvmix_kernels.tokens import append, attend, read
+from kvmix_kernels.tokens import append, attend, prompt, read
 
 _library = torch.library.Library(ops.NAMESPACE, "FRAGMENT")
 
 _library.define(
     "pack_tiers(Tensor keys, Tensor values, Tensor? query, Tensor? mask, float scale, float softcap, "
     "int[] key_format, int[] value_format, Tensor? hint=None, Tensor? mass=None, "
-    "Tensor? sink_logits=None) -> Tensor[]"
+    "Tensor? sink_logits=None, Tensor? lse=None) -> Tensor[]"
 )
 _library.define(
     "append_tiers_(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor new_keys, Tensor new_values, Tensor? mask, "
     "Tensor? start, SymInt length, int[] key_format, int[] value_format, Tensor? query, Tensor? mass, "
-    "float scale, float softcap=0.0, Tensor? sink_logits=None) -> ()"
+    "float scale, float softcap=0.0, Tensor? sink_logits=None, Tensor? lse=None) -> ()"
 )
 _library.define(
     "attend_tiers(Tensor query, Tensor? new_keys, Tensor? new_values, Tensor[] keys, Tensor[] values, "
     "Tensor? mask, Tensor? start, SymInt length, float scale, int[] key_format, int[] value_format, "
     "float softcap=0.0, Tensor? sink_logits=None) -> (Tensor, Tensor)"
+)
+_library.define(
+    "attend_prompt(Tensor query, Tensor keys, Tensor values, float scale, bool grouped) -> (Tensor, Tensor)"
 )
 _library.define("dequantize_tiers(Tensor[] cached, Tensor? start, SymInt length, int[] format) -> Tensor")
 
@@ -50,12 +53,13 @@ def _pack_tiers(
     hint: Tensor | None = None,
     mass: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> list[Tensor]:
     """Buffers of growing caches, of keys and then of values, that hold a prompt [B, H, L, D].
 
     `hint`: the plan's order of channels, if it has one. `mass`: scores of the tokens, [B, H, L], for policies
-    that look at neither attention nor keys. `sink_logits`: of a learned sink, [Hq]. Without `query` nothing
-    is balanced, and all tokens matter alike.
+    that look at neither attention nor keys. `sink_logits`: of a learned sink, [Hq]. `lse`: what
+    `attend_prompt` tells. Without `query` nothing is balanced, and all tokens matter alike.
     """
     found = []
     for x, numbers in ((keys, key_format), (values, value_format)):
@@ -64,7 +68,8 @@ def _pack_tiers(
         tiles, slots = layout.growing_tiles(fmt, L), layout.growing_slots(fmt, L)
         found.append(allocate(B, H, D, tiles, slots, fmt, x.dtype, x.device))
     found[0].take_order(hint)
-    append.append(found[0], found[1], keys, values, mask, None, 0, query, mass, scale, softcap, sink_logits)
+    rest = (mask, None, 0, query, mass, scale, softcap, sink_logits, lse)
+    append.append(found[0], found[1], keys, values, *rest)
     return [*found[0].tensors, *found[1].tensors]
 
 
@@ -83,9 +88,11 @@ def _append_tiers_(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     both = Cached.of(keys, key_format), Cached.of(values, value_format)
-    append.append(*both, new_keys, new_values, mask, start, length, query, mass, scale, softcap, sink_logits)
+    rest = (mask, start, length, query, mass, scale, softcap, sink_logits, lse)
+    append.append(*both, new_keys, new_values, *rest)
 
 
 def _attend_tiers(
@@ -166,6 +173,7 @@ for _name, _implementation, _fake in (
     ("pack_tiers", _pack_tiers, _fake_pack_tiers),
     ("append_tiers_", _append_tiers_, _fake_append_tiers_),
     ("attend_tiers", _attend_tiers, _fake_attend_tiers),
+    ("attend_prompt", prompt.attend, prompt.fake_attend),
     ("dequantize_tiers", _dequantize_tiers, ops._fake_dequantize),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -178,6 +186,7 @@ for _name, _implementation in (("append_tiers_", _append_tiers_), ("attend_tiers
 pack_tiers = torch.ops.kvmix.pack_tiers.default
 append_tiers_ = torch.ops.kvmix.append_tiers_.default
 attend_tiers = torch.ops.kvmix.attend_tiers.default
+attend_prompt = torch.ops.kvmix.attend_prompt.default
 dequantize_tiers = torch.ops.kvmix.dequantize_tiers.default
 
 

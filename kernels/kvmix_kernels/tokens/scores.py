@@ -74,6 +74,7 @@ def of_prompt(
     softcap: float,
     queries: int,
     sink_logits: Tensor | None = None,
+    lse: Tensor | None = None,  # noqa: ARG001 - softmax has it
 ) -> Tensor:
     """The same for a prompt that attends to itself: float32 [B, Hkv, L].
 
@@ -87,6 +88,7 @@ def of_prompt(
         softcap: as for attention.
         queries: how many of the last ones count, or EVERY_QUERY.
         sink_logits: as for attention, [Hq].
+        lse: `log_sums` of a causal prompt, if they are known. Kernels need not find them then.
     """
     B, Hq, L, _ = query.shape
     Hkv = keys.shape[1]
@@ -113,6 +115,20 @@ def of_prompt(
             weights = weights * real[:, None, first:last, None]
         total[:, :, :width] += _by_kv_head(weights, Hkv)
     return total
+
+
+def log_sums(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Logarithms of the sums of weights of a causal prompt's queries, float32 [B, Hq, L]."""
+    B, Hq, L, _ = query.shape
+    place = torch.arange(L, device=query.device)
+    step = max(1, BLOCK_ELEMENTS // max(1, B * Hq * L))
+    found = [query.new_zeros(B, Hq, 0, dtype=torch.float32)]
+    for first in range(0, L, step):
+        last = min(L, first + step)
+        products = _products(query[:, :, first:last], keys[:, :, :last], scale, 0.0)
+        hidden = place[:last] > place[first:last, None]
+        found.append(products.masked_fill(hidden, -torch.inf).logsumexp(3))
+    return torch.cat(found, 2)
 
 
 def whole(mask: Tensor, batch: int, heads: int) -> Tensor:

@@ -153,6 +153,7 @@ def append_tiers_(
     scale: float,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """The op `append_tiers_`: of one token, a launch for the high tier and what `append_` takes for the low one.
 
@@ -169,7 +170,7 @@ def append_tiers_(
     takes = n == 1 and B * H and slots and alike and raw and not (counted and policy.of_keys)
     if not takes or (isinstance(count, int) and count == 0) or not all(x.is_contiguous() for x in written):
         plain_append.append(
-            *(k, v, new_keys, new_values, mask, start, length, query, mass, scale, softcap, sink_logits)
+            *(k, v, new_keys, new_values, mask, start, length, query, mass, scale, softcap, sink_logits, lse)
         )
         return
     plain_append.check_room(k, v, start, length, count, n)

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvmix_fx.passes.find.written_out import find_written_out
 from kvmix_fx.passes.sites import AttentionCall, Miss
 
-_TARGETS = {scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+TARGETS = {scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
@@ -24,7 +24,7 @@ def look_for_attention(graph: fx.Graph) -> list[AttentionCall | Miss]:
     """As `find_attention`, and what nearly is attention."""
     calls: list[AttentionCall | Miss] = []
     for node in graph.nodes:
-        if node.op != "call_function" or node.target not in _TARGETS:
+        if node.op != "call_function" or node.target not in TARGETS:
             written_out = find_written_out(node)
             if written_out is not None:
                 calls.append(written_out)
