@@ -156,7 +156,7 @@ def case(
     tokens, read behind it (3 bits and 256 channels read three in a turn). Of `dequantize`, which has
     no loop, they take 32 of 960 instructions. Packing tiers spills on 10.0 alone, where products go through a
     memory of their own. Less work a program would cost more, and pointers that are made later spill elsewhere
-    (`kernels/NOTES.md`).
+    (`kernels/NOTES.md`). `spills`: with any version, numbers that a second try and the output need.
     """
     return {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
@@ -177,6 +177,8 @@ CASES = [
     case("attend", 90, 3, gpu=HOPPER, mask=True),
     case("attend", 90, 4, gpu=HOPPER, mask=True),
     case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
+    case("attend", 90, 2, group=32, gpu=HOPPER, spills=24),
+    case("attend", 90, 4, group=64, gpu=HOPPER),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 3, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 4, group=32, gpu=HOPPER, mask=True),
@@ -261,7 +263,9 @@ def test_kernels_compile_without_spilling(first: int) -> None:
     assert len(spills) == len(CASES[first::PROCESSES])
     assert all(spills), f"nothing was compiled for some of {spills}"
     for chosen, found in zip(CASES[first::PROCESSES], spills, strict=True):
-        allowed = chosen.get("spills_36", 0) if version.startswith("3.6.") else 0
+        allowed = chosen.get("spills", 0)
+        if version.startswith("3.6."):
+            allowed = max(allowed, chosen.get("spills_36", 0))
         assert sum(found.values()) <= allowed, f"{chosen} with Triton {version}: {found}"
 
 
