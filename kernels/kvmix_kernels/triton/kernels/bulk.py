@@ -718,9 +718,9 @@ def _channel_offsets(
     # as narrow as they are: numbers of half precision are compared two at a time
     largest_k = tl.zeros([P.PART, KW], narrow_step(tl.load(k.scale)).dtype)
     # a loop of one turn is none: what is read at first is then on its way together. More turns are read ahead, but not
-    # of wide heads, which spill, nor of bytes: then more programs fit, and short ones run beside long ones
+    # of bytes: then more programs fit, and short ones run beside long ones
     BYTES: tl.constexpr = k.scale.dtype.element_ty == tl.uint8
-    STAGES: tl.constexpr = 1 if P.SINGLE or K.DP > 128 or BYTES else (3 if GUESSED else 2)
+    STAGES: tl.constexpr = 1 if P.SINGLE or BYTES else (3 if GUESSED else 2)
     for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=STAGES):
         group = part + tl.arange(0, P.PART)
         offsets = tl.zeros([P.PART, N], tl.float32)
