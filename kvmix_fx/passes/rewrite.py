@@ -302,7 +302,9 @@ class _Rewriter:
             return None
         lengths = [example(x).shape[2] for x in (call.query, call.key)]
         alike = {dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in lengths}
-        if policy_of(fmt).queries != EVERY_QUERY or len(alike) > 1:
+        # autocast, which knows torch's own attention, would not cast for an op of ours
+        dtypes = {example(x).dtype for x in (call.query, call.key, call.value, call.node)}
+        if policy_of(fmt).queries != EVERY_QUERY or len(alike) > 1 or len(dtypes) > 1:
             return None
         grouped = bool(call.node.kwargs.get("enable_gqa", False))
         with self.graph.inserting_before(call.node):

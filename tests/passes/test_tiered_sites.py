@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -60,3 +61,22 @@ def test_buffers_of_the_model_stay_plain_and_the_report_says_why():
     assert not isinstance(model.k_cache_0, QuantizedKVTensor)
     sites = kvmix_fx.compiled(model).report.sites
     assert {(site.action, site.reason) for site in sites} == {(LEAVE, NO_PROMPT)}
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_a_prompt_s_attention_tells_its_sums_unless_autocast_casts_for_it(casts):
+    """An op of ours would not be cast for, and its result would be of another dtype."""
+    tokens = torch.randn(3, 2, 2, 100, 32)
+
+    def prompt(q, k, v):
+        k, v = 2 * k, 2 * v
+        return sdpa(q, k, v, is_causal=True), k, v
+
+    recorder = RecordingBackend()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        want = prompt(*tokens)[0]
+        out, keys, _ = torch.compile(prompt, backend=KVMixBackend(PLAN, recorder), fullgraph=True)(*tokens)
+    assert out.dtype == want.dtype
+    torch.testing.assert_close(out, want)
+    assert isinstance(keys, QuantizedKVTensor)
+    assert count_ops(recorder.graphs[0], token_ops.attend_prompt) == (not casts)
