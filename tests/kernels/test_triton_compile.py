@@ -178,7 +178,6 @@ CASES = [
     case("attend", 90, 4, gpu=HOPPER, mask=True),
     case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
     case("attend", 90, 2, group=32, gpu=HOPPER, spills=24),
-    case("attend", 90, 4, group=64, gpu=HOPPER),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 3, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 4, group=32, gpu=HOPPER, mask=True),

@@ -63,9 +63,12 @@ def test_buffers_of_the_model_stay_plain_and_the_report_says_why():
     assert {(site.action, site.reason) for site in sites} == {(LEAVE, NO_PROMPT)}
 
 
-@pytest.mark.parametrize("casts", [False, True])
-def test_a_prompt_s_attention_tells_its_sums_unless_autocast_casts_for_it(casts):
+@pytest.mark.parametrize(
+    ("policy", "casts"), [("accumulated", False), ("accumulated", True), ("norm", False)]
+)
+def test_a_prompt_s_attention_tells_its_sums_if_all_queries_count_and_autocast_does_not(policy, casts):
     """An op of ours would not be cast for, and its result would be of another dtype."""
+    plan = PLAN.with_layers("all", token_tier=TokenTier(0.25, policy=policy))
     tokens = torch.randn(3, 2, 2, 100, 32)
 
     def prompt(q, k, v):
@@ -75,8 +78,8 @@ def test_a_prompt_s_attention_tells_its_sums_unless_autocast_casts_for_it(casts)
     recorder = RecordingBackend()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
         want = prompt(*tokens)[0]
-        out, keys, _ = torch.compile(prompt, backend=KVMixBackend(PLAN, recorder), fullgraph=True)(*tokens)
+        out, keys, _ = torch.compile(prompt, backend=KVMixBackend(plan, recorder), fullgraph=True)(*tokens)
     assert out.dtype == want.dtype
     torch.testing.assert_close(out, want)
     assert isinstance(keys, QuantizedKVTensor)
-    assert count_ops(recorder.graphs[0], token_ops.attend_prompt) == (not casts)
+    assert count_ops(recorder.graphs[0], token_ops.attend_prompt) == (policy != "norm" and not casts)
