@@ -43,6 +43,7 @@ from kvmix_kernels.importance import policy_of
 from kvmix_kernels.importance.policy import EVERY_QUERY
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.tokens import ops as token_ops
+from kvmix_kernels.tokens import prompt
 
 
 @dataclass
@@ -307,6 +308,8 @@ class _Rewriter:
         if policy_of(fmt).queries != EVERY_QUERY or len(alike) > 1 or len(dtypes) > 1:
             return None
         grouped = bool(call.node.kwargs.get("enable_gqa", False))
+        if not prompt.worth_asking(example(call.query), grouped):
+            return None
         with self.graph.inserting_before(call.node):
             both = self.graph.call_function(
                 token_ops.attend_prompt, (call.query, call.key, call.value, _scale(call), grouped)

@@ -83,3 +83,19 @@ def test_a_prompt_s_attention_tells_its_sums_if_all_queries_count_and_autocast_d
     torch.testing.assert_close(out, want)
     assert isinstance(keys, QuantizedKVTensor)
     assert count_ops(recorder.graphs[0], token_ops.attend_prompt) == (policy != "norm" and not casts)
+
+
+def test_sums_that_a_cpu_would_find_apart_are_not_asked_for():
+    """Where heads share keys its attention tells none."""
+    q, x = torch.randn(2, 4, 100, 32), torch.randn(2, 2, 100, 32)
+
+    def prompt(q, x):
+        k, v = 2 * x, 3 * x
+        return sdpa(q, k, v, is_causal=True, enable_gqa=True), k, v
+
+    recorder = RecordingBackend()
+    with torch.no_grad():
+        out, keys, _ = torch.compile(prompt, backend=KVMixBackend(PLAN, recorder), fullgraph=True)(q, x)
+    torch.testing.assert_close(out, prompt(q, x)[0])
+    assert isinstance(keys, QuantizedKVTensor)
+    assert count_ops(recorder.graphs[0], token_ops.attend_prompt) == 0

@@ -37,6 +37,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, grouped: b
     return found
 
 
+def worth_asking(query: Tensor, grouped: bool) -> bool:
+    """Whether attention is likely to tell sums, and importance to use them.
+
+    On a GPU importance has kernels for half precision alone. On a CPU attention tells none where heads share keys:
+    they would be found apart, for nothing.
+    """
+    if query.is_cuda:
+        return query.dtype in (torch.float16, torch.bfloat16)
+    return not grouped
+
+
 def _plain(query: Tensor, keys: Tensor, values: Tensor, scale: float, grouped: bool) -> Tensor:
     return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=grouped)
 

@@ -674,27 +674,22 @@ def _largest_value_step(
 
 
 @triton.jit
-def _key_steps(k, pages, first_group, group, groups, K: tl.constexpr, P: tl.constexpr):
+def _key_steps(k, first_group, group, groups, K: tl.constexpr):
     """Scales [len(group), DP] of a share's groups number `group`, in a row; zeros behind the last of `groups`."""
     COUNT: tl.constexpr = group.shape[0]
     group = tl.reshape(tl.broadcast_to(group[:, None], [COUNT, K.DP]), [COUNT * K.DP])
     channel = tl.arange(0, COUNT * K.DP) % K.DP
     ok = (group < groups) & (channel < K.KEPT)
-    scale_ptr = k.scale
     at = (first_group + group) * K.D + channel
-    if P.PAGE > 0:
-        own = _paged(k, pages.k_buffers, pages.k_strides, pages, group // (P.PAGE // P.UNIT), group < groups)
-        scale_ptr = own.scale
-        at = (group % (P.PAGE // P.UNIT)) * K.D + channel
-    return narrow_step(tl.load(scale_ptr + at, mask=ok, other=0))
+    return narrow_step(tl.load(k.scale + at, mask=ok, other=0))
 
 
 @triton.jit
-def _largest_key_step(k, pages, first_group, groups, K: tl.constexpr, P: tl.constexpr):
+def _largest_key_step(k, first_group, groups, K: tl.constexpr):
     """The largest scale of a share's keys, some groups at a time."""
     largest = TINY
     for part in tl.range(0, groups, 4, num_stages=1):
-        steps = _key_steps(k, pages, first_group, part + tl.arange(0, 4), groups, K, P)
+        steps = _key_steps(k, first_group, part + tl.arange(0, 4), groups, K)
         largest = tl.maximum(largest, tl.max(steps, 0).to(tl.float32))
     return largest
 
@@ -993,7 +988,7 @@ def attend_bulk(
     if GUESSED:
         # of some, from everywhere
         some = tl.arange(0, 4) * ((groups + 3) // 4)
-        k_steps = _key_steps(k, pages, first_group, some, groups, K, P)
+        k_steps = _key_steps(k, first_group, some, groups, K)
         some = tl.arange(0, 64) * ((v_scales + 63) // 64)
         v_steps = _value_steps(v, pages, first_v_row, some, v_scales, VG, P.PAGE)
     elif LOOKS_EARLY:
@@ -1037,7 +1032,7 @@ def attend_bulk(
     if GUESSED:
         if not _fit(outs, least):
             # some scale is larger than they were taken to be
-            k_top = _largest_key_step(k, pages, first_group, groups, K, P)
+            k_top = _largest_key_step(k, first_group, groups, K)
             v_top = _largest_value_step(v, pages, first_v_row, v_scales, LOOK, False, VG, P.PAGE)
             top, total, shifts, outs, least = _attempt(
                 query_ptr, k, v, mask, shifts_ptr, first_position, first_k_row, first_v_row, skipped, masked, groups,
