@@ -40,7 +40,6 @@ from kvmix_fx.passes.sizes import size_evaluator
 from kvmix_fx.runtime.boundary import Adopted, Counted, Grown, Plain, PlainCache, Recipe
 from kvmix_kernels import layout, ops
 from kvmix_kernels.importance import policy_of
-from kvmix_kernels.importance.policy import EVERY_QUERY
 from kvmix_kernels.layout import TensorFormat
 from kvmix_kernels.tokens import ops as token_ops
 from kvmix_kernels.tokens import prompt
@@ -293,7 +292,7 @@ class _Rewriter:
             self.dead.append(update.node)
 
     def _log_sums(self, call: AttentionCall | None, fmt: TensorFormat) -> fx.Node | None:
-        """Have a prompt's attention tell what its weights sum up to, if the high tier counts all of them.
+        """Have a prompt's attention tell what its weights sum up to, if the high tier counts attention.
 
         None where it is not torch's own attention or not plainly causal.
         """
@@ -305,7 +304,7 @@ class _Rewriter:
         alike = {dynamo.expression(n) if dynamo.is_symbolic(n) else n for n in lengths}
         # autocast, which knows torch's own attention, would not cast for an op of ours
         dtypes = {example(x).dtype for x in (call.query, call.key, call.value, call.node)}
-        if policy_of(fmt).queries != EVERY_QUERY or len(alike) > 1 or len(dtypes) > 1:
+        if policy_of(fmt).queries == 0 or len(alike) > 1 or len(dtypes) > 1:
             return None
         grouped = bool(call.node.kwargs.get("enable_gqa", False))
         if not prompt.worth_asking(example(call.query), grouped):

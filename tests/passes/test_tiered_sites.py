@@ -64,9 +64,9 @@ def test_buffers_of_the_model_stay_plain_and_the_report_says_why():
 
 
 @pytest.mark.parametrize(
-    ("policy", "casts"), [("accumulated", False), ("accumulated", True), ("norm", False)]
+    ("policy", "casts"), [("accumulated", False), ("accumulated", True), ("last", False), ("norm", False)]
 )
-def test_a_prompt_s_attention_tells_its_sums_if_all_queries_count_and_autocast_does_not(policy, casts):
+def test_a_prompt_s_attention_tells_its_sums_if_queries_count_and_autocast_does_not(policy, casts):
     """An op of ours would not be cast for, and its result would be of another dtype."""
     plan = PLAN.with_layers("all", token_tier=TokenTier(0.25, policy=policy))
     tokens = torch.randn(3, 2, 2, 100, 32)
