@@ -1,13 +1,13 @@
 """All that touches Dynamo's private surface. tests/passes/test_dynamo_facts.py has a canary per fact.
 
-Facts relied on: nodes carry `example_value`; placeholders carry `_dynamo_source`; the module
-carries `meta["dynamo_compile_id"]` and `_param_name_to_source`, without which AOTAutograd treats
-no input as static; `nn_module_stack` names the module of a node; the example value of a packed
-input is a fake QuantizedKVTensor whose buffers are fakes with symbols of their own; a dimension in
-a tensor's `_dynamo_weak_dynamic_indices` is a symbol from the first trace on; an error in a backend
-comes out as `BackendCompilerFailed` with `inner_exception`, code that cannot be traced as `Unsupported` with
-`real_stack`; while a backend runs, the current translator
-holds what the traced code returns (`stack`) and what it changes (`output.side_effects`).
+Facts relied on: nodes carry `example_value`; placeholders carry `_dynamo_source`; the module carries
+`meta["dynamo_compile_id"]` and `_param_name_to_source`, without which AOTAutograd treats no input as
+static; `nn_module_stack` names the module of a node; the example value of a packed input is a fake
+QuantizedKVTensor whose buffers are fakes with symbols of their own; a dimension in a tensor's
+`_dynamo_weak_dynamic_indices` is a symbol from the first trace on, and `_automatic_dynamic` says of which
+kind; an error in a backend comes out as `BackendCompilerFailed` with `inner_exception`, code that cannot be
+traced as `Unsupported` with `real_stack`; while a backend runs, the current translator holds what the
+traced code returns (`stack`) and what it changes (`output.side_effects`).
 
 It lies below caches and passes, which both need it. Dynamo itself is imported where it is used first, so
 that a packed cache without a compiler does not wait for it.
@@ -19,7 +19,7 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,17 +30,49 @@ from kvmix_fx.errors import KVMixError
 
 _STATIC = "_dynamo_static_input_type"
 _PLACE = "kvmix_place"
-_TOKENS = {2}
-"""The dimension of tokens, [B, Hkv, L, D]; one set for all tensors that `mark_tokens` is given."""
+_TOKENS, _CAPACITY = {2}, {2}
+"""The dimension of tokens, [B, Hkv, L, D]: a set for all tensors that grow, one for all of fixed capacity."""
 
 
-def mark_tokens(*tensors: Tensor) -> None:
+def mark_tokens(*tensors: Tensor, fixed: bool = False) -> None:
     """Have the number of tokens of caches, dimension 2, traced as a symbol, for it grows or differs.
 
-    What `torch._dynamo.maybe_mark_dynamic` does, without its cost: decode steps call this.
+    With `fixed` it is a capacity, which layers have in common: see `common_capacity`. What
+    `torch._dynamo.maybe_mark_dynamic` does, without its cost: decode steps call this.
     """
     for x in tensors:
-        x._dynamo_weak_dynamic_indices = _TOKENS  # type: ignore[attr-defined]
+        x._dynamo_weak_dynamic_indices = _CAPACITY if fixed else _TOKENS  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def common_capacity() -> Iterator[None]:
+    """For the time of a block, equal capacities are traced as one symbol instead of one for each tensor.
+
+    Those of 32 layers would be over 200, and symbols a third of what tracing takes. Where capacities were
+    equal by chance, the first cache in which they are not is traced once more, and then each has its own.
+    """
+    from torch._dynamo.variables import builder
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    theirs = getattr(builder, "_automatic_dynamic", None)
+    if theirs is None:
+        yield
+        return
+
+    def chosen(e: Any, *args: Any, **kwargs: Any) -> Any:
+        context = theirs(e, *args, **kwargs)
+        if getattr(e, "_dynamo_weak_dynamic_indices", None) is _CAPACITY:
+            sizes, constraints = context.dynamic_sizes, context.constraint_sizes
+            # one with a constraint differed from that of an earlier trace
+            if sizes[2] is DimDynamic.DYNAMIC and constraints[2] is None:
+                sizes[2] = DimDynamic.DUCK
+        return context
+
+    builder._automatic_dynamic = chosen
+    try:
+        yield
+    finally:
+        builder._automatic_dynamic = theirs
 
 
 def mark_dimension(x: Tensor, dim: int) -> None:
@@ -91,7 +123,7 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     from torch._dynamo.exc import BackendCompilerFailed
 
     try:
-        with _alone:
+        with _alone, common_capacity():
             return function(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, KVMixError):

@@ -92,12 +92,13 @@ class QuantizedKVTensor(torch.Tensor):
             setattr(self, name, buffer)
         if is_fake(self.residual):
             return
-        mark_tokens(self, *((self.residual,) if self.format.is_raw else cached.per_token))
+        counted = [self, *((self.residual,) if self.format.is_raw else cached.per_token)]
         if self.format.high is not None:
             first = len(self.format.low.buffer_names)
-            mark_tokens(*cached.tensors[first : first + len(HIGH_NAMES)])
+            counted += cached.tensors[first : first + len(HIGH_NAMES)]
             if self.format.high.scored:
-                mark_tokens(cached.named("scores"), cached.named(SKIPPED_NAME))
+                counted += cached.named("scores"), cached.named(SKIPPED_NAME)
+        mark_tokens(*counted, fixed=self.is_fixed)
         if self.live is None:
             self.lease = Lease(store or Store(), int(self.shape[2]))
 

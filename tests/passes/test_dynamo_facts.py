@@ -166,10 +166,58 @@ def test_a_marked_dimension_is_a_symbol_from_the_first_trace_on(mark):
 @pytest.mark.parametrize("marked", [True, False])
 def test_packed_tensors_are_marked_when_they_are_made(marked, monkeypatch):
     if not marked:
-        monkeypatch.setattr("kvmix_fx.cache.tensor.mark_tokens", lambda *_: None)
+        monkeypatch.setattr("kvmix_fx.cache.tensor.mark_tokens", lambda *_, **__: None)
     caches = [QuantizedKVTensor.from_hp(torch.randn(1, 2, n, 32), FMT) for n in (70, 71, 300)]
     graphs = graphs_of(lambda x: torch.ones(1) * x.shape[2], *([c] for c in caches))
     assert (graphs == 1) == marked
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_equal_capacities_are_one_symbol_until_they_differ(fixed):
+    symbols = []
+
+    def backend(gm, inputs):
+        symbols.append(len({str(x) for x in inputs if isinstance(x, torch.SymInt)}))
+        return gm.forward
+
+    def drawn(*lengths):
+        tensors = [torch.randn(1, 2, n, 4) for n in lengths]
+        dynamo.mark_tokens(*tensors, fixed=fixed)
+        return tensors
+
+    compiled = torch.compile(lambda a, b, c: (a + 1, b + 1, c + 1), backend=backend)
+    # the last two equal one another by chance: once they do not, all are traced anew, and for good
+    for lengths in ((9, 5, 5), (16, 8, 8), (9, 5, 6), (10, 6, 5), (20, 3, 9)):
+        given = drawn(*lengths)
+        for x, out in zip(given, dynamo.unwrapped(compiled, *given), strict=True):
+            assert torch.equal(out, x + 1)
+    assert symbols == ([2, 3] if fixed else [3])
+
+
+def test_fixed_caches_share_the_symbols_of_their_capacity():
+    def backend(gm, inputs):
+        symbols.extend({str(x) for x in inputs if isinstance(x, torch.SymInt)})
+        return gm.forward
+
+    def run(count, fixed):
+        symbols.clear()
+        torch._dynamo.reset()
+        x = torch.randn(1, 2, 70, 32)
+        live = torch.tensor(5)
+        sizes = (1, 2, 70, 32, FMT, torch.float32, torch.device("cpu"), live)
+        caches = [
+            QuantizedKVTensor.empty_fixed(*sizes) if fixed else QuantizedKVTensor.from_hp(x, FMT)
+            for _ in range(count)
+        ]
+        step = torch.compile(
+            lambda *given: [torch.ones(1) * x.shape[2] + x.qdata.shape[2] for x in given], backend=backend
+        )
+        dynamo.unwrapped(step, *caches)
+        return len(symbols)
+
+    symbols = []
+    assert run(1, fixed=True) == run(3, fixed=True)
+    assert run(3, fixed=False) == 3 * run(1, fixed=False)
 
 
 def test_a_mark_that_the_code_contradicts_is_dropped():
