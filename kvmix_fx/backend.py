@@ -21,6 +21,7 @@ from kvmix_fx import dynamo
 from kvmix_fx.errors import BackendOptionError, PlanFieldError, TrainingError
 from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
+from kvmix_fx.passes.ahead import compile_ahead
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.pieces import compile_pieces
 from kvmix_fx.passes.report import CompileReport
@@ -153,6 +154,7 @@ class KVMixBackend:
         pieces = alone if self.pieces is None else self.pieces
         pieces = pieces and inner == "inductor" and _is_short(result)
         if inner == "inductor" and _is_short(result):
+            compile_ahead(module)
             deferred = defer_appends(module, counters=pieces)
         if inner == "inductor" and not self.told:
             self.told = True

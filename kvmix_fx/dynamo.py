@@ -329,6 +329,31 @@ def fill_examples(gm: fx.GraphModule, nodes: Iterable[fx.Node] | None = None) ->
                     node.meta["example_value"] = getattr(args[0], target)(*args[1:], **kwargs)
 
 
+def in_numbers(values: Any) -> Any:
+    """Example values with numbers for symbols: those they were traced with; None if some have none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def number(size: Any) -> int:
+        return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(map(one, value))
+        if not isinstance(value, Tensor):
+            return number(value)
+        sizes, strides = map(number, value.shape), map(number, value.stride())
+        return torch.empty_strided([*sizes], [*strides], dtype=value.dtype, device=value.device)
+
+    try:
+        with mode:
+            return one(values)
+    except TypeError:
+        # a number that depends on data
+        return None
+
+
 def learnt(gm: fx.GraphModule) -> tuple[int, ...]:
     """How much is known of the symbols of a graph; other numbers once a compiler made a guard."""
     env = getattr(_fake_mode(gm), "shape_env", None)

@@ -59,10 +59,11 @@ def compiled(launch: Launch, capability: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    kernel = getattr(launch.kernel, "jitted", launch.kernel)
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    given = dict(zip(kernel.arg_names, launch.args, strict=False))
     given |= {name: value for name, value in launch.kwargs.items() if name not in _OPTIONS}
     if "PORTABLE" in given:
         given["PORTABLE"] = False
@@ -82,14 +83,14 @@ def compiled(launch: Launch, capability: int) -> Any:
             attributes[place] = [["tt.divisibility", 16]]
         return _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
 
-    for index, parameter in enumerate(launch.kernel.params):
+    for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
         if parameter.is_constexpr:
             signature[name], constants[(index,)] = "constexpr", value
         else:
             signature[name] = described(value, (index,), not parameter.do_not_specialize)
     options = {name: value for name, value in launch.kwargs.items() if name in _OPTIONS}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -209,6 +210,18 @@ def _takes_float64(args: Sequence[object]) -> bool:
     return any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in flat)
 
 
+def compile_ahead(op: Any, args: tuple[Any, ...]) -> None:
+    """Begin to compile the kernels of a call to come, beside what goes on; nothing where it has none.
+
+    `op` is `attend`, `attend_lse` or `append_`, `args` its arguments, whose tensors are fake.
+    """
+    name = op._schema.name.removeprefix(f"{NAMESPACE}::")
+    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
+    if on_gpu and _USE_TRITON and not _takes_float64(args) and find_spec("triton") is not None:
+        launchers = import_module(f"kvmix_kernels.triton.{_modules[name]}")
+        import_module("kvmix_kernels.triton.ahead").start(getattr(launchers, name), args)
+
+
 def _on_cuda(name: str, module: str, reference: Callable[..., object]) -> Callable[..., object]:
     """The Triton implementation of an op, imported when it is first called. No kernel takes float64."""
 
@@ -232,6 +245,7 @@ def _on_cuda(name: str, module: str, reference: Callable[..., object]) -> Callab
 
 
 _cuda: dict[str, Callable[..., object]] = {}
+_modules: dict[str, str] = {}
 # name, meaning, fake, and the module of `kvmix_kernels.triton` that has its launcher
 for _name, _reference, _fake, _module in (
     ("quantize_pack", _quantize_pack, _fake_quantize_pack, "storage"),
@@ -243,6 +257,7 @@ for _name, _reference, _fake, _module in (
     _library.impl(_name, _reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
     _library.impl(_name, _on_cuda(_name, _module, _reference), "CUDA")
+    _modules[_name] = _module
 
 _library.impl("attend", _attention(cpu_attention.attend), "CPU")
 _library.impl("attend_lse", _attention(cpu_attention.attend_lse), "CPU")

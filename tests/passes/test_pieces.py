@@ -174,3 +174,34 @@ def test_only_what_is_safe_is_cut(step: Callable[..., Tensor], cut: bool) -> Non
 def allocated(tokens: Tensor) -> list[Tensor]:
     """The buffers of a raw cache."""
     return ops.quantize_pack(tokens, None, FORMAT.encode())
+
+
+@pytest.mark.parametrize("cache", ["static", None])
+def test_kernels_are_compiled_ahead_for_the_calls_that_come(
+    cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each form, with the sizes that it is called with."""
+    ahead: list[tuple[Any, Any]] = []
+    called: set[tuple[Any, Any]] = set()
+
+    def described(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return tuple(map(described, x))
+        return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x)
+
+    class Noted(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is ops.attend:
+                called.add((target, described(args)))
+            return super().call_function(target, args, kwargs)
+
+    monkeypatch.setattr(backend, "_compile", lambda gm, *_: Noted(gm).run)
+    monkeypatch.setattr(ops, "compile_ahead", lambda op, args: ahead.append((op, described(args))))
+    model = tiny_llama(num_hidden_layers=4)
+    plan = KVPlan.uniform(model, 4, 2, window=8).with_layers([2], key=2)
+    kvmix_fx.compile(model, plan, inner="inductor")
+    ids = torch.randint(0, 100, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.generate(ids, max_new_tokens=2, do_sample=False, cache_implementation=cache)
+    assert len(ahead) == len(set(ahead)) == 4
+    assert {call for call in ahead if call[0] is ops.attend} == called

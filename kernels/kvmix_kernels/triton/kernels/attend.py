@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from kvmix_kernels.triton.ahead import Kernel
 from kvmix_kernels.triton.kernels.bulk import attend_bulk
 from kvmix_kernels.triton.kernels.fields import as_form, packed_end_of, stored
 from kvmix_kernels.triton.kernels.forms import Kept, Mask, Places, Scores, Steps
@@ -32,6 +33,7 @@ def nothing(stats_ptr, N: tl.constexpr):
     tl.store(stats_ptr + N + column, tl.zeros([N], tl.float32))
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=[
         "length", "new_count", "rows", "query_length", "k_tile", "k_sink", "k_window", "k_ring",

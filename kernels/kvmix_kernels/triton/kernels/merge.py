@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from kvmix_kernels.triton.ahead import Kernel
 from kvmix_kernels.triton.kernels.fields import rotate
 from kvmix_kernels.triton.kernels.masks import LOG2E, LOWEST, exp, rounded_product
 
@@ -73,6 +74,7 @@ def merge_row(
     tl.store(out_ptr + pid * DV + channel, out.to(out_ptr.dtype.element_ty), mask=channel < DV)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["bulk_splits", "splits", "column_blocks", "rows", "kv_heads", "query_length"])
 def combine_kernel(
     partial_ptr,

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvmix_kernels import layout
+from kvmix_kernels.triton.ahead import Kernel
 from kvmix_kernels.triton.kernels.fields import (
     ORDERED,
     RAW_BITS,
@@ -813,6 +814,7 @@ def _append_one(
             )
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=[
         "batch", "heads", "count", "length", "k_tile", "k_sink", "k_window", "k_ring", "k_parts",
