@@ -7,10 +7,8 @@ compiler lets go of Python's lock, so that Dynamo and Inductor can go on beside 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +16,7 @@ from triton.runtime.jit import MockTensor
 
 _log = logging.getLogger(__name__)
 _here = threading.local()
-_pending: list[Future[None]] = []
+_pending: set[threading.Thread] = set()
 
 
 def compiling() -> bool:
@@ -51,21 +49,16 @@ class Kernel:
 
 def start(launcher: Callable[..., object], args: tuple[Any, ...]) -> None:
     """Compile what `launcher(*args)` would launch, whose tensors are fake; launches from now on wait for it."""
-    if not _pending:
-        _pool.append(ThreadPoolExecutor(os.cpu_count(), "kvmix-triton"))
-    _pending.append(_pool[-1].submit(_run, launcher, args))
-
-
-_pool: list[ThreadPoolExecutor] = []
+    thread = threading.Thread(target=_run, args=(launcher, args), name="kvmix compiles")
+    thread.start()
+    _pending.add(thread)
 
 
 def wait() -> None:
     """Return when nothing is being compiled any more."""
-    while _pending:
-        _pending[0].result()
-        _pending.pop(0)
-    while _pool:
-        _pool.pop().shutdown(wait=False)
+    for thread in tuple(_pending):
+        thread.join()
+        _pending.discard(thread)
 
 
 def _run(launcher: Callable[..., object], args: tuple[Any, ...]) -> None:
