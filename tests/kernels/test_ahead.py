@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -97,6 +100,28 @@ def test_what_is_compiled_is_what_is_launched(launcher, masked, monkeypatch):
             assert described(compiled) == described(launched)
             count += 1
     assert count == (2 if launcher is attention.attend else 1)
+
+
+@pytest.mark.parametrize("given", [None, "theirs"])
+def test_a_second_process_looks_where_the_first_has_put_its_kernels(given, tmp_path):
+    """Inductor points Triton's variable at a folder of its own where it compiles, and only there."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_DIR"} | {"HOME": str(tmp_path)}
+    if given:
+        environment["TRITON_CACHE_DIR"] = str(tmp_path / given)
+    lines = [
+        "import os, kvmix_kernels.triton",
+        "os.environ['TRITON_CACHE_DIR'] = os.getenv('TRITON_CACHE_DIR') or 'of Inductor'",
+        "from triton import knobs; print(knobs.cache.dir)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    folder = tmp_path / given if given else tmp_path / ".triton" / "cache"
+    assert done.stdout.splitlines()[-1] == str(folder)
 
 
 def described(value):
