@@ -184,7 +184,7 @@ CASES = [
     case("attend", 90, 4, head_dim=64, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 2, group=64, gpu=HOPPER, mask=True),
     case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
-    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True, spills_36=32),
+    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True, spills_36=64),
     case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True),
