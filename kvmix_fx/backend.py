@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from kvmix_fx import dynamo
-from kvmix_fx.errors import BackendOptionError, PlanFieldError, TrainingError
+from kvmix_fx.errors import BackendOptionError, TrainingError
 from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.ahead import compile_ahead
@@ -91,13 +91,7 @@ class KVMixBackend:
             raise BackendOptionError(
                 f'the kvmix backend needs a plan: options={{"plan": KVPlan...}}, got {type(plan).__name__}'
             )
-        for index, layer in enumerate(plan.layers):
-            if layer.token_tier is not None and layer.token_tier.policy == "oracle":
-                raise PlanFieldError(
-                    f'layer {index}: the policy "oracle" takes scores that its caller gives, a model gives '
-                    "none. Take accumulated, mean, last or norm",
-                    "policy",
-                )
+        plan.check_policies()
         if inner is not None and not isinstance(inner, str) and not callable(inner):
             raise BackendOptionError(f'"inner" must be a backend name or a callable, got {inner!r}')
         if isinstance(inner, str) and not dynamo.is_backend(inner):

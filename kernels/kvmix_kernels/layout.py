@@ -451,11 +451,13 @@ def with_high(fmt: TensorFormat, high: HighTier) -> TensorFormat:
         FormatError: the tensor is not packed, or the share of a tile is less than one token.
     """
     if fmt.is_raw:
-        raise FormatError("a tensor that stays at 16 bits has no high tier: leave it out in this layer")
+        raise FormatError(
+            'a tensor that stays at 16 bits has no high tier: take it from this layer (token_tier="none")'
+        )
     if high.share and high.share * fmt.tile < 100:
         raise FormatError(
-            f"{high.share} % of a tile of {fmt.tile} tokens is less than one token: take a larger share "
-            "or tile"
+            f"{high.share} % of a tile of {fmt.tile} tokens is less than one token: take a larger tile, or "
+            f"at least {-(-100 // fmt.tile)} %"
         )
     return fmt._replace(high=high)
 

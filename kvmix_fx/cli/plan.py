@@ -74,7 +74,9 @@ class PresetChoice:
             raise CommandError("--value-bits needs --key-bits beside it")
         usual = "uniform" if "key_bits" in arguments else "tiers"
         with as_options("key_bits", "value_bits", "group_size"):
-            return self.changed(_preset(self.preset or usual, target, arguments))
+            plan = _preset(self.preset or usual, target, arguments)
+            plan.check_policies()
+            return self.changed(plan)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the preset, by their names in Python."""
@@ -90,7 +92,7 @@ class PresetChoice:
             name, equals, value = option.partition("=")
             if not equals:
                 raise CommandError(f"--option takes NAME=VALUE, got {option!r}")
-            given[name.replace("-", "_")] = _number(value)
+            given[name.replace("-", "_")] = _value(value)
         return given
 
     def changed(self, plan: KVPlan) -> KVPlan:
@@ -138,8 +140,10 @@ class PlanChoice(PresetChoice):
         return network, tokenizer, plan.for_model(network)
 
 
-def _number(text: str) -> int | float | str:
-    """A number where the text is one, which no selection of layers is but a single layer's."""
+def _value(text: str) -> bool | int | float | str:
+    """True, false or a number where the text is one, which no selection of layers is but a single layer's."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     for kind in (int, float):
         try:
             return kind(text)

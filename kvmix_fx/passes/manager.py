@@ -290,7 +290,8 @@ def _label(formats: tuple[TensorFormat, TensorFormat] | None) -> str:
     label, high = pair_label(*(fmt.label for fmt in formats)), formats[0].high
     if high is None:
         return label
-    return f"{label}, {high.count or f'{high.share} % of'} tokens at {high.bits}"
+    others = ", others ignored" if high.evicting else ""
+    return f"{label}, {high.count or f'{high.share} % of'} tokens at {high.bits}{others}"
 
 
 def _missed(one: Missed) -> SiteReport:

@@ -43,7 +43,10 @@ NO_CACHE = "keys and values do not leave the graph: there is no cache here"
 STORED = "no attention that reads it was recognized, so every step unpacks one layer at a time"
 COMPUTED = "what it attends to is computed from cached tensors, which are packed as storage"
 OTHERS = "its cache keeps other tensors than those it attends to: they stay at 16 bits"
-NEW_BUFFER = "its cache is a buffer of fixed capacity, which stays at 16 bits: growing caches are packed"
+NEW_BUFFER = (
+    "its cache is a buffer of fixed capacity that is made in this step, and stays at 16 bits: growing caches "
+    "are packed, unless later steps give another reason"
+)
 SLIDING = "sliding window: only a slice of the keys is kept, so the cache stays small at 16 bits"
 
 

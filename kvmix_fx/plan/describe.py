@@ -80,7 +80,8 @@ def _cells(layer: LayerPlan) -> tuple[str, ...]:
     label = layer.label
     if (tier := layer.token_tier) is not None:
         many = f"{tier.tokens} tokens" if tier.tokens else f"{tier.share:.0%}"
-        label += f", {many} at {tier.bits} ({tier.policy}{', balanced' if tier.balancer else ''})"
+        how = tier.policy + ", balanced" * tier.balancer + ", others ignored" * tier.evict
+        label += f", {many} at {tier.bits} ({how})"
     return (label, _spec(layer.key), _spec(layer.value), *map(str, kept))
 
 

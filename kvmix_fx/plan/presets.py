@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kvmix_fx.errors import HeadSizeError, PlanLayerError, PresetError
-from kvmix_fx.plan.checks import check_positive
+from kvmix_fx.plan.checks import check_integer, check_positive
 from kvmix_fx.plan.geometry import ModelGeometry
 from kvmix_fx.plan.schema import (
     DEFAULT_SINK,
@@ -309,6 +309,7 @@ def mikv(
         PresetError: `channel_tiers` with other bits than 2.
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
+    check_integer("low_bits", low_bits, 0)
     geometry = ModelGeometry.of(target)
     half = max(16, geometry.head_dim // 2)
     group: GroupSize = half if half % 16 == 0 and geometry.head_dim % half == 0 else "head"
@@ -353,8 +354,13 @@ def zipcache(
         sink_length: leading tokens kept raw.
 
     Raises:
+        PresetError: `low_bits` of 0.
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
+    if low_bits == 0 and low_bits is not False:
+        raise PresetError(
+            'ZipCache evicts nothing: as a control, preset("mikv", low_bits=0) or TokenTier(evict=True) does'
+        )
     geometry = ModelGeometry.of(target)
     layer = LayerPlan(
         QuantSpec(low_bits, "channel", 32),

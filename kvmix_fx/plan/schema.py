@@ -248,6 +248,7 @@ class LayerPlan:
             check_integer("tile", self.tile, 1)
         if self.token_tier is not None:
             check_type("token_tier", self.token_tier, TokenTier)
+            self._check_high_bits(self.token_tier)
         if self.value.tiers:
             raise PlanFieldError("tiers are of keys: values have no order of channels", "value")
         if self.key.rotation != "none":
@@ -373,6 +374,25 @@ class LayerPlan:
             except HeadSizeError as error:
                 raise HeadSizeError(f"{role}: {error}") from None
         return formats
+
+    def gains(self, tier: TokenTier) -> bool:
+        """Whether a high tier has more bits than this packed layer, in keys or values, and nowhere fewer."""
+        low = self._most_bits()
+        return min(low) < tier.bits >= max(low)
+
+    def _most_bits(self) -> tuple[int, int]:
+        key, value = (max(spec.bits, *(bits for bits, _ in spec.tiers), 0) for spec in (self.key, self.value))
+        return key, value
+
+    def _check_high_bits(self, tier: TokenTier) -> None:
+        packed = not (self.key.is_raw or self.value.is_raw)
+        if packed and not tier.evict and not self.gains(tier):
+            key, value = self._most_bits()
+            raise PlanFieldError(
+                f"a high tier of {tier.bits} bits over K{key}V{value} keeps those that matter at no more "
+                'bits than the others: take more (TokenTier(bits=16)), or no tier (token_tier="none")',
+                "token_tier",
+            )
 
     def _formats(self) -> tuple[TensorFormat, TensorFormat]:
         return self._format("key", self.key), self._format("value", self.value)
@@ -680,10 +700,22 @@ class KVPlan:
             )
         return self.geometry
 
+    def check_policies(self) -> None:
+        """Raise PlanFieldError if a tier of tokens has a policy that calls of a model cannot follow."""
+        for index, layer in enumerate(self.layers):
+            if layer.token_tier is not None and layer.token_tier.policy == "oracle":
+                raise PlanFieldError(
+                    f'layer {index}: the policy "oracle" takes scores that its caller gives, a model gives '
+                    "none. Take accumulated, mean, last or norm (or random, a control)",
+                    "policy",
+                )
+
     def __repr__(self) -> str:
+        count = sum(layer.token_tier is not None for layer in self.layers)
+        tiered = f"token tiers in {count}, " if count else ""
         return (
             f"KVPlan({self.name!r}, {len(self.layers)} layers, key_bits={self.key_bits:.4g}, "
-            f"value_bits={self.value_bits:.4g}, digest={self.digest[:12]!r})"
+            f"value_bits={self.value_bits:.4g}, {tiered}digest={self.digest[:12]!r})"
         )
 
     def __str__(self) -> str:

@@ -22,7 +22,8 @@ class TokenTier:
     that were made of it when it was packed.
 
     Attributes:
-        share: of the packed tokens, from .01 to .99; whole percents. None where `tokens` says how many.
+        share: of the packed tokens, from .01 to .99; whole percents, and at least one token of a tile (4 %
+            of 32). None where `tokens` says how many.
         tokens: a fixed number instead, whatever the context; with share=None.
         bits: of the tokens in it; 16 (as they are), 8 or 4.
         group_size: consecutive channels that share a scale at 8 or 4 bits, or "head".
@@ -65,6 +66,10 @@ class TokenTier:
         check_choice("policy", self.policy, layout.POLICIES)
         check_type("balancer", self.balancer, bool)
         check_type("evict", self.evict, bool)
+        if isinstance(self.group_size, str) and self.group_size != "head":
+            raise PlanFieldError(
+                f'group_size must be a number of channels or "head", got {self.group_size!r}', "group_size"
+            )
         if self.group_size != "head":
             check_integer("group_size", self.group_size, 16)
         self.format(scored=True)

@@ -45,6 +45,7 @@ CONTROLS: Mapping[str, str] = {
 }
 """Policies that text read once says nothing about."""
 NOT_PACKED = "a tensor of it stays at 16 bits by the plan"
+NO_GAIN = "it has as many bits as the tier would have"
 NO_SITE = "no attention of it was found"
 
 
@@ -206,9 +207,10 @@ def measure_shares(
     plan = plan.for_model(model)
     _check_plan(plan, tiers)
     check_placement(model)
-    packable = [layer for layer in plan.layers if not (layer.key.is_raw or layer.value.is_raw)]
+    packable = [layer for layer in plan.layers if not _forbids(layer, tiers[0])]
     if not packable:
-        raise ProfileError(f"no layer of the plan can have a tier of tokens: {NOT_PACKED}")
+        whys = "; ".join(dict.fromkeys(_forbids(layer, tiers[0]) for layer in plan.layers))
+        raise ProfileError(f"no layer of the plan can have a tier of tokens: {whys}")
     observer = Observer(model, max(layer.window.length for layer in packable))
     if tokenizer is None and is_text(data):
         tokenizer = tokenizer_of(model)
@@ -220,7 +222,9 @@ def measure_shares(
     with observing(model):
         observer.look(calibration.ids[:1].to(next(model.parameters()).device))
         unavailable = {
-            index: why for index, layer in enumerate(plan.layers) if (why := _why_not(observer, index, layer))
+            index: why
+            for index, layer in enumerate(plan.layers)
+            if (why := _forbids(layer, tiers[0]) or _why_not(observer, index))
         }
         if len(unavailable) == len(plan.layers):
             whys = "; ".join(dict.fromkeys(unavailable.values()))
@@ -414,7 +418,7 @@ def _check_plan(plan: KVPlan, tiers: tuple[TokenTier, ...]) -> None:
         raise PlanFieldError("shares are measured without a balancer and without eviction", "tiers")
     _check_without(plan)
     for layer in plan.layers:
-        if not (layer.key.is_raw or layer.value.is_raw):
+        if not _forbids(layer, first):
             for tier in tiers:
                 _formats(layer, tier)
 
@@ -448,10 +452,15 @@ def check_budget(plan: KVPlan, budget: Budget) -> float:
     return base
 
 
-def _why_not(observer: Observer, index: int, layer: LayerPlan) -> str:
-    """Why a layer cannot have a tier of tokens; '' if it can."""
+def _forbids(layer: LayerPlan, tier: TokenTier) -> str:
+    """Why by its plan a layer has no use for a tier of tokens; '' if it has."""
     if layer.key.is_raw or layer.value.is_raw:
         return NOT_PACKED
+    return "" if layer.gains(tier) else NO_GAIN
+
+
+def _why_not(observer: Observer, index: int) -> str:
+    """Why in this model a layer cannot have a tier of tokens; '' if it can."""
     for reasons in (observer.skipped, observer.no_tiers):
         if index in reasons:
             return reasons[index]

@@ -47,6 +47,21 @@ def test_new_takes_options_that_are_no_whole_numbers(kvmix: Kvmix, tmp_path: Pat
     assert KVPlan.load(out) == KVPlan.preset("tiers", GEOMETRY, bits=2.15, drop_layers="1-2")
 
 
+def test_new_takes_options_that_are_true_or_false(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    options = ("--preset", "mikv", "--option", "balancer=false", "--option", "channel_tiers=True")
+    assert kvmix("plan", "new", out, *SIZES, *options).code == 0
+    assert KVPlan.load(out) == KVPlan.preset("mikv", GEOMETRY, balancer=False, channel_tiers=True)
+
+
+def test_new_refuses_what_no_model_could_follow(kvmix: Kvmix, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    refused = kvmix("plan", "new", out, *SIZES, "--preset", "mikv", "--option", "policy=oracle")
+    assert refused.code != 0
+    assert "a model gives none" in refused.stderr
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
 def test_the_plan_of_who_names_none_fits_heads_of_any_size(head_dim: int) -> None:
     plan = default_plan(ModelGeometry(3, 2, head_dim))

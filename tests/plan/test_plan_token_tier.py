@@ -82,6 +82,7 @@ def test_tiers_by_hand_in_a_file():
         ({"bits": 2}, PlanFieldError, "bits must be one of 16, 8, 4"),
         ({"policy": "best"}, PlanFieldError, "policy must be one of"),
         ({"group_size": 24}, FormatError, "must be a multiple of 16"),
+        ({"group_size": "Head"}, PlanFieldError, 'a number of channels or "head"'),
     ],
 )
 def test_bad_fields_are_named(fields, error, message):
@@ -90,7 +91,7 @@ def test_bad_fields_are_named(fields, error, message):
 
 
 def test_tiers_that_do_not_fit_a_layer():
-    with pytest.raises(FormatError, match="1 % of a tile of 32 tokens is less than one token"):
+    with pytest.raises(FormatError, match=r"1 % of a tile of 32 tokens .* or at least 4 %"):
         LayerPlan(QuantSpec(2), QuantSpec(2, "token"), token_tier=TokenTier(0.01))
     with pytest.raises(FormatError, match="value: a tensor that stays at 16 bits has no high tier"):
         LayerPlan(QuantSpec(2), QuantSpec(16), token_tier=TokenTier())
@@ -98,6 +99,18 @@ def test_tiers_that_do_not_fit_a_layer():
     assert plan.layers[0].token_tier is None
     with pytest.raises(PlanGeometryError):
         KVPlan.uniform(3, 2).with_layers("all", token_tier=TokenTier()).bits_per_element()
+
+
+@pytest.mark.parametrize(("key", "value", "bits"), [(8, 8, 4), (4, 4, 4), (8, 2, 4), (8, 8, 8)])
+def test_tokens_that_matter_are_at_more_bits_than_the_others(key, value, bits):
+    plan = KVPlan.uniform(GEOMETRY, key, value)
+    with pytest.raises(
+        PlanFieldError, match=f"a high tier of {bits} bits over K{key}V{value} .* no more bits"
+    ):
+        plan.with_layers("all", token_tier=TokenTier(bits=bits))
+    # more for one of the two will do, and eviction reads no others
+    KVPlan.uniform(GEOMETRY, bits, 2).with_layers("all", token_tier=TokenTier(bits=bits))
+    plan.with_layers("all", token_tier=TokenTier(bits=bits, evict=True))
 
 
 def test_bits_count_codes_positions_and_scores():
@@ -127,3 +140,12 @@ def test_presets():
         KVPlan.preset("mikv", GEOMETRY, channel_tiers=True, low_bits=4)
     assert KVPlan.preset("zipcache", GEOMETRY).layers[0].token_tier.policy == "mean"
     assert "20% at 16 (accumulated, balanced)" in str(KVPlan.preset("mikv", GEOMETRY))
+    evicting = KVPlan.preset("mikv", GEOMETRY, low_bits=0)
+    assert "20% at 16 (accumulated, balanced, others ignored)" in str(evicting)
+    assert "token tiers in 4" in repr(evicting)
+    assert "token tiers" not in repr(KVPlan.uniform(GEOMETRY, 2))
+    with pytest.raises(PresetError, match=r"ZipCache evicts nothing.*low_bits=0"):
+        KVPlan.preset("zipcache", GEOMETRY, low_bits=0)
+    for nothing in (None, False):
+        with pytest.raises(PlanFieldError, match="low_bits must be an integer"):
+            KVPlan.preset("mikv", GEOMETRY, low_bits=nothing)

@@ -19,7 +19,7 @@ from kvmix_fx.plan.budget import Budget
 from kvmix_fx.plan.schema import NO_TIER_IN_WINDOW
 from kvmix_fx.profiling.kl import divergence, log_probabilities, read_in_formats
 from kvmix_fx.profiling.observe import Observer, observing
-from kvmix_fx.profiling.shares import ShareLosses, check_budget, choose_shares, measure_shares
+from kvmix_fx.profiling.shares import NO_GAIN, ShareLosses, check_budget, choose_shares, measure_shares
 from kvmix_fx.testing.models import MOE, tiny_architecture, tiny_llama
 
 FIRST, LENGTH = 4 + 32 + 32, 4 + 32 + 2 * 32
@@ -170,6 +170,19 @@ def test_layers_with_a_window_have_no_share() -> None:
     assert found.layers[0].token_tier is None
     assert found.layers[1].token_tier == TokenTier(0.4, None, 16, policy="mean", recent=0.0)
     assert found.provenance["token_tiers"]["unavailable"] == {"0": NO_TIER_IN_WINDOW}
+
+
+def test_layers_that_have_as_many_bits_as_the_tier_have_no_share() -> None:
+    model = tiny_llama()
+    plan = KVPlan.uniform(model, 2, 2).with_layers([0], key=4, value=4)
+    found = choose_shares(model, plan, Budget(bits=9.0), tokens(), shares=[0.4], policy="norm")
+    assert [layer.token_tier for layer in found.layers] == [
+        None,
+        TokenTier(0.4, None, 4, policy="norm", recent=0.0),
+    ]
+    assert found.provenance["token_tiers"]["unavailable"] == {"0": NO_GAIN}
+    with pytest.raises(ProfileError, match=NO_GAIN):
+        choose_shares(model, KVPlan.uniform(model, 4, 4), Budget(bits=9.0), tokens(), policy="norm")
 
 
 @pytest.mark.parametrize(
