@@ -48,7 +48,7 @@ def mark_tokens(*tensors: Tensor, fixed: bool = False) -> None:
 def common_capacity() -> Iterator[None]:
     """For the time of a block, equal capacities are traced as one symbol instead of one for each tensor.
 
-    Those of 32 layers would be over 200, and symbols a third of what tracing takes. Where capacities were
+    Those of 32 layers would be over 200, and a quarter of what tracing takes. Where capacities were
     equal by chance, the first cache in which they are not is traced once more, and then each has its own.
     """
     from torch._dynamo.variables import builder

@@ -17,7 +17,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -217,9 +216,15 @@ def compile_ahead(op: Any, args: tuple[Any, ...]) -> None:
     """
     name = op._schema.name.removeprefix(f"{NAMESPACE}::")
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in args)
-    if on_gpu and _USE_TRITON and not _takes_float64(args) and find_spec("triton") is not None:
-        launchers = import_module(f"kvmix_kernels.triton.{_modules[name]}")
-        import_module("kvmix_kernels.triton.ahead").start(getattr(launchers, name), args)
+    if not on_gpu or not _USE_TRITON or _takes_float64(args):
+        return
+    try:
+        launchers, ahead = (
+            import_module(f"kvmix_kernels.triton.{part}") for part in (_modules[name], "ahead")
+        )
+    except ImportError:
+        return  # the call itself says so
+    ahead.start(getattr(launchers, name), args)
 
 
 def _on_cuda(name: str, module: str, reference: Callable[..., object]) -> Callable[..., object]:

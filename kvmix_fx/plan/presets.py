@@ -357,7 +357,8 @@ def zipcache(
         PresetError: `low_bits` of 0.
         PlanFieldError, FormatError, HeadSizeError, PlanGeometryError: as `uniform`.
     """
-    if low_bits == 0 and low_bits is not False:
+    check_integer("low_bits", low_bits, 0)
+    if low_bits == 0:
         raise PresetError(
             'ZipCache evicts nothing: as a control, preset("mikv", low_bits=0) or TokenTier(evict=True) does'
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,7 +18,7 @@ if not torch.cuda.is_available():
 
 from kvmix_kernels.importance.policy import EVERY_QUERY
 from kvmix_kernels.layout import make_format, make_high, with_high
-from kvmix_kernels.tokens import append, scores
+from kvmix_kernels.tokens import append, prompt, scores
 from kvmix_kernels.tokens import ops as token_ops
 from kvmix_kernels.triton import importance
 from tests.depth import examples
@@ -225,3 +226,12 @@ def test_a_prompt_on_a_gpu_is_chosen_by_the_kernel(policy, monkeypatch):
     monkeypatch.setattr(append, "_of_prompt", exactly)
     for one, other in zip(found, packed(), strict=True):
         assert torch.allclose(one.float(), other.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "worth"), [("bfloat16", 128, True), ("bfloat16", 20, False), ("float32", 128, False)]
+)
+def test_a_gpu_is_asked_for_sums_where_flash_tells_them(dtype, D, worth):
+    with FakeTensorMode():
+        query = torch.empty(1, 4, 9, D, dtype=getattr(torch, dtype), device="cuda:0")
+    assert prompt.worth_asking(query, grouped=True) == worth

@@ -40,11 +40,13 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, grouped: b
 def worth_asking(query: Tensor, grouped: bool) -> bool:
     """Whether attention is likely to tell sums, and importance to use them.
 
-    On a GPU importance has kernels for half precision alone. On a CPU attention tells none where heads share
-    keys: they would be found apart, for nothing.
+    On a GPU importance has kernels for half precision alone, and attention tells none of heads that flash
+    does not take: a policy of the last queries would have all found. On a CPU it tells none where heads
+    share keys: they would be found apart, for nothing.
     """
     if query.is_cuda:
-        return query.dtype in (torch.float16, torch.bfloat16)
+        D = query.shape[3]
+        return query.dtype in (torch.float16, torch.bfloat16) and D <= 256 and D % 8 == 0
     return not grouped
 
 
