@@ -129,6 +129,7 @@ class KVMixBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph; Dynamo's calling convention."""
+        dynamo.guard_once()
         result = manager.run(
             gm, self.plan, own_buffers=self.model is not None, windows=self.windows, wide=self.wide
         )

@@ -15,6 +15,7 @@ that a packed cache without a compiler does not wait for it.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import os
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake as is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvmix_fx.errors import KVMixError
 
@@ -75,6 +77,63 @@ def common_capacity() -> Iterator[None]:
         builder._automatic_dynamic = theirs
 
 
+@contextlib.contextmanager
+def quick_paths() -> Iterator[None]:
+    """For the time of a block, what guards read is written as text without the detours of `ast.unparse`.
+
+    Dynamo looks for what guards of sizes have in common by the text of every part of them.
+    """
+    from torch._dynamo import guards
+
+    theirs = getattr(guards, "_ast_unparse", None)
+    if theirs is None:
+        yield
+        return
+    guards._ast_unparse = lambda node: _path(node) or theirs(node)
+    try:
+        yield
+    finally:
+        guards._ast_unparse = theirs
+
+
+def _path(node: ast.AST) -> str:
+    """The text of `name.attribute[constant]()`, in any order and number; '' for any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        base, step = node.value, f".{node.attr}"
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        base, step = node.value, f"[{node.slice.value!r}]"
+    elif isinstance(node, ast.Call) and not node.args and not node.keywords:
+        base, step = node.func, "()"
+    else:
+        return ""
+    path = _path(base)
+    return path and path + step
+
+
+def guard_once() -> None:
+    """Have Dynamo guard the sizes of packed inputs once; for a backend to call.
+
+    It has noted every buffer three times, twice by itself and once as a part of its tensor, and compares each
+    size and stride as often, in text that it takes apart and compiles.
+    """
+    from torch._guards import TracingContext
+
+    mode = getattr(TracingContext.try_get(), "fake_mode", None)
+    tracked: list[Any] | None = getattr(getattr(mode, "shape_env", None), "tracked_fakes", None)
+    if not tracked:
+        return
+    parts = {
+        (f"{_name(one.source)}.{attribute}", id(getattr(one.fake, attribute)))
+        for one in tracked
+        if is_traceable_wrapper_subclass(one.fake)
+        for attribute in one.fake.__tensor_flatten__()[0]
+    }
+    # other objects hold this very list
+    tracked[:] = [one for one in tracked if (_name(one.source), id(one.fake)) not in parts]
+
+
 def mark_dimension(x: Tensor, dim: int) -> None:
     """Have one dimension of any tensor traced as a symbol, unless the code itself needs its number."""
     torch._dynamo.maybe_mark_dynamic(x, dim % x.dim())
@@ -123,7 +182,7 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     from torch._dynamo.exc import BackendCompilerFailed
 
     try:
-        with _alone, common_capacity():
+        with _alone, common_capacity(), quick_paths():
             return function(*args, **kwargs)
     except BackendCompilerFailed as error:
         if isinstance(error.inner_exception, KVMixError):
@@ -179,8 +238,11 @@ def module_path(node: fx.Node) -> str:
 def source_name(node: fx.Node) -> str:
     """How the caller reaches a placeholder's value, for people."""
     source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return node.name
+    return node.name if source is None else _name(source)
+
+
+def _name(source: Any) -> str:
+    """A method in older releases."""
     name = source.name
     return str(name() if callable(name) else name)
 
@@ -267,8 +329,7 @@ def _key(key: Any) -> Any:
 def _existing(variable: Any) -> str:
     """The path of an object that was there before the traced code ran, '' for a new one."""
     try:
-        name = variable.source.name
-        return str(name() if callable(name) else name)
+        return _name(variable.source)
     except (AttributeError, NotImplementedError):
         return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo import guards
 from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -218,6 +220,58 @@ def test_fixed_caches_share_the_symbols_of_their_capacity():
     symbols = []
     assert run(1, fixed=True) == run(3, fixed=True)
     assert run(3, fixed=False) == 3 * run(1, fixed=False)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_sizes_of_packed_inputs_are_guarded_once(once, monkeypatch):
+    build, texts, traced = guards.build_guard_function, [], []
+    monkeypatch.setattr(
+        guards, "build_guard_function", lambda parts, *a: texts.extend(parts) or build(parts, *a)
+    )
+
+    def backend(gm, _inputs):
+        traced.append(gm)
+        if once:
+            dynamo.guard_once()
+        return gm.forward
+
+    def caches(capacity):
+        sizes = (1, 2, capacity, 32, FMT, torch.float32, torch.device("cpu"), live)
+        return [QuantizedKVTensor.empty_fixed(*sizes) for _ in range(2)]
+
+    live = torch.tensor(5)
+    step = torch.compile(lambda a, b: torch.ones(1) * (a.shape[2] + b.shape[2]), backend=backend)
+    dynamo.unwrapped(step, *caches(200))
+    texts = [text for text in texts if "size" in text or "stride" in text]
+    assert (len(texts) == len(set(texts))) == once
+    dynamo.unwrapped(step, *caches(300))
+    assert len(traced) == 1
+    # the same sizes, but buffers that lie apart
+    dynamo.unwrapped(step, *(cache.narrowed(200) for cache in caches(300)))
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "L['kwargs'].layers[10].keys.size()[2]",
+        "a",
+        "a.b(1).c",
+        "(a + b).c[0]",
+        "a[b]",
+        "a[-1]",
+        "a == 2 * b[0]",
+    ],
+)
+def test_guards_are_written_as_ast_writes_them(text):
+    [statement] = ast.parse(text).body
+    theirs = guards._ast_unparse
+    with dynamo.quick_paths():
+        assert guards._ast_unparse is not theirs
+        for node in ast.walk(statement.value):
+            if isinstance(node, ast.expr):
+                assert guards._ast_unparse(node) == theirs(node)
+    assert guards._ast_unparse is theirs
 
 
 def test_a_mark_that_the_code_contradicts_is_dropped():
