@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import inspect
 import os
 import threading
@@ -188,6 +189,40 @@ def unwrapped(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
         if isinstance(error.inner_exception, KVMixError):
             raise error.inner_exception from None
         raise
+
+
+@contextlib.contextmanager
+def one_collection(is_due: Callable[[], bool]) -> Iterator[None]:
+    """For the time of a block, no garbage is collected; once in its end, of what it has made, if `is_due`.
+
+    Tracing makes so many objects that Python looks through all of the process several times meanwhile, and
+    leaves reference cycles that would keep the memory of a cache.
+    """
+    if not gc.isenabled():
+        yield
+        if is_due():
+            gc.collect()
+        return
+    config: Any = torch._dynamo.config
+    after_compile = getattr(config, "run_gc_after_compile", False)
+    gc.disable()
+    try:
+        if after_compile:
+            # while what is to be let go of is still in use
+            config.run_gc_after_compile = False
+        before = _collections()
+        yield
+        if is_due():
+            # what is new is the youngest generation, unless somebody has collected
+            gc.collect(1 if _collections() == before else 2)
+    finally:
+        gc.enable()
+        if after_compile:
+            config.run_gc_after_compile = True
+
+
+def _collections() -> list[int]:
+    return [generation["collections"] for generation in gc.get_stats()]
 
 
 def graph_break_errors() -> tuple[type[Exception], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -237,7 +236,11 @@ class CompiledStep:
         self._shortcut.listen()
         if not self._options.get("fullgraph", True):
             call.in_pieces()
-        with dynamo.recompile_limit(self._limit), dynamo.changing_numbers(call.changing):
+        with (
+            dynamo.recompile_limit(self._limit),
+            dynamo.changing_numbers(call.changing),
+            dynamo.one_collection(lambda: self._backend.traced != traced),
+        ):
             try:
                 result = dynamo.unwrapped(compiled, *call.args, **call.kwargs)
             except dynamo.graph_break_errors() as error:
@@ -259,9 +262,6 @@ class CompiledStep:
             self._refused = True
             self._check(result)
             self._refused = False
-        if new:
-            # tracing leaves reference cycles that would keep the cache's memory
-            gc.collect()
         self._shortcut.learn(call.kwargs, result, call.generating, call.counts)
         return result
 

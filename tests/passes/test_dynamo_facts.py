@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -272,6 +274,45 @@ def test_guards_are_written_as_ast_writes_them(text):
             if isinstance(node, ast.expr):
                 assert guards._ast_unparse(node) == theirs(node)
     assert guards._ast_unparse is theirs
+
+
+@pytest.mark.parametrize("due", [True, False])
+@pytest.mark.parametrize("disturbed", [True, False])
+def test_what_tracing_leaves_is_collected_once(due, disturbed):
+    class Cycle:
+        pass
+
+    left = []
+    before = gc.get_stats()
+    after_compile = torch._dynamo.config.run_gc_after_compile
+    with dynamo.one_collection(lambda: due):
+        assert not gc.isenabled()
+        assert not torch._dynamo.config.run_gc_after_compile
+        for _ in range(2000):
+            cycle = Cycle()
+            cycle.itself = cycle
+            left.append(weakref.ref(cycle))
+        if disturbed:
+            gc.collect()
+        del cycle
+    assert gc.isenabled()
+    assert torch._dynamo.config.run_gc_after_compile == after_compile
+    if due:
+        assert not any(ref() for ref in left)
+        made = [
+            now["collections"] - then["collections"] for now, then in zip(gc.get_stats(), before, strict=True)
+        ]
+        assert made[2] == (2 if disturbed else 0)
+
+
+def test_who_has_switched_collection_off_finds_it_so():
+    gc.disable()
+    try:
+        with dynamo.one_collection(lambda: True):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_mark_that_the_code_contradicts_is_dropped():
