@@ -212,8 +212,7 @@ def _compile(
     gm: fx.GraphModule, example_inputs: list[Any], inner: Any, patches: dict[str, Any]
 ) -> Callable[..., Any]:
     if inner == "eager":
-        forward: Any = gm.forward
-        return forward  # type: ignore[no-any-return]
+        return dynamo.forward(gm)
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 

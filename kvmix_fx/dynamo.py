@@ -369,6 +369,24 @@ def _existing(variable: Any) -> str:
         return ""
 
 
+def make_module(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module with the parts of `gm` that `graph` names.
+
+    Called from a backend, it is one whose code is written when it is asked for: compilers read the graph.
+    """
+    from torch.fx._lazy_graph_module import _make_graph_module
+
+    return _make_graph_module(gm, graph)
+
+
+def forward(gm: fx.GraphModule) -> Callable[..., Any]:
+    """The code of a module, written if it has to be."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    _LazyGraphModule.force_recompile(gm)
+    return gm.forward  # type: ignore[no-any-return]
+
+
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy that may be edited. Dynamo reads its own graph again after the backend returns.
 
@@ -384,7 +402,7 @@ def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.No
         if node.name in places:
             twin.meta[_PLACE] = places[node.name]
         mapping[node] = twin
-    copied = fx.GraphModule(gm, graph)
+    copied = make_module(gm, graph)
     copied.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(gm, name):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvmix_fx.dynamo import example, fill_examples, learnt, storage
+from kvmix_fx.dynamo import example, fill_examples, learnt, make_module, storage
 from kvmix_fx.runtime.pieces import Piece, Pieces
 from kvmix_kernels import ops
 from kvmix_kernels.tokens.ops import attend_tiers
@@ -133,7 +133,7 @@ def _module(
         own[node] = graph.node_copy(node, own.__getitem__)
         own[node].name = f"step_{i}"
     graph.output(tuple(own[node] for node in outputs))
-    return fx.GraphModule(gm, graph), taken
+    return make_module(gm, graph), taken
 
 
 def _form(module: fx.GraphModule, taken: list[fx.Node]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch._dynamo import guards
 from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import kvmix_fx
 from kvmix_fx import dynamo, errors
@@ -313,6 +314,19 @@ def test_who_has_switched_collection_off_finds_it_so():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_modules_that_a_backend_makes_are_written_when_they_are_called():
+    made = []
+
+    def backend(gm, _inputs):
+        copied, _ = dynamo.copy_module(gm)
+        made.append(copied)
+        return dynamo.forward(copied)
+
+    x = torch.randn(3)
+    assert torch.equal(torch.compile(lambda x: x + 1, backend=backend)(x), x + 1)
+    assert isinstance(made[0], _LazyGraphModule)
 
 
 def test_a_mark_that_the_code_contradicts_is_dropped():
