@@ -491,5 +491,5 @@ def is_symbolic(value: Any) -> bool:
 
 
 def expression(value: Any) -> Any:
-    """The sympy expression behind a symbolic size."""
-    return value.node.expr
+    """The sympy expression behind a symbolic size; any other value is returned as it is."""
+    return value.node.expr if isinstance(value, torch.SymInt) else value
