@@ -109,7 +109,7 @@ class KVMixBackend:
             raise BackendOptionError(f'"trace_prompts" must be True, False or None, got {trace_prompts!r}')
         compiles = inner is not None or bool(self.patches)
         self.traces_prompts = compiles if trace_prompts is None else trace_prompts
-        self.told = False
+        self.told = self.ready = False
         self.plan = plan
         self.model = model
         self.inner = inner
@@ -167,6 +167,12 @@ class KVMixBackend:
         if record is not None and process_group_size() > 1:
             before_groups_end(recording.release_all)
         return Boundary(result.rewritten.recipe, compiled, self.model, record, note, self.widens)
+
+    def get_ready(self, inputs: list[Any]) -> None:
+        """While a device reads a prompt: begin what compiling the steps after it begins with."""
+        if not self.ready and self._choose(inputs, True)[0] == "inductor":
+            dynamo.load_inductor()
+        self.ready = True
 
     def widened(self, found: Iterable[manager.Ranged]) -> KVMixBackend:
         """A backend with the same report that gives the scales of these tensors single precision."""

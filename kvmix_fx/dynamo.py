@@ -387,6 +387,14 @@ def forward(gm: fx.GraphModule) -> Callable[..., Any]:
     return gm.forward  # type: ignore[no-any-return]
 
 
+def load_inductor() -> None:
+    """What compiling with Inductor begins with in a process: imports, and what its cache knows torch by."""
+    from torch._inductor import codecache
+
+    codecache.torch_key()
+    codecache.CacheBase.get_system()
+
+
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy that may be edited. Dynamo reads its own graph again after the backend returns.
 

@@ -76,8 +76,8 @@ class Call:
         """Whether nothing is lost if it is not traced: it fills a cache that is packed beside the model."""
         return False
 
-    def plain(self, forward: Callable[..., Any]) -> Any:
-        """Do such a call by the model's own forward."""
+    def plain(self, forward: Callable[..., Any], meanwhile: Callable[[], None]) -> Any:
+        """Do such a call by the model's own forward. `meanwhile`: called while a device is at it."""
         raise NotImplementedError
 
     def widen(self, found: Sequence[tuple[int | None, int]]) -> None:
@@ -105,6 +105,10 @@ class Backend(Protocol):
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph."""
+        ...
+
+    def get_ready(self, inputs: list[Any]) -> None:
+        """Called while a device is busy with a prompt that is not traced."""
         ...
 
     def widened(self, found: Sequence[tuple[int | None, int]]) -> Backend:
@@ -227,7 +231,9 @@ class CompiledStep:
     def _plain(self, call: Call) -> Any:
         """A prompt without a graph."""
         self._shortcut.forget()
-        return call.plain(self._original)
+        return call.plain(
+            self._original, lambda: self._backend.get_ready([*call.args, *call.kwargs.values()])
+        )
 
     def _traced(self, call: Call) -> Any:
         """A step through compiled code, which is traced first if it has to be."""

@@ -329,6 +329,14 @@ def test_modules_that_a_backend_makes_are_written_when_they_are_called():
     assert isinstance(made[0], _LazyGraphModule)
 
 
+def test_inductor_knows_torch_by_what_is_kept_for_the_process():
+    dynamo.load_inductor()
+    from torch._inductor import codecache
+
+    assert codecache.torch_key() is codecache.torch_key()
+    assert codecache.CacheBase.get_system() is codecache.CacheBase.get_system()
+
+
 def test_a_mark_that_the_code_contradicts_is_dropped():
     x = torch.randn(1, 2, 5, 4)
     dynamo.mark_dimension(x, 2)

@@ -219,11 +219,11 @@ class TokensCall(Call):
             and prompts.takes(self._model.model, self.cache, self._model.plan)
         )
 
-    def plain(self, forward: Callable[..., Any]) -> Any:
+    def plain(self, forward: Callable[..., Any], meanwhile: Callable[[], None]) -> Any:
         """As `Call.plain`."""
         assert self.cache is not None
         return PlainPrompt(self.cache, self._model.plan, self._model.wide).run(
-            forward, self.args, self.kwargs
+            forward, self.args, self.kwargs, meanwhile
         )
 
     def in_pieces(self) -> None:

@@ -75,8 +75,16 @@ class PlainPrompt(TorchFunctionMode):
         self._layers = {index: layer for index, layer in enumerate(cache.layers) if isinstance(layer, Packs)}
         self._wide = wide
 
-    def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        meanwhile: Callable[[], None],
+    ) -> Any:
         """What `forward` returns, the cache packed.
+
+        `meanwhile`: called when a device has been given all it has to do, before it is waited for.
 
         Raises:
             NarrowScalesError: keys or values do not fit the planned scales; packed layers are empty again.
@@ -88,6 +96,7 @@ class PlainPrompt(TorchFunctionMode):
             with self:
                 result = forward(*args, **kwargs)
             self._pack(None, None)
+            meanwhile()
             self._check_ranges()
             self._own_windows()
         except BaseException:
