@@ -7,7 +7,8 @@ QuantizedKVTensor whose buffers are fakes with symbols of their own; a dimension
 `_dynamo_weak_dynamic_indices` is a symbol from the first trace on, and `_automatic_dynamic` says of which
 kind; an error in a backend comes out as `BackendCompilerFailed` with `inner_exception`, code that cannot be
 traced as `Unsupported` with `real_stack`; while a backend runs, the current translator holds what the
-traced code returns (`stack`) and what it changes (`output.side_effects`).
+traced code returns (`stack`) and what it changes (`output.side_effects`), and the list `tracked_fakes` of its
+ShapeEnv what sizes are guarded afterwards, by text that `guards._ast_unparse` takes part in.
 
 It lies below caches and passes, which both need it. Dynamo itself is imported where it is used first, so
 that a packed cache without a compiler does not wait for it.
