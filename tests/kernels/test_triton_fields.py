@@ -35,6 +35,9 @@ def run_ptx(text: str, *inputs: int) -> int:
                 out = a >> b
             case "shl":
                 out = a << b
+            case "shf":
+                assert operation == "shf.r.wrap.b32"
+                out = (b << 32 | a) >> (c & 31)
             case "prmt":
                 both = (b << 32 | a).to_bytes(8, "little")
                 out = sum(both[c >> 4 * i & 7] << 8 * i for i in range(4))
@@ -102,12 +105,13 @@ def test_digits_of_tiers_that_merge_are_read_by_ptx_as_one(kept: int, high: int)
     rows = shifts, shifts[fields.shifts_first(layout.TIERED, kept, high, 1) :]
     channels = fields.fold_channels(2, kept)
     for column in range(channels):
-        registers = []
-        for plane, row in zip(planes, rows, strict=True):
-            pair = plane[:, column % plane.shape[1]].tolist()
-            registers.append((pair[1] << 16 | pair[0]) >> row[column])
+        pairs = [plane[:, column % plane.shape[1]].tolist() for plane in planes]
+        low, above = (pair[1] << 16 | pair[0] for pair in pairs)
         for field in range(high // channels):
-            out = run_ptx(fields._merged_asm(kept, high, field), *registers)
+            turn = rows[1][column] + fields._high_shift(kept, high, field)
+            # two numbers of 16 bits side by side, of which the lower one tells
+            turns = (turn << 16 | turn & 0xFFFF) & 0xFFFFFFFF
+            out = run_ptx(fields._merged_asm(kept, field), low >> rows[0][column], above, turns)
             halves = torch.tensor([out & 0xFFFF, out >> 16], dtype=torch.int32).to(torch.int16)
             found = halves.view(torch.float16).double() * 2.0**24 * fields.field_factor(2, kept, field)
             assert torch.equal(found.to(torch.int16), codes[:, field * channels + column])

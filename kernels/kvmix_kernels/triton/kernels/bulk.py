@@ -63,6 +63,9 @@ TINY = tl.constexpr(1e-30)
 TURNS = tl.constexpr(triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9.")))
 """Versions that were seen to lay out what `_turned` exchanges as it asks for; others exchange by themselves."""
 
+BY_FOURS = tl.constexpr(triton.__version__.startswith("3.6."))
+"""Versions in which a join of bytes makes a thread have four tokens in a row of every operand of a product."""
+
 PEAK = tl.constexpr(16384.0)
 """Largest half-precision operand after normalization."""
 
@@ -78,55 +81,84 @@ def _paged(x, buffers, strides, pages, page, ok):
 
 
 @triton.jit
-def _load_plane(
-    base_ptr, first, token, column,
-    X: tl.constexpr, DIGIT: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Words of a digit's plane at broadcastable indices, folded copies side by side but not yet shifted.
+def _by_fours(token):
+    """The tokens that a thread of a product has, two and two of sixteen, as four in a row: 0, 1, 8, 9, 2, 3, ..."""
+    return (token & -15) | ((token & 2) << 2) | ((token & 12) >> 1)
 
-    `token` counts from row `first`, a multiple of ALIGN.
+
+@triton.jit
+def _load_plane(
+    base_ptr, first, column,
+    X: tl.constexpr, DIGIT: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr, TOKENS: tl.constexpr,
+    RANGE: tl.constexpr, FOURS: tl.constexpr,
+):  # fmt: skip
+    """Words of a digit's plane in TOKENS rows from `first` on, a multiple of ALIGN, and at indices `column`, that of
+    tokens or of channels alone: folded copies side by side but not yet shifted.
+
+    RANGE: a number that no other plane of a step has. Where planes share an index of tokens, the compiler keeps its
+    multiples in registers and adds them up for every copy, instead of writing constants into instructions.
     """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     D: tl.constexpr = digit_channels(X.KEPT, X.HIGH, DIGIT)
     AT: tl.constexpr = digit_plane(X.BITS, DIGIT) + PLANE
     WORDS: tl.constexpr = plane_words(OWN, D, PLANE)
     COPIES: tl.constexpr = fold_copies(OWN, D, PLANE)
+    # copies are made in registers: threads that share a word read it at once
+    ONCE: tl.constexpr = (
+        COPIES > 1 and column.shape[0] == 1 and WORDS & (WORDS - 1) == 0 and fold_width(OWN, D) == WORDS * COPIES
+    )
     word = column
-    if COPIES > 1:
+    if ONCE:
+        word = tl.arange(0, WORDS)[None, :]
+    elif COPIES > 1:
         # two threads of a copy that read the same 16 bytes are slow; pieces of 8 go through L1, which serves both
         PIECE: tl.constexpr = min(4, WORDS & -WORDS)
         if column.shape[0] == 1:
             word = tl.max_contiguous(column % WORDS, [1, PIECE])
         else:
             word = tl.max_contiguous(column % WORDS, [PIECE, 1])
+    AHEAD: tl.constexpr = RANGE * TOKENS
+    token = tl.arange(AHEAD, AHEAD + TOKENS)
+    if FOURS:
+        token = _by_fours(token)
+    token = tl.expand_dims(token, 1 if column.shape[0] == 1 else 0)
+    first -= AHEAD
     if ALIGN % X.BLOCK == 0:
         # places from the first are the same in every step
         base_ptr += first * words_per_token(X.BITS, X.KEPT, X.HIGH)
         at = word_at(token, X.BITS, X.KEPT, X.HIGH, AT, X.BLOCK) + word
     else:
         at = word_at(first + token, X.BITS, X.KEPT, X.HIGH, AT, X.BLOCK) + word
-    if fold_width(OWN, D) == WORDS * COPIES:
-        return tl.load(base_ptr + at)
-    return tl.load(base_ptr + at, mask=(token >= 0) & (column < WORDS * COPIES), other=0)
+    if ONCE:
+        own = tl.expand_dims(tl.load(base_ptr + at), 1)
+        words = tl.reshape(tl.broadcast_to(own, [TOKENS, COPIES, WORDS]), [TOKENS, COPIES * WORDS])
+    elif fold_width(OWN, D) == WORDS * COPIES:
+        words = tl.load(base_ptr + at)
+    else:
+        words = tl.load(base_ptr + at, mask=(token >= 0) & (column < WORDS * COPIES), other=0)
+    return words
 
 
 @triton.jit
 def _load_digit(
-    base_ptr, first, token, X: tl.constexpr, DIGIT: tl.constexpr, ALIGN: tl.constexpr, TURNED: tl.constexpr
-):
-    """Words of a digit [tokens, columns], and of its narrow plane if it is cut. TURNED: [columns, tokens]."""
+    base_ptr, first, X: tl.constexpr, DIGIT: tl.constexpr, ALIGN: tl.constexpr, TOKENS: tl.constexpr,
+    TURNED: tl.constexpr, FOURS: tl.constexpr,
+):  # fmt: skip
+    """Words of a digit [tokens, columns], and of its narrow plane if it is cut.
+
+    TURNED: [columns, tokens]. FOURS: tokens are in the order of `_by_fours`.
+    """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     WIDTH: tl.constexpr = fold_width(OWN, digit_channels(X.KEPT, X.HIGH, DIGIT))
+    RANGE: tl.constexpr = 2 * (2 * DIGIT + TURNED)
     if TURNED:
-        at = token[None, :]
         column = tl.arange(0, WIDTH)[:, None]
     else:
-        at = token[:, None]
         column = tl.arange(0, WIDTH)[None, :]
-    word = _load_plane(base_ptr, first, at, column, X, DIGIT, 0, ALIGN)
+    word = _load_plane(base_ptr, first, column, X, DIGIT, 0, ALIGN, TOKENS, RANGE, FOURS)
     low = word
     if is_cut(OWN):
-        low = _load_plane(base_ptr, first, at, column, X, DIGIT, 1, ALIGN)
+        low = _load_plane(base_ptr, first, column, X, DIGIT, 1, ALIGN, TOKENS, RANGE + 1, FOURS)
     return word, low
 
 
@@ -155,12 +187,12 @@ def _fold_digit(words, shifts, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: t
 
 @triton.jit
 def _add_scores(
-    score, words, above, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr, PORTABLE: tl.constexpr,
-    PLACED: tl.constexpr,
+    score, words, above, above_shift, queries, step_ptr, unit, X: tl.constexpr, DIGIT: tl.constexpr,
+    PORTABLE: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale.
 
-    `above`: words of the digit above it, if they merge. PLACED: whether `_in_place` has laid out the queries.
+    `words` are folded; `above`: words of the digit above it that are not, if they merge, and their shift. PLACED: whether `_in_place` has laid out the queries.
     """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     MERGED: tl.constexpr = fold_fields(OWN, X.HIGH) if merges(X.BITS, X.KEPT, X.HIGH) else 0
@@ -192,7 +224,7 @@ def _add_scores(
         if step.dtype != tl.float16:
             step = (step.to(tl.float32) * unit).to(tl.float16)
         if f < MERGED:
-            code = merged_field(words[0], above[0], f, X.KEPT, X.HIGH, PORTABLE)
+            code = merged_field(words[0], above, above_shift, f, X.KEPT, X.HIGH, PORTABLE)
         else:
             code = field(words[0], words[1], f, OWN, D, PORTABLE)
         score = tl.dot(code, queries[f] * step, score)
@@ -282,17 +314,32 @@ def _shift_rows(rows, half, zero_ptr, token, GROUPS: tl.constexpr):
     return tl.dot(zero, half, rows)
 
 
+@triton.constexpr_function
+def _turns(KIND, SHARED, PORTABLE, WARPS):
+    """Whether `movmatrix` turns weights.
+
+    With several warps they go through shared memory, and under a mask of its own for each head they lie as it does.
+    """
+    return TURNS.value and not PORTABLE and WARPS == 1 and (KIND == 0 or SHARED)
+
+
+@triton.constexpr_function
+def _takes_fours(scale_dtypes):
+    """Whether a thread has four tokens in a row of an operand: where scales of a byte are joined."""
+    return BY_FOURS.value and tl.uint8 in scale_dtypes
+
+
 @triton.jit
-def _turned(weight, S: tl.constexpr, P: tl.constexpr):
+def _turned(weight, TURN: tl.constexpr, FOURS: tl.constexpr):
     """Weights [TOKENS, N] of half precision as they are, each in the thread that has it as an operand of a product.
 
     A product leaves them in the threads in which its transpose would need them. Triton exchanges eight of them by two
-    shuffles and four permutations, for which there is one instruction. With several warps they go through shared
-    memory, and under a mask of its own for each head they lie as it does.
+    shuffles and four permutations, for which there is one instruction. FOURS: in the order of `_by_fours`, so that what
+    a thread then has are four in a row.
     """
     TOKENS: tl.constexpr = weight.shape[0]
     N: tl.constexpr = weight.shape[1]
-    if not TURNS or P.PORTABLE or P.WARPS > 1 or (S.KIND != 0 and not S.SHARED):
+    if not TURN:
         return weight
     blocks = tl.inline_asm_elementwise(
         "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
@@ -303,7 +350,11 @@ def _turned(weight, S: tl.constexpr, P: tl.constexpr):
         pack=2,
     )
     blocks = tl.reshape(blocks, [TOKENS // 8, 8, N // 8, 8])
-    return tl.reshape(tl.permute(blocks, [0, 3, 2, 1]), [TOKENS, N])
+    turned = tl.reshape(tl.permute(blocks, [0, 3, 2, 1]), [TOKENS, N])
+    if FOURS:
+        turned = tl.reshape(turned, [TOKENS // 16, 2, 4, 2, N])
+        turned = tl.reshape(tl.permute(turned, [0, 2, 1, 3, 4]), [TOKENS, N])
+    return turned
 
 
 @triton.jit
@@ -372,6 +423,8 @@ def _sweep(
     )  # fmt: skip
     # of columns that no group is left for all scores are hidden
     BEFORE: tl.constexpr = GUESSED and SPREAD > SLOTS
+    TURN: tl.constexpr = _turns(S.KIND, S.SHARED, P.PORTABLE, P.WARPS)
+    FOURS: tl.constexpr = TURN and _takes_fours((k.scale.dtype.element_ty, v.scale.dtype.element_ty))
     top, total, shifts, outs, least = sums
     # rows that a step may begin with are multiples of it
     K_ALIGN: tl.constexpr = min(TOKENS, P.UNIT)
@@ -408,10 +461,10 @@ def _sweep(
         v_row = v_first + token
         k_words = ()
         for d in tl.static_range(KD):
-            k_words = k_words + (_load_digit(k_at.qdata, k_first, token, K, d, K_ALIGN, False),)
+            k_words = k_words + (_load_digit(k_at.qdata, k_first, K, d, K_ALIGN, TOKENS, False, False),)
         v_words = ()
         for d in tl.static_range(VD):
-            v_words = v_words + (_load_digit(v_at.qdata, v_first, token, V, d, ALIGN, True),)
+            v_words = v_words + (_load_digit(v_at.qdata, v_first, V, d, ALIGN, TOKENS, True, FOURS),)
         # of each column, if the columns have several groups
         if SPREAD > 1:
             own_group = step_group + tl.minimum(slot, SLOTS - 1)
@@ -427,7 +480,7 @@ def _sweep(
         # scores
         score = tl.zeros([TOKENS, N], tl.float32)
         folded = ()
-        for d in tl.static_range(KD):
+        for d in tl.static_range(summed_digits(K.BITS, K.KEPT, K.HIGH)):
             folded = folded + (_fold_digit(k_words[d], k_shifts[d], K, d, P.PORTABLE),)
         order_ptr = k_at.order
         if K.TURNED == TILED:
@@ -460,7 +513,8 @@ def _sweep(
                 score = _add_scores(
                     score,
                     folded[d],
-                    folded[KD - 1],
+                    k_words[KD - 1][0],
+                    k_shifts[KD - 1][0],
                     own_queries[d],
                     step_ptr,
                     k_unit,
@@ -516,7 +570,7 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         if BY_PRODUCT:
-            new_shifts = (_shift_rows(shifts[0] * fade[None, :], _turned(half, S, P), v_at.zero, v_row, VG),)
+            new_shifts = (_shift_rows(shifts[0] * fade[None, :], _turned(half, TURN, FOURS), v_at.zero, v_first + (_by_fours(token) if FOURS else token), VG),)
         for g in tl.static_range(VG):
             # one by one where rows begin anywhere, as a word of four would not be aligned; and where there are 16,
             # as for orders of tiles above: a mask of bytes and the join are too much for Triton 3.6
@@ -537,7 +591,7 @@ def _sweep(
             if v_step.dtype != tl.float16:
                 v_step = (step * v_unit).to(tl.float16)
             product = half * v_step[:, None]
-            scaled = scaled + (_turned(product, S, P),)
+            scaled = scaled + (_turned(product, TURN, FOURS),)
             if BY_PRODUCT:
                 share = weight
             elif V.TURNED == ROTATED or V.SYMMETRIC:

@@ -287,12 +287,13 @@ def _high_mask(kept, field):
 
 
 @constexpr_function
-def _merged_asm(kept, high, field):
-    """PTX for registers of two tokens' words of the low digit ($1) and the high one ($2)."""
-    shift = _shift_asm("t", "$2", _high_shift(kept, high, field))
+def _merged_asm(kept, field):
+    """PTX for registers of two tokens' words of the low digit ($1) and the high one ($2), and how far it is turned."""
     low, above = _both_halves(_field_mask(2, kept, field)), _both_halves(_high_mask(kept, field))
-    # the table 0xea is "first and second, or third"
-    return f"{{ .reg .b32 t; {shift} and.b32 t, t, {above}; lop3.b32 $0, $1, {low}, t, 0xea; }}"
+    # one funnel shift, which takes the shift modulo 32, so a negative one moves left; what crosses from one half to
+    # the other is masked. The table 0xea is "first and second, or third"
+    turned = f"shf.r.wrap.b32 t, $2, $2, $3; and.b32 t, t, {above};"
+    return f"{{ .reg .b32 t; {turned} lop3.b32 $0, $1, {low}, t, 0xea; }}"
 
 
 @constexpr_function
@@ -370,20 +371,28 @@ def field(word, low, FIELD: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, P
 
 @triton.jit
 def merged_field(
-    word, above, FIELD: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PORTABLE: tl.constexpr
-):
-    """`field` of both digits of tiers at once, where they merge: `above` are folded words of the high one."""
+    word, above, shift, FIELD: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """`field` of both digits of tiers at once, where they merge.
+
+    `word` is folded; `above` are words of the high digit that are not, whose copies are to be shifted by `shift`.
+    """
+    turn = shift + _high_shift(KEPT, HIGH, FIELD)
+    # a register has two words side by side, which an odd number of words puts into two copies
+    if PORTABLE or plane_words(2, HIGH, 0) % 2 == 1:
+        above = fold(above, shift, 2, HIGH, 0, PORTABLE)
+        turn -= shift
     if PORTABLE:
-        SHIFT: tl.constexpr = _high_shift(KEPT, HIGH, FIELD)
-        if SHIFT > 0:
-            above = above >> SHIFT
+        if _high_shift(KEPT, HIGH, FIELD) > 0:
+            above = above >> turn
         else:
-            above = above << -SHIFT
+            above = above << -turn
         both = (word & _field_mask(2, KEPT, FIELD)) | (above & _high_mask(KEPT, FIELD))
         code = both.to(tl.int16).to(tl.float16, bitcast=True)
     else:
+        _, turn = tl.broadcast(word, turn)
         code = tl.inline_asm_elementwise(
-            _merged_asm(KEPT, HIGH, FIELD), "=r,r,r", [word, above], dtype=tl.float16, is_pure=True, pack=2
+            _merged_asm(KEPT, FIELD), "=r,r,r,r", [word, above, turn], dtype=tl.float16, is_pure=True, pack=2
         )
     return code
 
