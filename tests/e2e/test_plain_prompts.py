@@ -10,10 +10,10 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCach
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvmix_fx
-from kvmix_fx import errors
+from kvmix_fx import backend, dynamo, errors
 from kvmix_fx.cache import QuantizedKVTensor
 from kvmix_fx.contracts import cache_argument
-from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache
+from kvmix_fx.integrations.transformers import KVMixCache, KVMixStaticCache, prompts
 from kvmix_fx.testing.models import tiny_llama
 from kvmix_kernels import ops
 
@@ -226,3 +226,22 @@ def test_the_option_is_checked():
     model = tiny_llama()
     with pytest.raises(errors.BackendOptionError, match='"trace_prompts" must be True, False or None'):
         kvmix_fx.compile(model, PLANS["uniform"](model), options={"trace_prompts": "no"})
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_inductor_is_loaded_while_a_device_reads_the_first_prompt(accelerator):
+    events = []
+    with (
+        mock.patch.object(backend, "_on_accelerator", return_value=accelerator),
+        mock.patch.object(dynamo, "load_inductor", side_effect=lambda: events.append("loaded")),
+        mock.patch.object(
+            prompts.PlainPrompt,
+            "_check_ranges",
+            autospec=True,
+            side_effect=lambda _: events.append("waited for"),
+        ),
+    ):
+        model = kvmix_fx.compile(tiny_llama(num_hidden_layers=1))
+        for _ in range(2):
+            model.generate(tokens(50), max_new_tokens=1, do_sample=False)
+    assert events == ["loaded"] * accelerator + ["waited for"] * 2

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import inspect
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo import guards
 from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import kvmix_fx
 from kvmix_fx import dynamo, errors
@@ -218,6 +223,118 @@ def test_fixed_caches_share_the_symbols_of_their_capacity():
     symbols = []
     assert run(1, fixed=True) == run(3, fixed=True)
     assert run(3, fixed=False) == 3 * run(1, fixed=False)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_sizes_of_packed_inputs_are_guarded_once(once, monkeypatch):
+    build, texts, traced = guards.build_guard_function, [], []
+    monkeypatch.setattr(
+        guards, "build_guard_function", lambda parts, *a: texts.extend(parts) or build(parts, *a)
+    )
+
+    def backend(gm, _inputs):
+        traced.append(gm)
+        if once:
+            dynamo.guard_once()
+        return gm.forward
+
+    def caches(capacity):
+        sizes = (1, 2, capacity, 32, FMT, torch.float32, torch.device("cpu"), live)
+        return [QuantizedKVTensor.empty_fixed(*sizes) for _ in range(2)]
+
+    live = torch.tensor(5)
+    step = torch.compile(lambda a, b: torch.ones(1) * (a.shape[2] + b.shape[2]), backend=backend)
+    dynamo.unwrapped(step, *caches(200))
+    texts = [text for text in texts if "size" in text or "stride" in text]
+    assert (len(texts) == len(set(texts))) == once
+    dynamo.unwrapped(step, *caches(300))
+    assert len(traced) == 1
+    # the same sizes, but buffers that lie apart
+    dynamo.unwrapped(step, *(cache.narrowed(200) for cache in caches(300)))
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "L['kwargs'].layers[10].keys.size()[2]",
+        "a",
+        "a.b(1).c",
+        "(a + b).c[0]",
+        "a[b]",
+        "a[-1]",
+        "a == 2 * b[0]",
+    ],
+)
+def test_guards_are_written_as_ast_writes_them(text):
+    [statement] = ast.parse(text).body
+    theirs = guards._ast_unparse
+    with dynamo.quick_paths():
+        assert guards._ast_unparse is not theirs
+        for node in ast.walk(statement.value):
+            if isinstance(node, ast.expr):
+                assert guards._ast_unparse(node) == theirs(node)
+    assert guards._ast_unparse is theirs
+
+
+@pytest.mark.parametrize("due", [True, False])
+@pytest.mark.parametrize("disturbed", [True, False])
+def test_what_tracing_leaves_is_collected_once(due, disturbed):
+    class Cycle:
+        pass
+
+    left = []
+    before = gc.get_stats()
+    after_compile = torch._dynamo.config.run_gc_after_compile
+    with dynamo.one_collection(lambda: due):
+        assert not gc.isenabled()
+        assert not torch._dynamo.config.run_gc_after_compile
+        for _ in range(2000):
+            cycle = Cycle()
+            cycle.itself = cycle
+            left.append(weakref.ref(cycle))
+        if disturbed:
+            gc.collect()
+        del cycle
+    assert gc.isenabled()
+    assert torch._dynamo.config.run_gc_after_compile == after_compile
+    if due:
+        assert not any(ref() for ref in left)
+        made = [
+            now["collections"] - then["collections"] for now, then in zip(gc.get_stats(), before, strict=True)
+        ]
+        assert made[2] == (2 if disturbed else 0)
+
+
+def test_who_has_switched_collection_off_finds_it_so():
+    gc.disable()
+    try:
+        with dynamo.one_collection(lambda: True):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_modules_that_a_backend_makes_are_written_when_they_are_called():
+    made = []
+
+    def backend(gm, _inputs):
+        copied, _ = dynamo.copy_module(gm)
+        made.append(copied)
+        return dynamo.forward(copied)
+
+    x = torch.randn(3)
+    assert torch.equal(torch.compile(lambda x: x + 1, backend=backend)(x), x + 1)
+    assert isinstance(made[0], _LazyGraphModule)
+
+
+def test_inductor_knows_torch_by_what_is_kept_for_the_process():
+    dynamo.load_inductor()
+    from torch._inductor import codecache
+
+    assert codecache.torch_key() is codecache.torch_key()
+    assert codecache.CacheBase.get_system() is codecache.CacheBase.get_system()
 
 
 def test_a_mark_that_the_code_contradicts_is_dropped():

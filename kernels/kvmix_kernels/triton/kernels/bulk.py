@@ -69,6 +69,12 @@ BY_FOURS = tl.constexpr(triton.__version__.startswith("3.6."))
 PEAK = tl.constexpr(16384.0)
 """Largest half-precision operand after normalization."""
 
+READ_AHEAD = tl.constexpr(32 * 128)
+"""Scales, and as many offsets, that a warp reads at once before the main loop."""
+
+FEW_GROUPS = tl.constexpr(16)
+"""Groups of a share up to which its offsets are multiplied field by field."""
+
 SLACK = tl.constexpr(256.0)
 """How much larger than some scales of a share all others are taken to be; operands overflow at 4 times as much."""
 
@@ -105,7 +111,10 @@ def _load_plane(
     COPIES: tl.constexpr = fold_copies(OWN, D, PLANE)
     # copies are made in registers: threads that share a word read it at once
     ONCE: tl.constexpr = (
-        COPIES > 1 and column.shape[0] == 1 and WORDS & (WORDS - 1) == 0 and fold_width(OWN, D) == WORDS * COPIES
+        COPIES > 1
+        and column.shape[0] == 1
+        and WORDS & (WORDS - 1) == 0
+        and fold_width(OWN, D) == WORDS * COPIES
     )
     word = column
     if ONCE:
@@ -192,7 +201,8 @@ def _add_scores(
 ):  # fmt: skip
     """Scores plus the products of a digit with the queries; `step_ptr` is the first channel's scale.
 
-    `words` are folded; `above`: words of the digit above it that are not, if they merge, and their shift. PLACED: whether `_in_place` has laid out the queries.
+    `words` are folded; `above` are those of the digit above it if they merge, which are not, and their shift. PLACED:
+    whether `_in_place` has laid out the queries.
     """
     OWN: tl.constexpr = digit_bits(X.BITS, DIGIT)
     MERGED: tl.constexpr = fold_fields(OWN, X.HIGH) if merges(X.BITS, X.KEPT, X.HIGH) else 0
@@ -290,14 +300,13 @@ def _of_tokens(ptr, first, g, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _placed(DP, BITS, TURNED, scale_dtype, WARPS):
+def _placed(TURNED, scale_dtype, WARPS):
     """Whether queries are laid out by `_in_place`.
 
     Not for scales of a byte, of which a thread has four in a row; nor where warps share tokens, which exchange through
-    shared memory whatever the layout is; nor for orders of tiles; nor where 12 programs fill the shared memory of a
-    multiprocessor, as of heads of 64 channels, for scales take more of it (94 us instead of 76 on an H200).
+    shared memory whatever the layout is; nor for orders of tiles.
     """
-    return WARPS == 1 and (DP > 64 or BITS > 2) and scale_dtype != tl.uint8 and TURNED != TILED
+    return WARPS == 1 and scale_dtype != tl.uint8 and TURNED != TILED
 
 
 @triton.constexpr_function
@@ -416,7 +425,7 @@ def _sweep(
     SLOTS: tl.constexpr = max(1, TOKENS // P.UNIT)
     WORDS: tl.constexpr = VG > 1 and P.V_ALIGN % 4 == 0
     BY_PRODUCT: tl.constexpr = _by_product(VG, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
-    PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
+    PLACED: tl.constexpr = _placed(K.TURNED, k.scale.dtype.element_ty, P.WARPS)
     GUESSED: tl.constexpr = _guessed(
         K.AXIS, K.D, k.scale.dtype.element_ty, v.scale.dtype.element_ty,
         S.KIND == 0 and not S.CAPPED and not S.SKIP, P.SINGLE, P.PAGE,
@@ -570,7 +579,10 @@ def _sweep(
         new_shifts = ()
         scaled = ()
         if BY_PRODUCT:
-            new_shifts = (_shift_rows(shifts[0] * fade[None, :], _turned(half, TURN, FOURS), v_at.zero, v_first + (_by_fours(token) if FOURS else token), VG),)
+            own_token = _by_fours(token) if FOURS else token
+            rows = shifts[0] * fade[None, :]
+            rows = _shift_rows(rows, _turned(half, TURN, FOURS), v_at.zero, v_first + own_token, VG)
+            new_shifts = (rows,)
         for g in tl.static_range(VG):
             # one by one where rows begin anywhere, as a word of four would not be aligned; and where there are 16,
             # as for orders of tiles above: a mask of bytes and the join are too much for Triton 3.6
@@ -755,53 +767,72 @@ def _channel_offsets(
 ):  # fmt: skip
     """Stores products of queries and offsets of each group; returns the largest channels of queries, and scales unless
     they are guessed."""
-    # channels that are looked at together before the loop: as many as a field of the lowest digit has
-    KC: tl.constexpr = fold_channels(digit_bits(K.BITS, 0), K.D)
-    KW: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
-    k_column = tl.arange(0, KW)
-    k_column_ok = k_column < KC
     first_group = first_k_row // P.UNIT
+    BYTES: tl.constexpr = k.scale.dtype.element_ty == tl.uint8
+    # a loop of one turn is none: what is read at first is then on its way together. More turns are read ahead, but not
+    # of bytes: then more programs fit, and short ones run beside long ones
+    STAGES: tl.constexpr = 1 if P.SINGLE or BYTES else (3 if GUESSED else 2)
+    # channels of a product: few where there are few groups, for a short program waits for what it exchanges
+    FIELD: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
+    HELD: tl.constexpr = next_power_of_2(READ_AHEAD * P.WARPS // P.PART + 1) // 2
+    WIDTH: tl.constexpr = FIELD if BYTES or P.PART <= FEW_GROUPS else min(K.DP, max(FIELD, HELD))
+    PIECES: tl.constexpr = (K.D + WIDTH - 1) // WIDTH
+    # whether all of them are read before any is multiplied. Triton moves what stores a tile in shared memory up to its
+    # load, but not beyond a choice: so there is one
+    CHOSEN: tl.constexpr = STAGES == 1 and not BYTES
+    AHEAD: tl.constexpr = PIECES if CHOSEN else 1
 
     # over all groups of the share: q . offset, which is kept in memory: in registers, small groups would spill
     largest = tl.zeros([N], tl.float32) + TINY
     # as narrow as they are: numbers of half precision are compared two at a time
-    largest_k = tl.zeros([P.PART, KW], narrow_step(tl.load(k.scale)).dtype)
-    # a loop of one turn is none: what is read at first is then on its way together. More turns are read ahead, but not
-    # of bytes: then more programs fit, and short ones run beside long ones
-    BYTES: tl.constexpr = k.scale.dtype.element_ty == tl.uint8
-    STAGES: tl.constexpr = 1 if P.SINGLE or BYTES else (3 if GUESSED else 2)
+    largest_k = tl.zeros([P.PART, WIDTH], narrow_step(tl.load(k.scale)).dtype)
     for part in tl.range(0, P.PART if P.SINGLE else groups, P.PART, num_stages=STAGES):
         group = part + tl.arange(0, P.PART)
+        scale_ptr = k.scale
+        zero_ptr = k.zero
+        at = (first_group + group)[:, None] * K.D
+        if P.PAGE > 0:
+            own_page = group // (P.PAGE // P.UNIT)
+            own = _paged(k, pages.k_buffers, pages.k_strides, pages, own_page, group < groups)
+            scale_ptr = own.scale[:, None]
+            zero_ptr = own.zero[:, None]
+            at = (group % (P.PAGE // P.UNIT))[:, None] * K.D
         offsets = tl.zeros([P.PART, N], tl.float32)
-        for f in tl.static_range(K.D // KC):
-            q = tl.load(
-                query_ptr[None, :] + f * KC + k_column[:, None],
-                mask=column_ok[None, :] & k_column_ok[:, None],
-                other=0.0,
-            ).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
-            at = (first_group + group)[:, None] * K.D + f * KC + k_column[None, :]
-            at_ok = (group < groups)[:, None] & k_column_ok[None, :]
-            scale_ptr = k.scale
-            zero_ptr = k.zero
-            if P.PAGE > 0:
-                own_page = group // (P.PAGE // P.UNIT)
-                own = _paged(k, pages.k_buffers, pages.k_strides, pages, own_page, group < groups)
-                scale_ptr = own.scale[:, None]
-                zero_ptr = own.zero[:, None]
-                at = (group % (P.PAGE // P.UNIT))[:, None] * K.D + f * KC + k_column[None, :]
-            if GUESSED:
-                k_steps = largest_k
-            else:
-                k_steps = narrow_step(tl.load(scale_ptr + at, mask=at_ok, other=0))
-            if K.TURNED != TILED:
-                zero = as_offset(tl.load(zero_ptr + at, mask=at_ok, other=0), k_steps.to(tl.float32))
-                offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
-            if not GUESSED:
-                if K.KEPT < K.D:
-                    # what is dropped has an offset alone
-                    k_steps = tl.where((f * KC + k_column < K.KEPT)[None, :], k_steps, 0.0)
-                largest_k = tl.maximum(largest_k, k_steps)
+        for ahead in tl.static_range(0, PIECES, AHEAD):
+            asked = ()
+            steps = ()
+            zeros = ()
+            for i in tl.static_range(ahead, min(ahead + AHEAD, PIECES)):
+                channel = i * WIDTH + tl.arange(0, WIDTH)
+                q_ok = column_ok[None, :] & (channel < K.D)[:, None]
+                asked = asked + (tl.load(query_ptr[None, :] + channel[:, None], mask=q_ok, other=0.0),)
+                at_ok = (group < groups)[:, None] & (channel < K.D)[None, :]
+                if GUESSED:
+                    steps = steps + (largest_k,)
+                else:
+                    step = tl.load(scale_ptr + at + channel[None, :], mask=at_ok, other=0)
+                    steps = steps + (narrow_step(step),)
+                if K.TURNED != TILED:
+                    zero = tl.load(zero_ptr + at + channel[None, :], mask=at_ok, other=0)
+                    if CHOSEN and PIECES > 1:
+                        zero = tl.where(at_ok, zero, 0)
+                    zeros = zeros + (zero,)
+            for i in tl.static_range(min(AHEAD, PIECES - ahead)):
+                channel = (ahead + i) * WIDTH + tl.arange(0, WIDTH)
+                q = asked[i]
+                if CHOSEN and PIECES == 1:
+                    q = tl.where(column_ok[None, :] & (channel < K.D)[:, None], q, 0.0)
+                q = q.to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(q), 0))
+                k_steps = steps[i]
+                if K.TURNED != TILED:
+                    zero = as_offset(zeros[i], k_steps.to(tl.float32))
+                    offsets = tl.dot(zero, q, offsets, input_precision=P.PRECISION)
+                if not GUESSED:
+                    if K.KEPT < K.D:
+                        # what is dropped has an offset alone
+                        k_steps = tl.where((channel < K.KEPT)[None, :], k_steps, 0.0)
+                    largest_k = tl.maximum(largest_k, k_steps)
         if K.TURNED != TILED:
             tl.store(offset_ptr + group[:, None] * N + tl.arange(0, N)[None, :], offsets * scale)
     if K.TURNED == TILED:
@@ -842,6 +873,8 @@ def _in_place(query_ptr, column_ok, CHANNELS: tl.constexpr, WIDTH: tl.constexpr)
         columns = tl.multiple_of(columns, PAIR)
     left = tl.reshape(tl.where(column_ok[None, :], CHANNELS - high, 0), [EIGHTS * N])
     at = tl.max_contiguous(columns[None, :] + low, [2, 1])
+    if CHANNELS % 2 == 0:
+        low = low // 2 * 2  # of a pair, none or both
     q = tl.load(at, mask=low < left[None, :], other=0.0).to(tl.float32)
     return tl.reshape(tl.permute(tl.reshape(q, [8, EIGHTS, N]), [1, 0, 2]), [WIDTH, N])
 
@@ -952,7 +985,7 @@ def _attempt(
     K: tl.constexpr, V: tl.constexpr, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(top, total, shifts, outs, least) of a share whose scales are at most `k_top` and `v_top`."""
-    PLACED: tl.constexpr = _placed(K.DP, K.BITS, K.TURNED, k.scale.dtype.element_ty, P.WARPS)
+    PLACED: tl.constexpr = _placed(K.TURNED, k.scale.dtype.element_ty, P.WARPS)
     BY_PRODUCT: tl.constexpr = _by_product(V.D // V.GROUP, V.TURNED, V.SYMMETRIC, v.zero.dtype.element_ty)
     # half-precision scales are used as they are; wider ones may not fit and are divided by the largest
     K_HALF: tl.constexpr = k.scale.dtype.element_ty == tl.float16 or k.scale.dtype.element_ty == tl.uint8
@@ -1032,7 +1065,8 @@ def attend_bulk(
     LOOK: tl.constexpr = P.PART * min(MAX_LOOK, P.UNIT * next_power_of_2(VG))
     LOOKS_ONCE: tl.constexpr = P.SINGLE and P.UNIT * VG <= MAX_LOOK
     # on their way while those of keys are looked at, if they leave registers for these
-    LOOKS_EARLY: tl.constexpr = LOOKS_ONCE and LOOK <= 16 * K.DP and K.DP <= 128
+    SPARE: tl.constexpr = 32 if VG == 1 and N == 8 and S.KIND == 0 else 16
+    LOOKS_EARLY: tl.constexpr = LOOKS_ONCE and LOOK <= SPARE * K.DP and K.DP <= 128
     GUESSED: tl.constexpr = _guessed(
         K.AXIS, K.D, k.scale.dtype.element_ty, v.scale.dtype.element_ty,
         S.KIND == 0 and not S.CAPPED and not S.SKIP, P.SINGLE, P.PAGE,
