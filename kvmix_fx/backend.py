@@ -9,6 +9,7 @@ layer by layer), "report" (a CompileReport to fill).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable
@@ -171,7 +172,9 @@ class KVMixBackend:
     def get_ready(self, inputs: list[Any]) -> None:
         """While a device reads a prompt: begin what compiling the steps after it begins with."""
         if not self.ready and self._choose(inputs, True)[0] == "inductor":
-            dynamo.load_inductor()
+            # what fails here does so again, and is told, when a step is compiled
+            with contextlib.suppress(Exception):
+                dynamo.load_inductor()
         self.ready = True
 
     def widened(self, found: Iterable[manager.Ranged]) -> KVMixBackend:

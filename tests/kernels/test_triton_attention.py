@@ -8,6 +8,8 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -513,6 +515,40 @@ def test_scales_larger_than_they_were_guessed(what: str, place: int, monkeypatch
         monkeypatch.setattr(bulk, "_fit", lambda *_: True)
         once = kernels.attend(*args, config=config)
         assert not torch.allclose(once, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("groups", [24, 40])
+@pytest.mark.parametrize("D", [48, 80, 96, 128])
+def test_offsets_of_many_groups_are_multiplied_by_all_channels_at_once(D: int, groups: int) -> None:
+    """In one turn and in several; of a head whose channels do not fill the tile that is multiplied."""
+    g = torch.Generator().manual_seed(D)
+    k, v = make_format(3, "channel", 32, 32, 0, 0), make_format(2, "token", 0, 32, 0, 0)
+    L = 32 * groups
+    caches = [filled(1, 2, D, L, L, fmt, torch.float16, 6.0, g) for fmt in (k, v)]
+    query = torch.randn(1, 4, 1, D, generator=g).to(DEVICE, torch.float16)
+    tensors = (cache.tensors for cache in caches)
+    args = (query, None, None, *tensors, None, None, L, D**-0.5, k.encode(), v.encode())
+    config = configs.AttendConfig(tokens=32, warps=1, programs=1, max_groups=64, rest_tokens=16)
+    plan = attend_plan(k, v, Step(2, 2, D, D, L, 0, True, True, False), configs.Gpu(), config)
+    assert (plan.part, plan.room > plan.part) == (32, groups > 32)
+    assert_close(kernels.attend(*args, config=config), ops._attend(*args), TOLERANCE[torch.float16])
+
+
+@triton.jit
+def order_of_rows(rows_ptr, tokens_ptr, TOKENS: tl.constexpr, N: tl.constexpr):
+    token = tl.arange(0, TOKENS)
+    rows = bulk._rows_by_fours(tl.broadcast_to(token[:, None], [TOKENS, N]))
+    tl.store(rows_ptr + token[:, None] * N + tl.arange(0, N)[None, :], rows)
+    tl.store(tokens_ptr + token, bulk._by_fours(token))
+
+
+def test_weights_and_values_change_to_the_same_order() -> None:
+    """That of some versions of Triton, which only a GPU shows otherwise."""
+    rows = torch.empty(32, 8, dtype=torch.int32, device=DEVICE)
+    tokens = torch.empty(32, dtype=torch.int32, device=DEVICE)
+    order_of_rows[(1,)](rows, tokens, 32, 8)
+    assert tokens[:16].tolist() == [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert torch.equal(rows, tokens[:, None].expand(32, 8))
 
 
 def test_an_empty_cache_without_new_tokens_gives_zeros() -> None:

@@ -93,6 +93,15 @@ def _by_fours(token):
 
 
 @triton.jit
+def _rows_by_fours(x):
+    """The rows of [TOKENS, N] in the order of `_by_fours`."""
+    TOKENS: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    x = tl.reshape(x, [TOKENS // 16, 2, 4, 2, N])
+    return tl.reshape(tl.permute(x, [0, 2, 1, 3, 4]), [TOKENS, N])
+
+
+@triton.jit
 def _load_plane(
     base_ptr, first, column,
     X: tl.constexpr, DIGIT: tl.constexpr, PLANE: tl.constexpr, ALIGN: tl.constexpr, TOKENS: tl.constexpr,
@@ -361,8 +370,7 @@ def _turned(weight, TURN: tl.constexpr, FOURS: tl.constexpr):
     blocks = tl.reshape(blocks, [TOKENS // 8, 8, N // 8, 8])
     turned = tl.reshape(tl.permute(blocks, [0, 3, 2, 1]), [TOKENS, N])
     if FOURS:
-        turned = tl.reshape(turned, [TOKENS // 16, 2, 4, 2, N])
-        turned = tl.reshape(tl.permute(turned, [0, 2, 1, 3, 4]), [TOKENS, N])
+        turned = _rows_by_fours(turned)
     return turned
 
 
