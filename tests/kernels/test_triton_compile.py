@@ -191,7 +191,7 @@ CASES = [
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True),
     case("attend", 90, 8, gpu=HOPPER, mask=True),
     case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
-    case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True, spills_36=32),
+    case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True, spills_36=8),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0, spills_36=48),
     *(case("attend", gpu, "k2v2 per token", group=64, gpu="default", mask=gpu == 80) for gpu in (80, 100)),

@@ -783,7 +783,7 @@ def _channel_offsets(
     # channels of a product: few where there are few groups, for a short program waits for what it exchanges
     FIELD: tl.constexpr = fold_width(digit_bits(K.BITS, 0), K.D)
     HELD: tl.constexpr = next_power_of_2(READ_AHEAD * P.WARPS // P.PART + 1) // 2
-    WIDTH: tl.constexpr = FIELD if BYTES or P.PART <= FEW_GROUPS else min(K.DP, max(FIELD, HELD))
+    WIDTH: tl.constexpr = FIELD if BYTES or N > 8 or P.PART <= FEW_GROUPS else min(K.DP, max(FIELD, HELD))
     PIECES: tl.constexpr = (K.D + WIDTH - 1) // WIDTH
     # whether all of them are read before any is multiplied. Triton moves what stores a tile in shared memory up to its
     # load, but not beyond a choice: so there is one
