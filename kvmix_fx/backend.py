@@ -23,6 +23,7 @@ from kvmix_fx.errors import BackendOptionError, TrainingError
 from kvmix_fx.parallel import before_groups_end, process_group_size, tells_of_end
 from kvmix_fx.passes import manager
 from kvmix_fx.passes.ahead import compile_ahead
+from kvmix_fx.passes.branches import branch_products
 from kvmix_fx.passes.defer import defer_appends
 from kvmix_fx.passes.pieces import compile_pieces
 from kvmix_fx.passes.report import CompileReport
@@ -151,6 +152,9 @@ class KVMixBackend:
         pieces = pieces and inner == "inductor" and _is_short(result)
         if inner == "inductor" and _is_short(result):
             compile_ahead(module)
+            if not result.report.replay and not patches:
+                # where a recording does them side by side, unless Inductor makes something else of products
+                result.report.branches = branch_products(module)
             deferred = defer_appends(module, counters=pieces)
         if inner == "inductor" and not self.told:
             self.told = True

@@ -97,11 +97,10 @@ def _writes_its_own(part: list[fx.Node]) -> bool:
     inside = set(part)
     given = {x for node in part for x in node.all_input_nodes if x not in inside}
     theirs = {storage(x) for x in given if isinstance(example(x), torch.Tensor)}
-    written = (x for node in part for x in _written(node))
-    return not any(storage(x) in theirs for x in written)
+    return not any(storage(x) in theirs for node in part for x in written(node))
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written(node: fx.Node) -> list[fx.Node]:
     """The tensors that a step writes to in place."""
     target, first = node.target, node.args[:1]
     if isinstance(target, torch._ops.OpOverload):

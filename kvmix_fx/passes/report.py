@@ -50,12 +50,14 @@ class GraphReport:
     """The sites of one traced graph, then what was not recognized, the nearest first.
 
     replay: why its steps are not replayed as CUDA graphs; empty if they are. forms: functions that it was
-    compiled to, one for all layers that are alike; 0 where it was compiled whole.
+    compiled to, one for all layers that are alike; 0 where it was compiled whole. branches: groups of
+    products of one tensor that a replay does side by side.
     """
 
     sites: list[SiteReport]
     replay: str = "nothing was rewritten"
     forms: int = 0
+    branches: int = 0
 
     @property
     def changed(self) -> bool:
@@ -106,7 +108,8 @@ class CompileReport:
             missed = len(graph.sites) - sites
             counted = f"{sites} attention sites" + (f", {missed} not recognized" if missed else "")
             forms = f", compiled in {graph.forms} forms" if graph.forms else ""
-            lines.append(f"graph {number}: {counted}, {launched}{forms}")
+            branches = f", {graph.branches} groups of products side by side" if graph.branches else ""
+            lines.append(f"graph {number}: {counted}, {launched}{forms}{branches}")
             lines.extend(_lines(graph.sites))
         return "\n".join(lines) or "nothing has been traced yet"
 

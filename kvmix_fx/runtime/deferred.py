@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kvmix_fx.runtime.branches import side_by_side
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,13 @@ class Deferred:
 
         def run(*args: Any) -> Sequence[Any]:
             results = inner(*args)
-            for append, arguments in self.appends:
+
+            def do(append: Any, arguments: tuple[Any, ...]) -> None:
                 append(*(_value(argument, args, results) for argument in arguments))
+
+            # each writes to a layer of its own
+            tasks = [functools.partial(do, *one) for one in self.appends]
+            side_by_side(tasks, any(isinstance(x, torch.Tensor) and x.is_cuda for x in args))
             # the last of all: where tokens are appended may be a view of a counter
             for number, counters in self.counters.items():
                 torch._foreach_add_([args[index] for index in counters], number)
