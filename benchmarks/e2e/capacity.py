@@ -140,7 +140,7 @@ def filled_packed(model: Any, plan: KVPlan, batch: int, context: int) -> KVMixSt
         layer.cumulative_length.fill_(context)
         layer.host_length = context
         layer.has_tokens = True
-    cache.one_full_row = batch == 1
+    cache.full_rows = True
     return cache
 
 

@@ -29,7 +29,8 @@ from kvmix_fx.runtime.shortcut import Shortcut
 
 RECOMPILE_LIMIT = 64
 """Graphs one model may be traced into: two per kind of cache, gradient mode and way of calling it, each for
-one row and for more. PyTorch's 8 are soon used up, and then `fullgraph` makes it an error."""
+one row, for more, and for more of which some have padding. PyTorch's 8 are soon used up, and then `fullgraph`
+makes it an error."""
 
 
 class Lane(Enum):

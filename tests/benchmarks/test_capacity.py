@@ -51,7 +51,7 @@ def test_a_filled_cache_is_like_one_after_a_prompt(model, plan, rows):
     kvmix_fx.compile(model, plan, inner="eager")
     prompted = prefilled(model, plan, rows)
     filled, other = (capacity.filled_packed(model, plan, rows, CONTEXT) for _ in range(2))
-    assert filled.one_full_row == prompted.one_full_row
+    assert filled.full_rows == prompted.full_rows
     for mine, theirs in zip(filled.layers, prompted.layers, strict=True):
         assert (mine.host_length, mine.has_tokens) == (theirs.host_length, theirs.has_tokens)
         assert mine.cumulative_length == theirs.cumulative_length

@@ -62,7 +62,8 @@ def test_replayed_steps_equal_launched_ones(inner):
     kvmix_fx.compile(model, plan, inner=inner)
     replayed = [logits(*call) for call in calls]
     graphs = kvmix_fx.compiled(model).report.graphs
-    assert [graph.replay == "" for graph in graphs].count(True) == 2  # decode, for one row and for several
+    # decode, for one row, for several and for several of which one has padding
+    assert [graph.branches > 0 for graph in graphs if not graph.replay] == [inner == "inductor"] * 3
     for want, got, without in zip(launched, replayed, plain, strict=True):
         torch.testing.assert_close(got, want, atol=0, rtol=0)
         assert (got - without).abs().max() > 1e-3

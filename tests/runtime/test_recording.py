@@ -272,19 +272,20 @@ def test_a_model_of_windows_gets_a_fixed_cache_while_that_takes_less_than_they_d
     assert all(worst[4, length] < worst[2, length] / 2 for length in kinds), worst
 
 
-def test_one_row_without_padding_needs_no_mask(on_cpu):
-    """The control has the same row twice, which always takes a mask."""
+def test_rows_without_padding_need_no_mask(on_cpu):
+    """The control has another row with padding, so that it always takes a mask."""
     model = llama()
     kvmix_fx.compile(model, kvmix_fx.KVPlan.uniform(model, 4, 2, group_size=16, window=4))
     ids, more = torch.randint(1, 60, (1, 50)), torch.randint(1, 60, (1, 20))
 
-    def converse(rows, hidden):
+    def converse(rows, hidden, padded=0):
         """Logits after a prompt and after the rest of a conversation; whether either needed no mask."""
         prompt = ids.expand(rows, -1)
         mask = torch.ones_like(prompt)
         mask[:, :7] = hidden != "prompt"
+        mask[1:, :padded] = 0
         first, out = generate(model, prompt, attention_mask=mask)
-        needless = [out.past_key_values.one_full_row]
+        needless = [out.past_key_values.full_rows]
         longer = torch.cat([out.sequences, more.expand(rows, -1)], 1)
         mask = torch.cat([mask, torch.ones(rows, longer.shape[1] - 50, dtype=mask.dtype)], 1)
         mask[:, 20:40] = hidden != "middle of the conversation"
@@ -294,15 +295,16 @@ def test_one_row_without_padding_needs_no_mask(on_cpu):
             model(out.sequences[:, :-1], attention_mask=mask[:, : out.sequences.shape[1] - 1],
                   past_key_values=cache)  # fmt: skip
         second, _ = generate(model, longer, attention_mask=mask, past_key_values=cache)
-        return torch.cat([first[:, 0], second[:, 0]]), [*needless, cache.one_full_row]
+        return torch.cat([first[:, 0], second[:, 0]]), [*needless, cache.full_rows]
 
     # one model for all: each way in turn, on what the ways before have left
     for hidden in ("nothing", "prompt", "middle of the conversation", "nothing"):
-        one, needless = converse(1, hidden)
-        two, needed = converse(2, hidden)
-        assert needless == [hidden != "prompt", hidden == "nothing"]
+        masked, needed = converse(2, hidden, padded=3)
         assert needed == [False, False]
-        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
+        for rows in (1, 2):
+            got, needless = converse(rows, hidden)
+            assert needless == [hidden != "prompt", hidden == "nothing"]
+            torch.testing.assert_close(got, masked, atol=2e-5, rtol=1e-4)
 
 
 def test_a_cache_that_is_still_held_is_not_used_again(on_cpu):

@@ -60,7 +60,7 @@ class KVMixStaticCache(StaticCache):
         plan = plan.for_model(config)
         super().__init__(config=config, max_cache_len=max_cache_len)
         self.plan = plan
-        self.one_full_row = False
+        self.full_rows = False
         self.grows = False
         pack_static_layers(self, plan, max_cache_len)
 
@@ -68,10 +68,10 @@ class KVMixStaticCache(StaticCache):
     def is_compileable(self) -> bool:
         """Whether generate() should build the whole mask of a step, as it does for caches of fixed capacity.
 
-        One sequence without padding needs none: attention ends with the last token stored.
+        Sequences without padding need none: attention ends with the last token stored.
         """
         # not by super(), in which older Dynamo does not find a property
-        return not self.one_full_row and all(layer.is_compileable for layer in self.layers)
+        return not self.full_rows and all(layer.is_compileable for layer in self.layers)
 
     @classmethod
     def over(cls, plan: KVPlan, layers: list[Any]) -> KVMixStaticCache:
@@ -104,7 +104,7 @@ class KVMixStaticCache(StaticCache):
 
     def reset(self) -> None:
         """Forget all tokens, keep the buffers."""
-        self.one_full_row = False
+        self.full_rows = False
         packed = [layer for layer in self.layers if isinstance(layer, KVMixStaticLayer)]
         forget(packed)
         for layer in self.layers:

@@ -5,7 +5,7 @@ Rules for masks, in order. The first two are for masks [B, tokens] that hide not
 | cache | call | mask | becomes |
 |---|---|---|---|
 | empty, of any kind | n > 1, positions that go up by one (7) | [B, n] that hides nothing | None (1) |
-| one full row | in generate() | [1, tokens] that hides nothing (2) | None (3) |
+| full rows | in generate() | [B, tokens] that hides nothing (2) | None (3) |
 | fixed, empty | any | [B, 1, n, capacity] or [B, capacity] | [B, 1, n, n] or [B, n] (4) |
 | fixed, not empty | with position_ids (5) | [B, tokens] | [B, capacity] (6) |
 
@@ -18,9 +18,9 @@ Rules for masks, in order. The first two are for masks [B, tokens] that hide not
 6. One shape for all steps: one graph and one recording.
 7. Or none. Without a mask, positions that start again are the beginning of another text.
 
-n: tokens of the call. "Fixed": with layers of fixed capacity of ours. "One full row": a KVMixStaticCache of
-one sequence without padding, which is remembered from call to call. A cache becomes one when it is empty and
-a call of one row has no mask. It is one no longer when a call has more rows, or a mask that stays.
+n: tokens of the call. "Fixed": with layers of fixed capacity of ours. "Full rows": a KVMixStaticCache of
+sequences without padding, which is remembered from call to call. A cache becomes one when it is empty and
+a call has no mask. It is one no longer when a mask stays.
 """
 
 from __future__ import annotations
@@ -419,24 +419,24 @@ class TransformersCalls:
         ):
             call.mask = None
 
-    def _drop_mask_of_one_row(self, call: TokensCall) -> None:
-        """Keep account of whether the cache is one sequence without padding; such a step has no mask."""
+    def _drop_mask_of_full_rows(self, call: TokensCall) -> None:
+        """Keep account of whether no row of the cache has padding; such a step has no mask."""
         cache = call.cache
         if not isinstance(cache, KVMixStaticCache):
             return
         mask = call.mask
         empty = _is_empty(cache)
-        if call.batch != 1 or not (empty or cache.one_full_row):
-            cache.one_full_row = False
+        if not (empty or cache.full_rows):
+            cache.full_rows = False
         elif mask is None:
-            cache.one_full_row = True
+            cache.full_rows = True
         elif not empty and call.generating and isinstance(mask, Tensor) and mask.dim() == 2:
             # between its single tokens generate() itself adds ones to the mask; else look, and wait for it
-            cache.one_full_row = self.inside.steady or _hides_nothing(mask, mask.shape[1])
-            if cache.one_full_row:
+            cache.full_rows = self.inside.steady or _hides_nothing(mask, mask.shape[1])
+            if cache.full_rows:
                 call.mask = None
         else:
-            cache.one_full_row = False
+            cache.full_rows = False
 
     def _note_single_token(self, call: TokensCall) -> None:
         self.inside.steady = call.generating and call.n == 1
@@ -612,14 +612,14 @@ class TransformersCalls:
 
     # In this order, because
     # - marks are for tensors as the caller made them; a rule that makes a mask marks it where it must;
-    # - the mask of one row asks what the last call was, so this one is noted after it;
+    # - the mask of full rows asks what the last call was, so this one is noted after it;
     # - masks are fitted to layers that are ours, so plain ones are exchanged first;
     # - the short lane knows the last step's arguments as the graph got them, so the lane is chosen last.
     _STEPS = (
         _own_slices,
         _mark_lengths,
         _drop_mask_of_a_prompt,
-        _drop_mask_of_one_row,
+        _drop_mask_of_full_rows,
         _note_single_token,
         _pack_static_layers,
         _pack_sliding_layers,
