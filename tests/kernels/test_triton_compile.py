@@ -156,8 +156,8 @@ def case(
     tokens, read behind it (3 bits and 256 channels read three in a turn). Of `dequantize`, which has
     no loop, they take 32 of 960 instructions. Packing tiers spills on 10.0 alone, where products go through a
     memory of their own. Less work a program would cost more, and pointers that are made later spill elsewhere
-    (`kernels/NOTES.md`). `spills`: with any version, numbers that a second try and the output need. `long`: takes
-    10 to 30 s, and other cases have the same parts of the kernel, if not all together (`CHOSEN`).
+    (`kernels/NOTES.md`). `spills`: with any version, numbers that a second try and the output need. `long`:
+    takes 10 to 30 s, and other cases have the same parts of the kernel, if not all together (`CHOSEN`).
     """
     return {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
