@@ -152,8 +152,8 @@ class KVMixBackend:
         pieces = pieces and inner == "inductor" and _is_short(result)
         if inner == "inductor" and _is_short(result):
             compile_ahead(module)
-            if not result.report.replay and not patches:
-                # where a recording does them side by side, unless Inductor makes something else of products
+            if alone and not patches:
+                # settings of Inductor may make something else of them, and no group of GPUs has run this yet
                 result.report.branches = branch_products(module)
             deferred = defer_appends(module, counters=pieces)
         if inner == "inductor" and not self.told:
