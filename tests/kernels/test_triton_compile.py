@@ -157,7 +157,7 @@ def case(
     no loop, they take 32 of 960 instructions. Packing tiers spills on 10.0 alone, where products go through a
     memory of their own. Less work a program would cost more, and pointers that are made later spill elsewhere
     (`kernels/NOTES.md`). `spills`: with any version, numbers that a second try and the output need. `long`:
-    takes 10 to 30 s, and other cases have the same parts of the kernel, if not all together (`CHOSEN`).
+    takes 6 to 30 s, and other cases have the same parts of the kernel, if not all together (`CHOSEN`).
     """
     return {"op": op, "capability": capability, "bits": bits, "head_dim": head_dim, "group": group, **more}
 
@@ -169,37 +169,41 @@ SMALL = (HOPPER, 58, 101376)
 
 CASES = [
     *(case("attend", gpu, bits, gpu="default") for gpu in (80, 100) for bits in (2, 3, 4, 16)),
-    *(case("attend", gpu, 2, group=32, gpu="default", mask=True) for gpu in (80, 100)),
+    *(case("attend", gpu, 2, group=32, gpu="default", mask=True, long=gpu == 100) for gpu in (80, 100)),
     case("attend", 90, 2, gpu=HOPPER),
     case("attend", 90, 2, gpu=HOPPER, registers=232, spills_36=32),
-    case("attend", 90, 2, gpu=HOPPER, mask="heads"),
+    case("attend", 90, 2, gpu=HOPPER, mask="heads", long=True),
     case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, rows=6),
     case("attend", 90, 3, gpu=HOPPER),
     case("attend", 90, 3, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, 4, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
     case("attend", 90, 2, group=32, gpu=HOPPER, spills=40),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 3, group=32, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, 4, group=32, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, group=32, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 4, head_dim=64, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 2, group=64, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, 4, group=64, gpu=HOPPER, mask=True),
-    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True, spills_36=64),
+    case("attend", 90, 4, group=64, gpu=HOPPER, mask=True, long=True),
+    case("attend", 90, 3, head_dim=256, gpu=HOPPER, mask=True, spills_36=64, long=True),
     case("attend", 90, 4, head_dim=256, group=32, gpu=HOPPER, mask=True),
     case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 2, head_dim=256, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 8, gpu=HOPPER, mask=True),
-    case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True),
+    case("attend", 90, 3, head_dim=64, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, 2, gpu=HOPPER, queries=16, mask=True, spills_36=8),
-    case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0),
+    case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, softcap=50.0, long=True),
     case("attend", 90, 4, head_dim=256, gpu=HOPPER, mask=True, softcap=50.0, spills_36=48),
-    *(case("attend", gpu, "k2v2 per token", group=64, gpu="default", mask=gpu == 80) for gpu in (80, 100)),
+    *(
+        case("attend", gpu, "k2v2 per token", group=64, gpu="default", mask=gpu == 80, long=gpu == 80)
+        for gpu in (80, 100)
+    ),
     case("attend", 90, "k4v4 per token", group=64, gpu=HOPPER, mask=True),
     case("attend", 90, 16, gpu=HOPPER),
     case("attend", 90, 4, head_dim=64, group=64, gpu=HOPPER, sinks=True),
-    *(case("attend", gpu, bits, gpu=SMALL) for gpu in (89, 120) for bits in (2, 16, "tiers 25/75")),
+    *(case("attend", gpu, bits, gpu=SMALL) for gpu in (89, 120) for bits in (2, 16)),
+    *(case("attend", gpu, "tiers 25/75", gpu=SMALL, long=gpu == 120) for gpu in (89, 120)),
     case("attend", 89, 4, group=32, gpu=SMALL, mask=True, long=True),
     case("attend", 89, 16, head_dim=256, gpu=SMALL),
     case("attend", 86, 4, head_dim=256, gpu=SMALL, mask=True),
@@ -210,20 +214,20 @@ CASES = [
     *(case("quantize_pack", gpu, bits) for gpu in (80, 90, 100) for bits in (2, 3, 4)),
     case("dequantize", 80, 3, spills_36=64),
     *(case("dequantize", gpu, 3) for gpu in (90, 100)),
-    *(case("attend", gpu, "tiers 25/75", gpu="default") for gpu in (80, 100)),
+    *(case("attend", gpu, "tiers 25/75", gpu="default", long=gpu == 100) for gpu in (80, 100)),
     *(
-        case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128)
+        case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128, long=size == 256)
         for size in (64, 128, 256)
     ),
     case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, "tiers 25/75", group=16, gpu=HOPPER, mask=True),
+    case("attend", 90, "tiers 25/75", group=16, gpu=HOPPER, mask=True, long=True),
     case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True, long=True),
     case("attend", 90, "tiers 25/50/25", gpu=HOPPER),
     *(
         case("append_", gpu, "tiers 25/75", head_dim=size)
         for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256), (100, 128))
     ),
-    case("append_", 90, "tiers 25/75", queries=64, mask=True),
+    case("append_", 90, "tiers 25/75", queries=64, mask=True, long=True),
     *(
         case("quantize_pack", gpu, "tiers 25/75", head_dim=size)
         for gpu, size in ((80, 128), (90, 64), (90, 128), (90, 256))
@@ -235,7 +239,7 @@ CASES = [
     case("attend", 90, "mixkvq", gpu=HOPPER, spills_36=8),
     *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
     case("append_", 90, "kitty"),
-    *(case("tiers", gpu, 2, gpu="default", high=16) for gpu in (80, 100)),
+    *(case("tiers", gpu, 2, gpu="default", high=16, long=gpu == 100) for gpu in (80, 100)),
     case("tiers", 90, 2, gpu=HOPPER, high=16, mask=True, low=True),
     case(
         "tiers", 90, "k2v2 per token", group=64, gpu=HOPPER, high=16, mask=True, low=True, tile=32, long=True
