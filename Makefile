@@ -60,7 +60,7 @@ oldest: setup
 	test -d $(VENV)/oldest || $(BIN)/python -m pip install --quiet --target $(VENV)/oldest "$(OLDEST)" "numpy<2.4"
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/integrations tests/e2e/test_calls.py -n 2
 
-# not part of `test`, for it takes 6 minutes: whether kernels spill registers with the oldest Triton that is supported.
+# not part of `test`, for it takes 5 minutes: whether kernels spill registers with the oldest Triton that is supported.
 # KVMIX_COMPILE=all: those too that `test` leaves out on machines of few cores, for they take longest.
 # Nothing is run, so the newest torch will do
 OLDEST_TRITON := triton==3.6.0

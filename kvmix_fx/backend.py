@@ -166,7 +166,7 @@ class KVMixBackend:
         if compiled is None:
             compiled = _compile(module, dynamo.example_inputs(module), inner, patches)
         if deferred is not None:
-            compiled = deferred.wrap(compiled)
+            compiled = deferred.wrap(compiled, forks=alone)
         record = None if result.report.replay else recording.record_cuda
         note = None if record is None else self.note
         if record is not None and process_group_size() > 1:

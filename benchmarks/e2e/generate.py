@@ -256,18 +256,23 @@ def measured(
     return rows
 
 
-def between(profiler: profile) -> float:
-    """Microseconds in which no kernel ran, of waits too short for the host to be what is waited for."""
+def occupied(profiler: profile) -> tuple[float, float]:
+    """Microseconds in which some kernel ran, and in which none did but only shortly.
+
+    Kernels run side by side, and some begin before what they wait for has ended: sums of their times count
+    such time twice. Longer waits are for the host.
+    """
     events = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    waited, busy = 0.0, events[0][1] if events else 0.0
+    busy, waited, last = 0.0, 0.0, events[0][0] if events else 0.0
     for start, end in events:
-        waited += start - busy if 0 < start - busy < LONGEST_WAIT else 0.0
-        busy = max(busy, end)
-    return waited
+        waited += start - last if 0 < start - last < LONGEST_WAIT else 0.0
+        busy += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return busy, waited
 
 
 def profile_part(
@@ -275,7 +280,7 @@ def profile_part(
 ) -> list[Row]:
     """GPU time of prefill or of a decode step by kind of kernel.
 
-    "between" is what the GPU waits between kernels, "host" what is left of the wall time.
+    "between" is what the GPU waits between kernels, "host" what is left of the wall time: see `occupied`.
     """
     part, first, last = ("prefill", 0, 1) if prefill else ("step", 16, 16 + PROFILED_STEPS)
     window = Window(first, last)
@@ -293,8 +298,8 @@ def profile_part(
             times[kind] += spent
             kernels.append((spent, event.count // (last - first), event.key))
     wall = 1e6 * window.wall / (last - first)
-    times["between"] = between(window.profiler) / (last - first)
-    times["host"] = wall - sum(times.values())
+    busy, waited = (spent / (last - first) for spent in occupied(window.profiler))
+    times["between"], times["host"] = waited, wall - busy - waited
     shares = {k: round(t) for k, t in times.items()}
     print(f"{case} {provider}: {part} {wall:.0f} us, of which {shares}", flush=True)
     for spent, count, name in sorted(kernels, reverse=True)[:16]:

@@ -20,13 +20,16 @@ _library = torch.library.Library("kvmix", "FRAGMENT")
 _library.define("products(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
 
 
-def side_by_side(tasks: Sequence[Callable[[], object]], on_cuda: bool) -> None:
+def side_by_side(tasks: Sequence[Callable[[], object]], forks: bool = True) -> None:
     """Do what does not depend on each other, on several streams while the current one is recorded.
 
     Else one after another, on the current stream: to fork and to join takes the host longer than a launch.
     A task must not keep tensors that it allocates: memory belongs to the stream that it was asked on.
+
+    forks: False never forks.
     """
-    if len(tasks) < 2 or not on_cuda or not torch.cuda.is_current_stream_capturing():
+    recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if len(tasks) < 2 or not forks or not recorded:
         for task in tasks:
             task()
         return
@@ -35,11 +38,14 @@ def side_by_side(tasks: Sequence[Callable[[], object]], on_cuda: bool) -> None:
     for side in sides:
         side.wait_stream(current)
     streams = [current, *sides]
-    for i, task in enumerate(tasks):
-        with torch.cuda.stream(streams[i % len(streams)]):
-            task()
-    for side in sides:
-        current.wait_stream(side)
+    try:
+        for i, task in enumerate(tasks):
+            with torch.cuda.stream(streams[i % len(streams)]):
+                task()
+    finally:
+        # a recording that ends with streams that were not joined fails for that, whatever was raised
+        for side in sides:
+            current.wait_stream(side)
 
 
 @functools.cache
@@ -61,7 +67,7 @@ def _products(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> 
             torch.addmm(bias, rows, weight.t(), out=result)
 
     given = zip(weights, biases, results, strict=True)
-    side_by_side([functools.partial(product, *one) for one in given], x.is_cuda)
+    side_by_side([functools.partial(product, *one) for one in given])
     return [result.view(*x.shape[:-1], result.shape[1]) for result in results]
 
 

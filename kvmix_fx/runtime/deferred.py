@@ -39,8 +39,11 @@ class Deferred:
     outputs: int
     counters: dict[int, list[int]]
 
-    def wrap(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """A function like `inner`, the compiled graph, that also appends and returns the first outputs."""
+    def wrap(self, inner: Callable[..., Any], forks: bool = False) -> Callable[..., Any]:
+        """A function like `inner`, the compiled graph, that also appends and returns the first outputs.
+
+        forks: whether a recording of it may do the appends side by side.
+        """
 
         def run(*args: Any) -> Sequence[Any]:
             results = inner(*args)
@@ -50,7 +53,7 @@ class Deferred:
 
             # each writes to a layer of its own
             tasks = [functools.partial(do, *one) for one in self.appends]
-            side_by_side(tasks, any(isinstance(x, torch.Tensor) and x.is_cuda for x in args))
+            side_by_side(tasks, forks)
             # the last of all: where tokens are appended may be a view of a counter
             for number, counters in self.counters.items():
                 torch._foreach_add_([args[index] for index in counters], number)

@@ -172,11 +172,11 @@ CASES = [
     *(case("attend", gpu, 2, group=32, gpu="default", mask=True, long=gpu == 100) for gpu in (80, 100)),
     case("attend", 90, 2, gpu=HOPPER),
     case("attend", 90, 2, gpu=HOPPER, registers=232, spills_36=32),
-    case("attend", 90, 2, gpu=HOPPER, mask="heads", long=True),
+    case("attend", 90, 2, gpu=HOPPER, mask="heads"),
     case("attend", 90, 4, head_dim=96, group=32, gpu=HOPPER, rows=6),
     case("attend", 90, 3, gpu=HOPPER),
-    case("attend", 90, 3, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, 4, gpu=HOPPER, mask=True, long=True),
+    case("attend", 90, 3, gpu=HOPPER, mask=True),
+    case("attend", 90, 4, gpu=HOPPER, mask=True),
     case("attend", 90, 2, head_dim=64, group=64, gpu=HOPPER),
     case("attend", 90, 2, group=32, gpu=HOPPER, spills=40),
     case("attend", 90, 2, group=32, gpu=HOPPER, mask=True, long=True),
@@ -216,12 +216,12 @@ CASES = [
     *(case("dequantize", gpu, 3) for gpu in (90, 100)),
     *(case("attend", gpu, "tiers 25/75", gpu="default", long=gpu == 100) for gpu in (80, 100)),
     *(
-        case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128, long=size == 256)
+        case("attend", 90, "tiers 25/75", head_dim=size, gpu=HOPPER, mask=size == 128)
         for size in (64, 128, 256)
     ),
     case("attend", 90, "tiers 25/75", group=32, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, "tiers 25/75", group=16, gpu=HOPPER, mask=True, long=True),
-    case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True, long=True),
+    case("attend", 90, "tiers 25/75", group=16, gpu=HOPPER, mask=True),
+    case("attend", 90, "tiers 50/50", gpu=HOPPER, mask=True),
     case("attend", 90, "tiers 25/50/25", gpu=HOPPER),
     *(
         case("append_", gpu, "tiers 25/75", head_dim=size)
@@ -235,11 +235,11 @@ CASES = [
     case("quantize_pack", 100, "tiers 25/75", spills_36=504),
     case("quantize_pack", 90, "tiers 25/50/25"),
     case("dequantize", 90, "tiers 25/75"),
-    case("attend", 90, "tiers 25/75 tile", gpu=HOPPER, long=True),
+    case("attend", 90, "tiers 25/75 tile", gpu=HOPPER),
     case("attend", 90, "mixkvq", gpu=HOPPER, spills_36=8),
     *(case(op, 90, "mixkvq") for op in ("append_", "quantize_pack")),
     case("append_", 90, "kitty"),
-    *(case("tiers", gpu, 2, gpu="default", high=16, long=gpu == 100) for gpu in (80, 100)),
+    *(case("tiers", gpu, 2, gpu="default", high=16) for gpu in (80, 100)),
     case("tiers", 90, 2, gpu=HOPPER, high=16, mask=True, low=True),
     case(
         "tiers", 90, "k2v2 per token", group=64, gpu=HOPPER, high=16, mask=True, low=True, tile=32, long=True

@@ -120,6 +120,7 @@ class Streams:
         main = self.stream("main")
         main.device_index = 0
         sides = [self.stream(name) for name in "abc"]
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
         monkeypatch.setattr(torch.cuda, "stream", self.entered)
@@ -155,24 +156,24 @@ class Streams:
 
 def test_what_is_recorded_forks_and_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams(monkeypatch, recording=True)
-    branches.side_by_side([streams.task(i) for i in range(3)], True)
+    branches.side_by_side([streams.task(i) for i in range(3)])
     forked = ["a waits for main", "b waits for main"]
     joined = ["main waits for a", "main waits for b"]
     assert streams.said == [*forked, "0 on main", "1 on a", "2 on b", *joined]
     streams.said.clear()
-    branches.side_by_side([streams.task(i) for i in range(6)], True)
+    branches.side_by_side([streams.task(i) for i in range(6)])
     done = [f"{i} on {name}" for i, name in enumerate(["main", "a", "b", "c", "main", "a"])]
     assert streams.said[3:-3] == done
 
 
 @pytest.mark.parametrize(
-    ("recording", "count", "cuda"), [(False, 3, True), (True, 1, True), (True, 3, False)]
+    ("recording", "count", "forks"), [(False, 3, True), (True, 1, True), (True, 3, False)]
 )
 def test_else_tasks_are_done_in_their_order(
-    recording: bool, count: int, cuda: bool, monkeypatch: pytest.MonkeyPatch
+    recording: bool, count: int, forks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streams = Streams(monkeypatch, recording)
-    branches.side_by_side([streams.task(i) for i in range(count)], cuda)
+    branches.side_by_side([streams.task(i) for i in range(count)], forks)
     assert streams.said == [f"{i} on main" for i in range(count)]
 
 
